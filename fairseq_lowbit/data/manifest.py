@@ -1,0 +1,114 @@
+"""fairseq manifests: a first line with the root folder, then `relative path<TAB>samples`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from fairseq_lowbit.data.audio import UnusableAudio, audio_info
+from fairseq_lowbit.errors import LowbitError
+
+# A few damaged files in a corpus are normal and fairseq survives them; more point to a wrong root.
+MAX_UNREADABLE_SHARE = 0.1
+
+
+@dataclass
+class Manifest:
+    """One split: `names[i]` lies under `root` and holds `sizes[i]` samples (int64)."""
+
+    path: Path
+    root: Path
+    names: list[str]
+    sizes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def files(self) -> Iterator[Path]:
+        """Absolute paths, in the order of the lines."""
+        return (self.root / name for name in self.names)
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Reads a manifest; raises LowbitError (with the line) when it is missing or malformed."""
+    path = Path(path)
+    if not path.is_file():
+        raise LowbitError(
+            f"no manifest {path}; make one with `fairseq-lowbit prepare SOURCE OUT` from a folder "
+            "of audio, or `fairseq-lowbit synthesize OUT` for the demo corpus"
+        )
+    first, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
+    root = Path(first.strip())
+    if not first.strip() or not lines:
+        raise LowbitError(f"{path} is empty: it needs a root folder and at least one file")
+    if not root.is_dir():
+        raise LowbitError(
+            f"{path}:1: the root folder {root} does not exist; if the corpus was moved, "
+            "edit this first line"
+        )
+    entries = [_parse_line(path, number, line) for number, line in enumerate(lines, start=2)]
+    names, sizes = zip(*entries, strict=True)
+    return Manifest(path, root, list(names), np.array(sizes, dtype=np.int64))
+
+
+def _parse_line(path: Path, number: int, line: str) -> tuple[str, int]:
+    name, tab, size = line.rpartition("\t")
+    if not (tab and name and size.strip().isdecimal() and int(size) > 0):
+        raise LowbitError(
+            f"{path}:{number}: expected `relative path<TAB>number of samples`, found {line!r}"
+        )
+    return name, int(size)
+
+
+def write_manifest(path: str | Path, root: str | Path, items: Iterable[tuple[str, int]]) -> None:
+    """Writes (relative path, samples) pairs; the file appears complete or not at all."""
+    with atomic_write(path) as file:
+        file.write(f"{Path(root).resolve()}\n")
+        file.writelines(f"{name}\t{size}\n" for name, size in items)
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Opens a temporary neighbour of `path`, which replaces it when the block ends well."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_manifest(manifest: Manifest, sample_rate: int, *, probe: int = 64) -> list[str]:
+    """Opens the headers of up to `probe` evenly spaced files before a run spends hours on them.
+
+    Returns one message per unreadable or missing file, for the caller to log. Raises LowbitError
+    when a file has another rate or several channels, or when more than 10 % are unreadable.
+    """
+    count = min(probe, len(manifest))
+    picks = np.unique(np.linspace(0, len(manifest) - 1, count).round().astype(int))
+    unreadable = []
+    for name in (manifest.names[i] for i in picks):
+        try:
+            info = audio_info(manifest.root / name)
+        except UnusableAudio as error:
+            unreadable.append(str(error))
+            continue
+        if info.samplerate != sample_rate or info.channels != 1:
+            raise LowbitError(
+                f"{manifest.path}: {name} has {info.samplerate} Hz and {info.channels} channel(s), "
+                f"but training needs {sample_rate} Hz mono; `fairseq-lowbit prepare` converts"
+            )
+    if len(unreadable) > MAX_UNREADABLE_SHARE * len(picks):
+        raise LowbitError(
+            f"{manifest.path}: {len(unreadable)} of {len(picks)} probed files cannot be read, "
+            f"the first: {unreadable[0]}"
+        )
+    return unreadable
