@@ -1,0 +1,75 @@
+"""What the distribution holds. The metadata is static: it never depends on the machine."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    """The version, read as text: importing the package would need what is being installed."""
+    text = (HERE / "fairseq_lowbit" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
+
+
+INSTALL_REQUIRES = [
+    # The maintained distribution of the module `fairseq`. Who has built fairseq from source
+    # installs with --no-deps, see README.md and scripts/setup.sh.
+    "fairseq-fixed>=0.12.3.1,<0.13",
+    "torch>=2.6",
+    "hydra-core>=1.3.2,<1.4",
+    "omegaconf>=2.3,<2.4",
+    "numpy",
+    "scipy",
+    "soundfile",
+    "sentencepiece",
+    "safetensors",
+    "scikit-learn",
+    "matplotlib",
+    "rich",
+    "tqdm",
+    "tensorboardX",
+    "editdistance",  # imported, not declared, by fairseq's CTC criterion when it validates
+]
+
+EXTRAS_REQUIRE = {
+    # An offline speech synthesizer for the demo corpus. eSpeak NG is under the GPLv3.
+    "demo": ["espeakng-loader"],
+    # What the SUPERB tasks of s3prl import and s3prl does not declare; s3prl itself is used from
+    # its source tree, because its published package lacks task configs and vocabularies.
+    "superb": ["h5py", "librosa", "pandas", "sox", "tensorboard"],
+    "hf": ["transformers", "safetensors"],
+    # Engines that our measured times are compared with.
+    "bench": ["onnxruntime", "openvino"],
+    "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
+}
+
+setup(
+    name="fairseq-lowbit",
+    version=version(),
+    description="Train speech models with 1, 2, 4 and 8-bit weights and activations in fairseq",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The fairseq_lowbit authors",
+    license="MIT",
+    python_requires=">=3.11",
+    # hydra_plugins is a namespace that Hydra scans and config/ stands at the top of the
+    # repository; neither is found by find_packages. config/ is one package with globs, not one
+    # package per folder, because an empty folder would break the source distribution.
+    packages=[
+        *find_packages(include=["fairseq_lowbit", "fairseq_lowbit.*"]),
+        "fairseq_lowbit.config",
+        "hydra_plugins",
+    ],
+    package_dir={
+        "fairseq_lowbit.config": "config",
+        "hydra_plugins": "fairseq_lowbit/_hydra/hydra_plugins",
+    },
+    package_data={"fairseq_lowbit.config": ["**/*.yaml"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    entry_points={"console_scripts": ["fairseq-lowbit = fairseq_lowbit.cli.main:main"]},
+    zip_safe=False,
+)
