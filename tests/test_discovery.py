@@ -1,0 +1,93 @@
+"""How Hydra and fairseq find this package in the environment the tests run in."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parents[1]
+PLUGIN = ROOT / "fairseq_lowbit/_hydra/hydra_plugins/fairseq_lowbit_searchpath.py"
+
+
+@pytest.fixture
+def searchpath() -> ModuleType:
+    """The plugin's module, from its file: no installation is needed."""
+    spec = importlib.util.spec_from_file_location("searchpath_under_test", PLUGIN)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_hydra_plugins_stays_a_namespace() -> None:
+    assert not list((ROOT / "fairseq_lowbit/_hydra").rglob("__init__.py"))
+
+
+def test_a_checkout_takes_the_configs_next_to_the_package(searchpath: ModuleType) -> None:
+    assert searchpath.package_dir() == ROOT / "fairseq_lowbit"
+    assert searchpath.config_dir() == ROOT / "config"
+
+
+def test_an_install_takes_the_configs_in_the_package(
+    searchpath: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fairseq_lowbit" / "config").mkdir(parents=True)
+    (tmp_path / "config").mkdir()
+    monkeypatch.setattr(searchpath, "package_dir", lambda: tmp_path / "fairseq_lowbit")
+    assert searchpath.config_dir() == tmp_path / "fairseq_lowbit" / "config"
+
+
+def test_our_configs_come_last(searchpath: ModuleType) -> None:
+    path = ConfigSearchPathImpl()
+    path.append("main", "pkg://fairseq.config")
+    searchpath.FairseqLowbitSearchPath().manipulate_search_path(path)
+    assert [element.provider for element in path.get_path()] == ["main", "fairseq_lowbit"]
+    assert path.get_path()[-1].path == f"file://{ROOT / 'config'}"
+
+
+def test_user_dir_resolves_to_the_package(searchpath: ModuleType) -> None:
+    config = OmegaConf.create({"user_dir": "${fairseq_lowbit.user_dir:}"})
+    assert config.user_dir == str(ROOT / "fairseq_lowbit")
+
+
+def test_a_plugin_left_behind_says_so(
+    searchpath: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(searchpath, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="reinstall fairseq-lowbit"):
+        searchpath.package_dir()
+
+
+def test_importing_registers_only_once_fairseq_is_there() -> None:
+    """fairseq's import of its user directory is an import of the package and nothing more."""
+    program = (
+        "import sys, fairseq.tasks, fairseq_lowbit\n"
+        "tasks = sys.modules['fairseq.tasks'].TASK_REGISTRY.values()\n"
+        "assert any(task.__module__.startswith('fairseq_lowbit.') for task in tasks)\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, check=True)
+
+
+def test_this_environment_composes_from_anywhere(tmp_path: Path) -> None:
+    try:
+        distribution("fairseq-lowbit")
+    except PackageNotFoundError:
+        pytest.skip("fairseq-lowbit is not installed here: bash scripts/setup.sh")
+    command = Path(sys.executable).with_name("fairseq-hydra-train")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    result = subprocess.run(
+        [command, "--config-name", "bitla_w1a1", "--cfg", "job", "--package", "common"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "user_dir: ${fairseq_lowbit.user_dir:}" in result.stdout
