@@ -1,0 +1,1 @@
+"""The ``fairseq-lowbit`` command: one module per subcommand, see ``main``."""

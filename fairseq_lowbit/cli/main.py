@@ -1,0 +1,63 @@
+"""Entry point of ``fairseq-lowbit``.
+
+A subcommand is a module of this folder with ``HELP``, ``add_arguments(parser)`` and
+``run(args) -> int``, and a line in ``COMMANDS``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from fairseq_lowbit import __version__
+from fairseq_lowbit.errors import LowbitError
+
+# Name and line of the listing. The line stands here and not in the module, because the listing
+# must not wait for torch and fairseq to load.
+COMMANDS = (
+    ("doctor", "check the installation and say how to mend it"),
+    ("plan", "show which module gets which precision, and what that costs"),
+    ("synthesize", "make a small speech corpus without a download"),
+    ("prepare", "write fairseq's manifests for a folder of audio"),
+    ("labels", "make the k-means labels that HuBERT is trained on"),
+    ("evaluate", "measure a checkpoint"),
+)
+
+
+def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """The parser, complete for the ``chosen`` subcommand; only its module is imported."""
+    parser = argparse.ArgumentParser(
+        prog="fairseq-lowbit",
+        description="Speech models with 1, 2, 4 and 8-bit weights and activations.",
+        epilog="Training itself is fairseq's: fairseq-hydra-train --config-name bitla_w1a1",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, line in COMMANDS:
+        subparser = subparsers.add_parser(name, help=line)
+        if name == chosen:
+            module = import_module(f"fairseq_lowbit.cli.{name}")
+            subparser.description = module.HELP
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; returns the exit status (2 for a user's mistake)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((word for word in arguments if not word.startswith("-")), None)
+    args = build_parser(chosen).parse_args(arguments)
+    try:
+        return args.run(args)
+    except LowbitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
