@@ -1,0 +1,131 @@
+#!/usr/bin/env bash
+# Sets up what training and the tests need: torch, fairseq and this package, in a virtualenv.
+#
+#   source scripts/setup.sh    set up, and leave the environment active in this shell (bash)
+#   bash scripts/setup.sh      set up only
+#
+# An active virtualenv or conda environment is used; without one, .venv is made in the repository.
+# What is installed already stays: a torch of your own choice, a fairseq built from source.
+# Once done, the next call takes no time, until setup.py, constraints.txt or Python changes.
+#
+#   PYTHON          the interpreter for .venv; else the first of python3.11, 3.12, 3.13, python3
+#   LOWBIT_TORCH    what pip is told to install for torch: "-c constraints.txt torch".
+#                   On Linux pip's default index holds a CUDA build of several GB. A CPU needs the
+#                   small build from PyTorch's own CPU index: PIP_EXTRA_INDEX_URL is honoured, or
+#                   LOWBIT_TORCH="-c constraints.txt torch --index-url <that index>".
+
+if [[ "${BASH_SOURCE[0]}" != "$0" ]]; then
+    # Sourced: a child does the work, so that neither `set -e` nor a failure leaks into this shell.
+    bash "${BASH_SOURCE[0]}" || return
+    if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
+        source "$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/activate"
+    fi
+    return
+fi
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+fail() { say "$*"; exit 1; }
+recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+# -P: a folder of that name in the repository is not an installed module.
+has_module() { python -P -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
+
+find_python() {
+    local candidate candidates="${PYTHON:-python3.11 python3.12 python3.13 python3}"
+    for candidate in $candidates; do
+        if recent "$candidate" && "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.11 or newer that can make a virtualenv among: $candidates." \
+        "Install one (on Debian and Ubuntu with python3-venv too), or name it: PYTHON=/path/to/python"
+}
+
+enter_environment() {
+    if [[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
+        recent python || fail "the active environment has no Python 3.11 or newer: deactivate it to" \
+            "get a .venv, or activate another"
+        return
+    fi
+    if [[ ! -f .venv/bin/activate ]]; then
+        local interpreter
+        interpreter="$(find_python)"
+        say "making .venv with $interpreter"
+        "$interpreter" -m venv .venv
+    fi
+    source .venv/bin/activate
+}
+
+# constraints.txt, with torch and torchaudio as they are: no later step may swap the build.
+write_pins() {
+    python -P - <<'PY'
+from importlib.metadata import PackageNotFoundError, version
+
+for line in open("constraints.txt"):
+    name = line.partition("==")[0]
+    if name in ("torch", "torchaudio"):
+        try:
+            line = f"{name}=={version(name)}\n"
+        except PackageNotFoundError:
+            pass
+    print(line, end="")
+PY
+}
+
+# What this package and its extras demo and dev require, without fairseq: that is there by now,
+# perhaps under another distribution's name.
+write_requirements() {
+    python -P - <<'PY'
+from importlib.metadata import requires
+
+for requirement in requires("fairseq-lowbit"):
+    spec, _, marker = requirement.partition(";")
+    wanted = not marker or any(f'"{extra}"' in marker for extra in ("demo", "dev"))
+    if wanted and not spec.startswith("fairseq-fixed"):
+        print(spec)
+PY
+}
+
+install_everything() {
+    local scratch="$1"
+    local pip=(python -m pip --disable-pip-version-check install)
+
+    python -m pip --version >/dev/null 2>&1 || python -m ensurepip >/dev/null
+    if ! has_module torch; then
+        say "installing torch (a large download)"
+        local torch
+        read -ra torch <<<"${LOWBIT_TORCH:--c constraints.txt torch}"
+        "${pip[@]}" "${torch[@]}"
+    fi
+    write_pins >"$scratch/pins.txt"
+    # Without isolation: a build in an environment of its own would download torch a second time.
+    pip+=(--quiet --no-build-isolation -c "$scratch/pins.txt")
+
+    "${pip[@]}" setuptools wheel
+    if ! has_module fairseq; then
+        "${pip[@]}" numpy cython
+        say "installing fairseq, built from source the first time (2 to 5 minutes)"
+        "${pip[@]}" fairseq-fixed || fail "fairseq-fixed did not install: it needs a C++ compiler" \
+            "and Python's headers (on Debian and Ubuntu: g++ python3-dev)"
+    fi
+
+    say "installing fairseq-lowbit (editable) and what it needs"
+    "${pip[@]}" --no-deps --editable .
+    write_requirements >"$scratch/requirements.txt"
+    "${pip[@]}" -r "$scratch/requirements.txt"
+}
+
+enter_environment
+stamp="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}/.fairseq_lowbit_setup"
+state="$(python -V) $PWD $(cat setup.py constraints.txt | cksum)"
+if [[ ! -f "$stamp" || "$(<"$stamp")" != "$state" ]]; then
+    say "into $(dirname "$stamp")"
+    scratch="$(mktemp -d)"
+    trap 'rm -rf "$scratch"' EXIT
+    install_everything "$scratch"
+    echo "$state" >"$stamp"
+    say "done; 'fairseq-lowbit doctor' shows what was found"
+fi
