@@ -43,7 +43,8 @@ def read_manifest(path: str | Path) -> Manifest:
             f"no manifest {path}; make one with `fairseq-lowbit prepare SOURCE OUT` from a folder "
             "of audio, or `fairseq-lowbit synthesize OUT` for the demo corpus"
         )
-    first, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
+    # Not splitlines: a file name may hold one of the rarer separators of Unicode.
+    first, *lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     root = Path(first.strip())
     if not first.strip() or not lines:
         raise LowbitError(f"{path} is empty: it needs a root folder and at least one file")
