@@ -1,0 +1,107 @@
+"""Calibration: the scale (and shift) of least squared error, found on a grid.
+
+A pass of its own, run before the optimizer exists; a forward never initialises anything. The same
+pass alone is post-training quantization.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fairseq_lowbit.quantization.levels import LevelSet
+
+_COARSE_SCALES = 48
+_REFINED_SCALES = 17
+_SHIFTS = 13
+_WEIGHT_SAMPLE = 131_072
+
+
+@dataclass
+class Calibrator:
+    """Collects an evenly spaced sample of the values a quantizer sees and fits its scale to it.
+
+    Args:
+        max_values: values kept over all batches; the sample is thinned when it overflows.
+    """
+
+    max_values: int = 16_384
+    _sample: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def fit(self, x: Tensor, levels: LevelSet, with_shift: bool) -> tuple[Tensor, Tensor | None]:
+        """Adds ``x`` to the sample and returns scale () and shift () or None, fp32."""
+        seen = torch.cat([self._sample.to(x.device), thin(x, self.max_values)])
+        self._sample = thin(seen, self.max_values)
+        scale, shift = fit_scale(self._sample[None], levels, with_shift)
+        return scale[0], None if shift is None else shift[0]
+
+
+def thin(x: Tensor, max_values: int) -> Tensor:
+    """Up to ``max_values`` of x's values, evenly spaced, flat fp32."""
+    step = -(-x.numel() // max_values)
+    # A step that shares a factor with the row length would see some channels only.
+    while step > 1 and math.gcd(step, x.shape[-1]) != 1:
+        step += 1
+    return x.detach().reshape(-1)[::step].float()
+
+
+def fit_scale(
+    values: Tensor, levels: LevelSet, with_shift: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Scale (and shift) of least squared error of ``decode(encode(values))`` against ``values``.
+
+    Args:
+        values: [rows, n] fp32, each row with a scale of its own.
+        with_shift: search a shift too (the threshold of the non-negative set).
+
+    Returns:
+        scale [rows] > 0 and shift [rows] or None. For the sign set scale = mean |x|, the exact
+        optimum. An all-zero row gets scale 1, since any scale fits it.
+    """
+    if levels.kind == "sign":
+        scale = values.abs().mean(1)
+        return torch.where(scale > 0, scale, 1.0), None
+    peak = values.abs().amax(1) / levels.hi
+    scale = torch.where(peak > 0, peak, 1.0)
+    offset = torch.zeros_like(scale)
+    factors = torch.logspace(-2.5, 0, _COARSE_SCALES, device=values.device)
+    offsets = torch.linspace(-1.0, 1.0, _SHIFTS, device=values.device) if with_shift else [0.0]
+    scale, offset = _search(values, levels, scale, offset, factors, offsets)
+    width = 10 ** (2.5 / (_COARSE_SCALES - 1))
+    factors = torch.logspace(-1, 1, _REFINED_SCALES, base=width, device=values.device)
+    offsets = [o / ((_SHIFTS - 1) / 2) for o in offsets]
+    scale, offset = _search(values, levels, scale, offset, factors, offsets)
+    return scale, offset * scale if with_shift else None
+
+
+def _search(
+    values: Tensor,
+    levels: LevelSet,
+    scale: Tensor,
+    offset: Tensor,
+    factors: Iterable[Tensor],
+    offsets: Iterable[Tensor | float],
+) -> tuple[Tensor, Tensor]:
+    """Best of scale * factor and offset + step, row by row; the shift is offset * scale."""
+    best_error = torch.full_like(scale, math.inf)
+    best_scale, best_offset = scale, offset
+    for factor, step in itertools.product(factors, offsets):
+        candidate, candidate_offset = scale * factor, offset + step
+        column, shift = candidate[:, None], (candidate * candidate_offset)[:, None]
+        decoded = levels.encode((values - shift) / column) * column
+        error = (decoded - values).square().mean(1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, candidate, best_scale)
+        best_offset = torch.where(better, candidate_offset, best_offset)
+    return best_scale, best_offset
+
+
+def fit_weight_scale(weight: Tensor, levels: LevelSet, scale_shape: tuple[int, ...]) -> Tensor:
+    """Scale of a weight, per tensor or, with ``scale_shape`` (out, 1, ..), per output channel."""
+    weight = weight.detach().float()
+    rows = weight.flatten(1) if scale_shape else thin(weight, _WEIGHT_SAMPLE)[None]
+    return fit_scale(rows, levels)[0].reshape(scale_shape)
