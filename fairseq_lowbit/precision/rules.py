@@ -1,0 +1,74 @@
+"""The declarative precision: a name for the default and an ordered list of rules that refine it."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.precision.grammar import check_bits
+
+METHODS = ("elastic", "none")
+GRANULARITIES = ("per_tensor", "per_channel")
+
+
+@dataclass
+class Rule:
+    """One refinement. The last rule whose pattern matches a module decides about it; what that
+    rule leaves out (null) comes from the precision's name.
+
+    Attributes:
+        match: shell pattern on the module name, for example ``encoder.layers.0.*``.
+        method: ``elastic``, or ``none`` to leave the module float.
+        weight_bits, activation_bits: 1 to 8, or 16 for float.
+        granularity: of the weight scale, ``per_tensor`` or ``per_channel`` (output channel).
+    """
+
+    match: str = ""
+    method: str | None = None
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    granularity: str | None = None
+
+    def check(self) -> None:
+        """Raises LowbitError when the rule contradicts itself."""
+        where = f"precision rule {self.match!r}"
+        if not self.match:
+            raise LowbitError(f"{where}: match is empty; write a module name pattern")
+        _check_choice(self.method, METHODS, f"{where}: method")
+        _check_choice(self.granularity, GRANULARITIES, f"{where}: granularity")
+        for key in ("weight_bits", "activation_bits"):
+            value = getattr(self, key)
+            if value is None:
+                continue
+            check_bits(value, f"{where}: {key}")
+            if self.method == "none":
+                raise LowbitError(f"{where}: method none leaves the module float, so drop {key}")
+
+
+@dataclass
+class Precision:
+    """``model.precision`` of a configuration.
+
+    Attributes:
+        name: default by name, see :func:`fairseq_lowbit.precision.parse_precision`.
+        rules: refinements in order, the last match wins.
+        length_scaled: scale the probability quantizers with reference_frames / valid frames.
+        reference_frames: length in frames for which their scale is stored.
+    """
+
+    name: str = "float"
+    rules: list[Rule] = field(default_factory=list)
+    length_scaled: bool = True
+    reference_frames: int = 500
+
+    @classmethod
+    def from_mapping(cls, values: dict[str, Any]) -> "Precision":
+        """Back from plain data, for example a checkpoint's configuration; unknown keys raise."""
+        return cls(**{**values, "rules": [Rule(**rule) for rule in values.get("rules") or []]})
+
+    def to_mapping(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _check_choice(value: str | None, allowed: tuple[str, ...], where: str) -> None:
+    if value is not None and value not in allowed:
+        raise LowbitError(f"{where} {value!r}; allowed are {', '.join(allowed)}")
