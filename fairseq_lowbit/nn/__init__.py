@@ -1,0 +1,18 @@
+"""Operators with slots for quantizers, and attaching quantizers to them by a plan."""
+
+from fairseq_lowbit.nn.attach import attach, calibrate, is_calibrated, quantizers, sites
+from fairseq_lowbit.nn.attention import AttentionOutput, SelfAttention
+from fairseq_lowbit.nn.operators import Conv1d, Linear, PositionalConv1d
+
+__all__ = [
+    "AttentionOutput",
+    "Conv1d",
+    "Linear",
+    "PositionalConv1d",
+    "SelfAttention",
+    "attach",
+    "calibrate",
+    "is_calibrated",
+    "quantizers",
+    "sites",
+]

@@ -1,0 +1,108 @@
+"""Multi-head self-attention as a module of its own, with a named quantizer for every operand."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fairseq_lowbit.nn.operators import Linear
+from fairseq_lowbit.quantization import ElasticQuantizer
+
+OPERANDS = ("query", "key", "value", "probabilities")
+AttentionMap = Literal["probabilities", "scores"]
+
+
+class AttentionOutput(NamedTuple):
+    """``values`` [batch, frames, dim]; ``map`` [batch, heads, frames, frames] or None."""
+
+    values: Tensor
+    map: Tensor | None
+
+
+class SelfAttention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v with quantizers on the shared input, q, k, v and probabilities.
+
+    Weights are named as in fairseq's MultiheadAttention, whose forward passes them to a fused
+    function and so never calls the projections. q is quantized before the 1/sqrt(d) scaling.
+
+    Attributes:
+        input_quantizer: one for q, k and v projections together when their bits agree.
+        query_quantizer, key_quantizer, value_quantizer, probabilities_quantizer: None for float.
+        reference_frames: length for which the probability scale is stored; None turns the
+            1/length scaling off.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{dim} features are not divisible by {heads} attention heads")
+        self.dim, self.heads, self.dropout = dim, heads, dropout
+        self.k_proj = Linear(dim, dim)
+        self.v_proj = Linear(dim, dim)
+        self.q_proj = Linear(dim, dim)
+        self.out_proj = Linear(dim, dim)
+        self.reference_frames: int | None = None
+        self.input_quantizer: ElasticQuantizer | None = None
+        for operand in OPERANDS:
+            setattr(self, f"{operand}_quantizer", None)
+
+    def forward(
+        self, x: Tensor, padding_mask: Tensor | None = None, need: AttentionMap | None = None
+    ) -> AttentionOutput:
+        """Attends over the valid frames.
+
+        Args:
+            x: [batch, frames, dim].
+            padding_mask: [batch, frames], True at padding; None when there is none.
+            need: also return the softmax output before its quantizer, or the scores before the
+                softmax (0 at padded keys).
+        """
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        query = self._heads(self._operand("query", self.q_proj(x)))
+        key = self._heads(self._operand("key", self.k_proj(x)))
+        value = self._heads(self._operand("value", self.v_proj(x)))
+        if need is None and self.probabilities_quantizer is None:
+            attended, attention_map = self._fused(query, key, value, padding_mask), None
+        else:
+            attended, attention_map = self._explicit(query, key, value, padding_mask, need)
+        attended = attended.transpose(1, 2).flatten(2)
+        return AttentionOutput(self.out_proj(attended), attention_map)
+
+    def _operand(self, name: str, x: Tensor) -> Tensor:
+        quantizer = getattr(self, f"{name}_quantizer")
+        return x if quantizer is None else quantizer(x)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _fused(self, query, key, value, padding_mask: Tensor | None) -> Tensor:
+        mask = None if padding_mask is None else ~padding_mask[:, None, None]
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout)
+
+    def _explicit(self, query, key, value, padding_mask, need) -> tuple[Tensor, Tensor | None]:
+        scores = (query @ key.transpose(-1, -2)) * (self.dim // self.heads) ** -0.5
+        padded = None if padding_mask is None else padding_mask[:, None, None]
+        logits = scores if padded is None else scores.masked_fill(padded, float("-inf"))
+        probabilities = torch.softmax(logits.float(), -1)
+        attention_map = probabilities
+        if need == "scores":
+            attention_map = scores if padded is None else scores.masked_fill(padded, 0.0)
+        quantized = self._quantized_probabilities(probabilities, padded).to(value.dtype)
+        quantized = F.dropout(quantized, self.dropout, self.training)
+        return quantized @ value, attention_map if need else None
+
+    def _quantized_probabilities(self, probabilities: Tensor, padded: Tensor | None) -> Tensor:
+        if self.probabilities_quantizer is None:
+            return probabilities
+        ratio = None
+        if self.reference_frames is not None:
+            frames = probabilities.new_full((1, 1, 1, 1), probabilities.shape[-1])
+            if padded is not None:
+                frames = (~padded).sum(-1, keepdim=True).to(probabilities.dtype)
+            ratio = self.reference_frames / frames
+        quantized = self.probabilities_quantizer(probabilities, ratio)
+        # A learned shift below zero would give padded keys a non-zero code.
+        return quantized if padded is None else quantized.masked_fill(padded, 0.0)

@@ -1,0 +1,107 @@
+"""Weighted operators. Without quantizers in their slots they are the plain float operators.
+
+Each knows which level set its input wants: non-negative behind a GELU, signed elsewhere.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fairseq_lowbit.quantization import ElasticQuantizer
+
+
+class Linear(nn.Linear):
+    """y = Q(W) Q(x) + b.
+
+    Args:
+        follows_gelu: the input is a GELU output, so its quantizer is non-negative.
+
+    ``weight_quantizer`` and ``input_quantizer`` are None for float. A module whose input is
+    quantized upstream (q, k, v share one quantizer) keeps ``input_quantizer`` None.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, follows_gelu: bool = False
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.follows_gelu = follows_gelu
+        self.weight_quantizer: ElasticQuantizer | None = None
+        self.input_quantizer: ElasticQuantizer | None = None
+
+    def stored_weight(self) -> Tensor:
+        """The float weight that the weight quantizer encodes, [out, in]."""
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return F.linear(_quantized(x, self.input_quantizer), _effective_weight(self), self.bias)
+
+
+class Conv1d(nn.Conv1d):
+    """Convolution with quantizer slots; arguments as ``nn.Conv1d`` plus ``follows_gelu``."""
+
+    def __init__(self, *args, follows_gelu: bool = False, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.follows_gelu = follows_gelu
+        self.weight_quantizer: ElasticQuantizer | None = None
+        self.input_quantizer: ElasticQuantizer | None = None
+
+    def stored_weight(self) -> Tensor:
+        """The float weight that the weight quantizer encodes, [out, in/groups, kernel]."""
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, in, samples] -> [batch, out, frames]."""
+        x = _quantized(x, self.input_quantizer)
+        return self._conv_forward(x, _effective_weight(self), self.bias)
+
+
+class PositionalConv1d(nn.Module):
+    """Grouped "same" convolution over frames with weight normalisation over the kernel axis.
+
+    Parameters are named as ``torch.nn.utils.weight_norm(dim=2)`` names them, so fairseq's
+    checkpoints load; unlike it, the module can be deep-copied.
+    """
+
+    follows_gelu = False
+
+    def __init__(self, channels: int, kernel: int, groups: int) -> None:
+        super().__init__()
+        if channels % groups:
+            raise ValueError(f"{channels} channels are not divisible by {groups} groups")
+        self.kernel, self.groups = kernel, groups
+        weight = torch.empty(channels, channels // groups, kernel)
+        nn.init.normal_(weight, std=math.sqrt(4 / (kernel * channels)))
+        self.weight_v = nn.Parameter(weight)
+        self.weight_g = nn.Parameter(weight.norm(dim=(0, 1), keepdim=True))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.weight_quantizer: ElasticQuantizer | None = None
+        self.input_quantizer: ElasticQuantizer | None = None
+
+    def stored_weight(self) -> Tensor:
+        """g * v / |v|, [channels, channels/groups, kernel]."""
+        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """[batch, channels, frames] -> same shape.
+
+        Args:
+            padding_mask: [batch, frames], True at padding, which is zeroed *after* quantization:
+                a quantizer with a shift need not map zero to zero.
+        """
+        x = _quantized(x, self.input_quantizer)
+        if padding_mask is not None:
+            x = x.masked_fill(padding_mask[:, None], 0)
+        weight = _effective_weight(self)
+        y = F.conv1d(x, weight, self.bias, padding=self.kernel // 2, groups=self.groups)
+        return y[..., : x.shape[-1]]
+
+
+def _quantized(x: Tensor, quantizer: ElasticQuantizer | None) -> Tensor:
+    return x if quantizer is None else quantizer(x)
+
+
+def _effective_weight(operator: Linear | Conv1d | PositionalConv1d) -> Tensor:
+    return _quantized(operator.stored_weight(), operator.weight_quantizer)
