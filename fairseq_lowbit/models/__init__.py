@@ -1,0 +1,22 @@
+"""HuBERT with a configurable convolutional front-end, in plain torch with fairseq's state keys."""
+
+from fairseq_lowbit.models.architecture import Architecture, parse_conv_layers
+from fairseq_lowbit.models.checkpoint import (
+    LoadedModel,
+    check_same_shapes,
+    load_model,
+    read_checkpoint,
+    start_from,
+)
+from fairseq_lowbit.models.model import Hubert
+
+__all__ = [
+    "Architecture",
+    "Hubert",
+    "LoadedModel",
+    "check_same_shapes",
+    "load_model",
+    "parse_conv_layers",
+    "read_checkpoint",
+    "start_from",
+]

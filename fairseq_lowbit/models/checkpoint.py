@@ -1,0 +1,129 @@
+"""Reading checkpoints back into models, with messages that name what is wrong."""
+
+import argparse
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.models.architecture import Architecture
+from fairseq_lowbit.models.model import Hubert
+from fairseq_lowbit.precision import Precision
+
+StateDict = dict[str, Tensor]
+_LABELS = "label_embs_concat"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and the checkpoint it came from.
+
+    Attributes:
+        updates: training updates behind it.
+        has_final_projection: False when the checkpoint has no ``final_proj`` (a fine-tuned or
+            converted teacher); the model's own is then untrained.
+    """
+
+    model: Hubert
+    path: Path
+    updates: int
+    has_final_projection: bool
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A fairseq checkpoint as plain data, read without executing anything in it.
+
+    Raises:
+        LowbitError: the file is missing, truncated, of another kind, or holds objects that are
+            not plain data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LowbitError(f"checkpoint {path} does not exist")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise LowbitError(f"checkpoint {path} cannot be read safely: {reason}") from error
+    except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise LowbitError(f"checkpoint {path} is truncated or corrupt: {reason}") from error
+    if not isinstance(state, dict) or "model" not in state or not state.get("cfg"):
+        raise LowbitError(f"checkpoint {path} is not a fairseq checkpoint with cfg and model")
+    return state
+
+
+def load_model(path: str | Path) -> LoadedModel:
+    """Loads a checkpoint at its own shape and precision, in eval mode.
+
+    Raises:
+        LowbitError: see :func:`read_checkpoint` and :func:`check_same_shapes`.
+    """
+    state = read_checkpoint(path)
+    weights: StateDict = state["model"]
+    config = dict(state["cfg"]["model"])
+    precision = config.get("precision")
+    classes = weights["label_embs_concat"].shape[0] if "label_embs_concat" in weights else 0
+    model = Hubert(
+        Architecture.from_mapping(config),
+        classes,
+        Precision.from_mapping(precision) if precision else None,
+    )
+    has_final_projection = "final_proj.weight" in weights
+    if not has_final_projection:
+        own = model.final_proj.state_dict(prefix="final_proj.")
+        weights = {**weights, **own}
+    check_same_shapes(model, weights, path)
+    model.load_state_dict(weights)
+    history = state.get("optimizer_history") or [{}]
+    updates = int(history[-1].get("num_updates", 0))
+    return LoadedModel(model.eval(), Path(path), updates, has_final_projection)
+
+
+def start_from(model: Hubert, source: LoadedModel, role: str = "init_from") -> None:
+    """Copies ``source``'s weights into ``model``, whose precision may differ.
+
+    Quantizers are left out: scales belong to a bit width and are calibrated anew. So are label
+    embeddings that either side lacks.
+
+    Raises:
+        LowbitError: the shapes differ, with the first differing tensors.
+    """
+    weights = {k: v for k, v in source.model.state_dict().items() if not _is_optional(k)}
+    own = {k: v for k, v in model.state_dict().items() if not _is_optional(k)}
+    _check_names_and_shapes(own, weights, f"{role} {source.path}")
+    labels = source.model.state_dict().get(_LABELS)
+    if labels is not None and model.state_dict().get(_LABELS, labels[:0]).shape == labels.shape:
+        weights[_LABELS] = labels
+    model.load_state_dict(weights, strict=False)
+
+
+def check_same_shapes(model: nn.Module, weights: StateDict, path: str | Path) -> None:
+    """Raises LowbitError that names the first tensors that differ between model and checkpoint."""
+    _check_names_and_shapes(model.state_dict(), weights, f"checkpoint {path}")
+
+
+def _check_names_and_shapes(expected: StateDict, weights: StateDict, what: str) -> None:
+    differing = [
+        f"{name} is {tuple(weights[name].shape)} where {tuple(tensor.shape)} is wanted"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    differing += [f"{name} is missing" for name in expected if name not in weights]
+    differing += [f"{name} is unknown to the model" for name in weights if name not in expected]
+    if differing:
+        more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
+        raise LowbitError(
+            f"{what} is of another shape than the model: {'; '.join(differing[:3])}{more}. "
+            "Give the model the checkpoint's architecture, for example model=fastconv_tiny"
+        )
+
+
+def _is_optional(key: str) -> bool:
+    return key == _LABELS or "_quantizer." in key

@@ -1,0 +1,116 @@
+"""HuBERT: front-end, encoder, and the masked-prediction head."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fairseq_lowbit.models.architecture import Architecture, parse_conv_layers
+from fairseq_lowbit.models.encoder import Encoder
+from fairseq_lowbit.models.extractor import FeatureExtractor, output_lengths, padding_mask
+from fairseq_lowbit.nn import Linear, attach
+from fairseq_lowbit.precision import Plan, Precision
+
+
+@dataclass(frozen=True)
+class Frames:
+    """A batch on its way from the front-end to the encoder.
+
+    Attributes:
+        x: [batch, frames, channels].
+        padding_mask: [batch, frames], True at padding; None when every frame is valid.
+    """
+
+    x: Tensor
+    padding_mask: Tensor | None
+
+    def valid(self) -> Tensor:
+        """[batch, frames], True at valid frames."""
+        if self.padding_mask is None:
+            return torch.ones(self.x.shape[:2], dtype=torch.bool, device=self.x.device)
+        return ~self.padding_mask
+
+
+class Hubert(nn.Module):
+    """HuBERT of any shape and precision.
+
+    Args:
+        shape: see :class:`Architecture`.
+        classes: labels of the masked-prediction head; 0 leaves the label embeddings out.
+        precision: which operators are quantized; None for a float model.
+
+    ``plan`` is the resolved precision. State-dict keys are those of fairseq's HubertModel; the
+    quantizers add keys below the operator they belong to.
+
+    Raises:
+        LowbitError: an impossible shape or precision.
+    """
+
+    def __init__(
+        self, shape: Architecture, classes: int = 0, precision: Precision | None = None
+    ) -> None:
+        super().__init__()
+        shape.check()
+        self.shape = shape
+        self.conv_layers = parse_conv_layers(shape.conv_feature_layers)
+        channels, dim = self.conv_layers[-1][0], shape.encoder_embed_dim
+        final_dim = shape.final_dim or dim
+        self.feature_extractor = FeatureExtractor(
+            self.conv_layers, shape.extractor_mode, shape.conv_bias, shape.padding == "fairseq"
+        )
+        self.layer_norm = nn.LayerNorm(channels)
+        self.post_extract_proj = Linear(channels, dim) if channels != dim else None
+        self.dropout_input = nn.Dropout(shape.dropout_input)
+        self.mask_emb = nn.Parameter(torch.empty(dim).uniform_())
+        self.encoder = Encoder(shape)
+        self.final_proj = Linear(dim, final_dim)
+        if classes:
+            self.label_embs_concat = nn.Parameter(torch.empty(classes, final_dim).uniform_())
+        self.plan: Plan = attach(self, precision or Precision())
+
+    def extract(self, waveform: Tensor, lengths: Tensor | None = None) -> Frames:
+        """Front-end only.
+
+        Args:
+            waveform: [batch, samples] at 16 kHz.
+            lengths: [batch] valid samples; None when there is no padding.
+
+        Returns:
+            features [batch, frames, channels].
+        """
+        features = self.feature_extractor(waveform, lengths)
+        if lengths is None:
+            return Frames(features, None)
+        frames = output_lengths(lengths, self.conv_layers)
+        return Frames(features, padding_mask(frames, features.shape[1]))
+
+    def project(self, frames: Frames, mask: Tensor | None = None) -> Frames:
+        """Features to encoder inputs [batch, frames, dim]; ``mask`` [batch, frames] is True where
+        the mask embedding replaces them."""
+        x = self.layer_norm(frames.x)
+        if self.post_extract_proj is not None:
+            x = self.post_extract_proj(x)
+        x = self.dropout_input(x)
+        if mask is not None:
+            x = torch.where(mask[..., None], self.mask_emb.to(x.dtype), x)
+        return Frames(x, frames.padding_mask)
+
+    def hidden_states(
+        self, waveform: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Outputs of layers 1..L and the frame padding mask (None without padding)."""
+        frames = self.project(self.extract(waveform, lengths), mask)
+        _, outputs = self.encoder(frames.x, frames.padding_mask)
+        return outputs, frames.padding_mask
+
+    def label_logits(self, x: Tensor) -> Tensor:
+        """Cosine similarity to the label embeddings over the temperature: [..., dim] encoder
+        outputs -> [..., classes], fp32."""
+        return cosine_logits(self.final_proj(x), self.label_embs_concat, self.shape.logit_temp)
+
+
+def cosine_logits(projected: Tensor, label_embeddings: Tensor, temperature: float) -> Tensor:
+    """[..., final_dim] and [classes, final_dim] -> [..., classes], fp32 (HuBERT's eq. 3)."""
+    x = F.normalize(projected.float(), dim=-1)
+    return x @ F.normalize(label_embeddings.float(), dim=-1).T / temperature
