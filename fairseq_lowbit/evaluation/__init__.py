@@ -1,0 +1,1 @@
+"""Measuring models: quantizer health, teacher health, agreement with a teacher, word probes."""

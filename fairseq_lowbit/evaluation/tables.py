@@ -1,0 +1,117 @@
+"""Tables for people: the precision plan and the health of a model."""
+
+import re
+import sys
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fairseq_lowbit.evaluation.health import QuantizerHealth
+from fairseq_lowbit.precision import Plan, PlanEntry
+from fairseq_lowbit.precision.grammar import FLOAT_BITS
+from fairseq_lowbit.precision.plan import FLOAT_BYTES
+
+_LOG_WIDTH = 150
+
+
+def print_table(table: Table) -> None:
+    """As wide as the terminal; in a log wide enough that nothing is cut."""
+    Console(width=None if sys.stdout.isatty() else _LOG_WIDTH).print(table)
+
+
+def plan_table(plan: Plan) -> Table:
+    """The plan; rows that differ in their layer number only are one (``layers.{0-11}.fc1``)."""
+    table = Table(title=f"precision {plan.precision.name}", title_justify="left")
+    table.add_column("module", no_wrap=True)
+    for column in ("decided by", "method"):
+        table.add_column(column, overflow="fold")
+    for column in ("weight", "activation", "parameters", "kB"):
+        table.add_column(column, justify="right")
+    for names, entries in _folded(plan.entries):
+        first = entries[0]
+        table.add_row(
+            names,
+            first.rule,
+            first.method if first.granularity != "per_channel" else f"{first.method} per channel",
+            "-" if first.kind == "operand" else _bits(first.weight_bits),
+            _bits(first.activation_bits),
+            f"{sum(e.parameters for e in entries):,}",
+            f"{sum(e.bytes for e in entries) / 1e3:,.1f}",
+        )
+    other, other_kb = plan.other_parameters, plan.other_parameters * FLOAT_BYTES / 1e3
+    table.add_row("(norms, embeddings)", "", "none", "float", "-", f"{other:,}", f"{other_kb:,.1f}")
+    table.add_section()
+    sums = (f"{plan.parameters:,}", f"{plan.bytes / 1e3:,.1f}")
+    table.add_row("total stored (float parts at 16 bits)", "", "", "", "", *sums)
+    return table
+
+
+def health_table(record: dict[str, Any]) -> Table:
+    """One row per encoder layer of a health record (a line of ``health.jsonl``)."""
+    table = Table(title=f"health at update {record['update']}", title_justify="left")
+    for column in (
+        "layer",
+        "centred std",
+        "quantizers",
+        "SQNR dB (mean)",
+        "clipped (max)",
+        "levels used (min)",
+    ):
+        table.add_column(column, justify="right")
+    entries = [QuantizerHealth(**values) for values in record["quantizers"]]
+    rows: list[tuple[int | None, str]] = [
+        (layer, f"{value:.3f}") for layer, value in enumerate(record["centered_std"])
+    ]
+    if any(entry.layer is None for entry in entries):
+        rows.append((None, "-"))
+    for layer, std in rows:
+        members = [entry for entry in entries if entry.layer == layer]
+        table.add_row("other" if layer is None else str(layer + 1), std, *_health_cells(members))
+    return table
+
+
+def _health_cells(members: list[QuantizerHealth]) -> tuple[str, ...]:
+    if not members:
+        return ("0", "-", "-", "-")
+    return (
+        str(len(members)),
+        f"{sum(m.sqnr_db for m in members) / len(members):.1f}",
+        f"{max(m.clipped for m in members):.1%}",
+        f"{min(m.levels_used for m in members):.0%}",
+    )
+
+
+def _bits(bits: int) -> str:
+    return "float" if bits == FLOAT_BITS else str(bits)
+
+
+def _folded(entries: Iterable[PlanEntry]) -> list[tuple[str, list[PlanEntry]]]:
+    """Entries that differ in their layer number only, together, in the order of the first."""
+    groups: dict[tuple, list[PlanEntry]] = {}
+    for entry in entries:
+        pattern = re.sub(r"\.\d+\.", ".{}.", entry.module, count=1)
+        key = (
+            pattern,
+            entry.rule,
+            entry.method,
+            entry.weight_bits,
+            entry.activation_bits,
+            entry.granularity,
+        )
+        groups.setdefault(key, []).append(entry)
+    return [(_range_name(members), members) for members in groups.values()]
+
+
+def _range_name(members: list[PlanEntry]) -> str:
+    if len(members) == 1:
+        return members[0].module
+    numbers = sorted(int(re.search(r"\.(\d+)\.", e.module)[1]) for e in members)
+    runs = [
+        [number for _, number in run]
+        for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    ]
+    spans = ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+    return re.sub(r"\.\d+\.", f".{{{spans}}}.", members[0].module, count=1)
