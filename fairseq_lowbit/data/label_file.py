@@ -1,0 +1,74 @@
+"""Frame labels in fairseq's format: ``<split>.<ext>`` lines of symbols and ``dict.<ext>.txt``."""
+
+from pathlib import Path
+
+import numpy as np
+
+from fairseq_lowbit.errors import LowbitError
+
+# fairseq's Dictionary puts <s>, <pad>, </s> and <unk> first; its checkpoints count them as classes.
+SPECIAL_SYMBOLS = 4
+
+
+class LabelFile:
+    """Random access to the labels of each manifest line, read from disk when asked for.
+
+    Args:
+        path: one line of space-separated symbols per manifest line.
+        dictionary: lines of ``symbol count``.
+
+    Attributes:
+        classes: number of classes, fairseq's four special symbols included.
+
+    Raises:
+        LowbitError: a missing or empty file.
+    """
+
+    def __init__(self, path: str | Path, dictionary: str | Path) -> None:
+        self.path = Path(path)
+        self._index = read_dictionary(dictionary)
+        if not self.path.is_file():
+            raise LowbitError(f"label file {self.path} does not exist; {_HOW}")
+        with open(self.path, "rb") as file:
+            lengths = [len(line) for line in file]
+        if not lengths:
+            raise LowbitError(f"label file {self.path} is empty; {_HOW}")
+        self._offsets = np.concatenate([[0], np.cumsum(lengths)])
+
+    @property
+    def classes(self) -> int:
+        return SPECIAL_SYMBOLS + len(self._index)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, line: int) -> np.ndarray:
+        """Class numbers of one line, int64 [labels]."""
+        start, end = self._offsets[line], self._offsets[line + 1]
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            symbols = file.read(end - start).decode().split()
+        try:
+            return np.array([self._index[symbol] for symbol in symbols], dtype=np.int64)
+        except KeyError as error:
+            raise LowbitError(
+                f"{self.path} line {line + 1}: label {error} is not in the dictionary"
+            ) from error
+
+
+def read_dictionary(path: str | Path) -> dict[str, int]:
+    """Symbol -> class number, as fairseq numbers them.
+
+    Raises:
+        LowbitError: a missing or empty dictionary (HuBERT pre-training would fail silently).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LowbitError(f"label dictionary {path} does not exist; {_HOW}")
+    symbols = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    if not symbols:
+        raise LowbitError(f"label dictionary {path} is empty; {_HOW}")
+    return {symbol: SPECIAL_SYMBOLS + index for index, symbol in enumerate(symbols)}
+
+
+_HOW = "`fairseq-lowbit labels` makes MFCC k-means labels"

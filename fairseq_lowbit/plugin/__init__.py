@@ -1,0 +1,19 @@
+"""Everything that knows fairseq: tasks, criterions, models, optimizer, registration."""
+
+_registered = False
+
+
+def register() -> None:
+    """Registers this package's tasks, criterions, models and optimizer with fairseq.
+
+    Idempotent. Runs by itself under ``fairseq-hydra-train`` and with ``--user-dir``; call it before
+    ``fairseq.checkpoint_utils.load_model_ensemble_and_task`` in programs of your own.
+    """
+    global _registered
+    if _registered:
+        return
+    _registered = True
+    from fairseq_lowbit.plugin import compat
+
+    compat.apply()
+    from fairseq_lowbit.plugin import criterions, models, optimizer, tasks  # noqa: F401

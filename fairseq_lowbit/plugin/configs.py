@@ -1,0 +1,40 @@
+"""Composing this package's configurations outside of a training run."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+import fairseq_lowbit
+
+_PACKAGE = Path(fairseq_lowbit.__file__).parent
+
+
+def config_dir() -> Path:
+    """``config`` inside the installed package, or next to it in a checkout."""
+    installed = _PACKAGE / "config"
+    return installed if installed.is_dir() else _PACKAGE.parent / "config"
+
+
+def config_names() -> list[str]:
+    """Names for ``--config-name``."""
+    return sorted(path.stem for path in config_dir().glob("*.yaml"))
+
+
+def compose_config(name: str, overrides: list[str]) -> DictConfig:
+    """What ``fairseq-hydra-train --config-name NAME OVERRIDES`` composes from our files."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose(name, overrides)
+
+
+def model_group(name: str) -> dict[str, Any]:
+    """The values of ``config/model/<name>.yaml``, what it builds on included."""
+    values: dict[str, Any] = {}
+    raw = OmegaConf.to_container(OmegaConf.load(config_dir() / "model" / f"{name}.yaml"))
+    for base in raw.pop("defaults", []):
+        if base != "_self_":
+            values |= model_group(base)
+    return values | raw

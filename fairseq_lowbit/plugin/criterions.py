@@ -1,0 +1,143 @@
+"""fairseq criterions: label-free distillation and HuBERT's masked prediction."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.dataclass import FairseqDataclass
+from fairseq.logging import metrics
+from torch import Tensor
+from torch.nn import functional as F
+
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.models import Hubert
+from fairseq_lowbit.models.extractor import output_lengths
+from fairseq_lowbit.models.masking import span_mask
+from fairseq_lowbit.plugin.dataset import NO_LABEL
+
+
+@dataclass
+class LowbitKdConfig(FairseqDataclass):
+    final_weight: float = field(default=1.0, metadata={"help": "weight of the final output term"})
+    layer_weight: float = field(default=1.0, metadata={"help": "weight of the layer output term"})
+    attention_weight: float = field(default=1.0, metadata={"help": "weight of the attention term"})
+    attention: str = field(
+        default="probabilities", metadata={"help": "compare probabilities or row-centred scores"}
+    )
+    mask: bool = field(default=False, metadata={"help": "mask the same frames in both models"})
+
+
+@dataclass
+class LowbitHubertCriterionConfig(FairseqDataclass):
+    feature_penalty: float = field(
+        default=10.0, metadata={"help": "weight of the mean squared front-end feature"}
+    )
+
+
+class _FrameCriterion(FairseqCriterion):
+    """A loss that is a mean over frames, handed to fairseq as sum and number of frames."""
+
+    @staticmethod
+    def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
+        totals = {key: sum(log[key] for log in logging_outputs) for key in logging_outputs[0]}
+        size = totals["sample_size"]
+        for key, total in totals.items():
+            if key.startswith("loss"):
+                metrics.log_scalar(key, total / size, size, round=4)
+        if "correct" in totals:
+            metrics.log_scalar("accuracy", totals["correct"] / size, size, round=4)
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        return True
+
+
+@register_criterion("lowbit_kd", dataclass=LowbitKdConfig)
+class LowbitKdCriterion(_FrameCriterion):
+    """L = w_y MSE(y) + w_o mean_i MSE(o_i) + w_a mean_i E(a_i); see docs/numerics.md."""
+
+    def __init__(self, task: Any, cfg: LowbitKdConfig) -> None:
+        super().__init__(task)
+        if cfg.attention not in ("probabilities", "scores"):
+            raise LowbitError(
+                f"criterion.attention {cfg.attention!r}; allowed are probabilities, scores"
+            )
+        if not hasattr(task, "teacher"):
+            raise LowbitError("criterion lowbit_kd needs task lowbit_distillation")
+        self.weights = (cfg.final_weight, cfg.layer_weight, cfg.attention_weight)
+        self.attention, self.mask = cfg.attention, cfg.mask
+
+    @classmethod
+    def build_criterion(cls, cfg: LowbitKdConfig, task: Any) -> "LowbitKdCriterion":
+        return cls(task, cfg)
+
+    def forward(
+        self, model: torch.nn.Module, sample: dict[str, Any], reduce: bool = True
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        mask = draw_mask(self.task.model, sample) if self.mask else None
+        teacher = self.task.teacher
+        terms, frames = model(
+            sample["waveform"],
+            sample["lengths"],
+            mask,
+            teacher=teacher.model,
+            attention=self.attention,
+        )
+        weights = self.weights
+        if not teacher.has_final_projection:
+            weights = (0.0, *weights[1:])
+        loss = sum(weight * term for weight, term in zip(weights, terms, strict=True)) * frames
+        logged = {f"loss_{k}": (term * frames).detach() for k, term in terms._asdict().items()}
+        return loss, frames, {"loss": loss.detach(), "sample_size": frames, **logged}
+
+
+@register_criterion("lowbit_hubert", dataclass=LowbitHubertCriterionConfig)
+class LowbitHubertCriterion(_FrameCriterion):
+    """Cross-entropy over the labels of masked frames, plus HuBERT's feature penalty."""
+
+    def __init__(self, task: Any, feature_penalty: float) -> None:
+        super().__init__(task)
+        if not getattr(task, "label_classes", 0):
+            raise LowbitError("criterion lowbit_hubert needs task lowbit_pretraining with labels")
+        self.feature_penalty = feature_penalty
+
+    def forward(
+        self, model: torch.nn.Module, sample: dict[str, Any], reduce: bool = True
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        mask = draw_mask(self.task.model, sample)
+        targets = frame_targets(sample["targets"][0], mask.shape[1], self.task.label_ratio)
+        predict = mask & (targets != NO_LABEL)
+        logits, penalty = model(sample["waveform"], sample["lengths"], mask, predict)
+        targets = targets[predict]
+        frames = torch.tensor(max(len(targets), 1), device=logits.device)
+        cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
+        penalty = self.feature_penalty * penalty * frames
+        correct = (logits.argmax(-1) == targets).sum()
+        loss = cross_entropy + penalty
+        return (
+            loss,
+            frames,
+            {
+                "loss": loss.detach(),
+                "loss_masked": cross_entropy.detach(),
+                "loss_features": penalty.detach(),
+                "correct": correct,
+                "sample_size": frames,
+            },
+        )
+
+
+def draw_mask(model: Hubert, sample: dict[str, Any]) -> Tensor:
+    """Span mask [batch, frames] for a batch, on its device."""
+    lengths = output_lengths(torch.tensor(sample["sizes"]), model.conv_layers)
+    shape = model.shape
+    mask = span_mask(lengths, int(lengths.max()), shape.mask_prob, shape.mask_length)
+    return mask.to(sample["waveform"].device, non_blocking=True)
+
+
+def frame_targets(targets: Tensor, frames: int, labels_per_frame: float) -> Tensor:
+    """[batch, labels] at the label rate -> [batch, frames], NO_LABEL where labels run out."""
+    index = (torch.arange(frames, device=targets.device) * labels_per_frame).long()
+    padded = F.pad(targets, (0, max(0, int(index[-1]) + 1 - targets.shape[1])), value=NO_LABEL)
+    return padded[:, index]

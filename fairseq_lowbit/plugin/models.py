@@ -1,0 +1,121 @@
+"""fairseq models: the float and the quantized HuBERT, each at tiny and base size."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fairseq.dataclass import FairseqDataclass
+from fairseq.models import BaseFairseqModel, register_model, register_model_architecture
+from fairseq.modules import GradMultiply
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from fairseq_lowbit.distillation import DistillationTerms, distill
+from fairseq_lowbit.models import Architecture, Hubert
+from fairseq_lowbit.models.model import Frames
+from fairseq_lowbit.nn.attention import AttentionMap
+from fairseq_lowbit.plugin.configs import model_group
+from fairseq_lowbit.precision import Precision
+
+
+@dataclass
+class HubertFastConvConfig(Architecture, FairseqDataclass):
+    """A float HuBERT; the defaults are HuBERT-FastConv at base size."""
+
+
+@dataclass
+class LowbitHubertConfig(HubertFastConvConfig):
+    """A HuBERT with quantizers where ``precision`` puts them."""
+
+    precision: Precision = field(
+        default_factory=Precision, metadata={"help": "name of the precision and its rules"}
+    )
+
+
+@register_model("hubert_fastconv", dataclass=HubertFastConvConfig)
+class HubertFastConvModel(Hubert, BaseFairseqModel):
+    """:class:`Hubert` under fairseq's trainer."""
+
+    @classmethod
+    def build_model(cls, cfg: Any, task: Any) -> "HubertFastConvModel":
+        is_config = OmegaConf.is_config(cfg)
+        values = OmegaConf.to_container(cfg, resolve=True) if is_config else vars(cfg)
+        precision = values.get("precision")
+        return cls(
+            Architecture.from_mapping(values),
+            getattr(task, "label_classes", 0),
+            Precision.from_mapping(precision) if precision else None,
+        )
+
+    def forward(
+        self,
+        waveform: Tensor,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        predict: Tensor | None = None,
+        teacher: Hubert | None = None,
+        attention: AttentionMap = "probabilities",
+    ) -> tuple[Tensor, Tensor] | tuple[DistillationTerms, Tensor]:
+        """What a criterion needs, in one call, because DistributedDataParallel only sees forward.
+
+        With ``teacher``: the terms of :func:`distill`. Else masked prediction: logits
+        [predicted frames, classes] of the frames where ``predict`` [batch, frames] is True, and
+        the mean squared front-end feature (HuBERT's feature penalty).
+        """
+        if teacher is not None:
+            return distill(teacher, self, waveform, lengths, mask, attention)
+        frames, penalty = self._extract_for_training(waveform, lengths)
+        frames = self.project(frames, mask)
+        x, _ = self.encoder(frames.x, frames.padding_mask)
+        return self.label_logits(x[predict]), penalty
+
+    def _extract_for_training(
+        self, waveform: Tensor, lengths: Tensor | None
+    ) -> tuple[Frames, Tensor]:
+        factor = self.shape.feature_grad_mult
+        with torch.set_grad_enabled(factor > 0 and torch.is_grad_enabled()):
+            frames = self.extract(waveform, lengths)
+        penalty = frames.x.float().square().mean()
+        if factor in (0, 1):
+            return frames, penalty
+        return Frames(GradMultiply.apply(frames.x, factor), frames.padding_mask), penalty
+
+    def extract_features(
+        self,
+        source: Tensor,
+        padding_mask: Tensor | None = None,
+        mask: bool = False,
+        output_layer: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """fairseq's interface: ``source`` [batch, samples] and ``padding_mask`` [batch, samples] to
+        the output of layer ``output_layer`` (1-based; None: the encoder's) and a frame mask."""
+        if mask:
+            raise ValueError("extract_features does not mask; use forward in pre-training")
+        lengths = None if padding_mask is None else (~padding_mask).sum(1)
+        frames = self.project(self.extract(source, lengths))
+        x, outputs = self.encoder(frames.x, frames.padding_mask)
+        return (x if output_layer is None else outputs[output_layer - 1]), frames.padding_mask
+
+    def max_positions(self) -> None:
+        return None
+
+
+@register_model("lowbit_hubert", dataclass=LowbitHubertConfig)
+class LowbitHubertModel(HubertFastConvModel):
+    """The quantized HuBERT."""
+
+
+def _from_group(name: str) -> Callable[[Any], None]:
+    """An architecture function that fills in what ``config/model/<name>.yaml`` says."""
+
+    def fill_in(args: Any) -> None:
+        for key, value in model_group(name).items():
+            setattr(args, key, getattr(args, key, value))
+
+    return fill_in
+
+
+for _model in ("hubert_fastconv", "lowbit_hubert"):
+    for _size in ("tiny", "base"):
+        register_model_architecture(_model, f"{_model}_{_size}")(_from_group(f"fastconv_{_size}"))

@@ -1,0 +1,74 @@
+"""Adam with own rates for quantizer scales and shifts, as ratios of the main rate."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fairseq.dataclass import FairseqDataclass
+from fairseq.optim import FairseqOptimizer, register_optimizer
+from omegaconf import II
+
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.quantization.elastic import SCALE_GROUP, SHIFT_GROUP
+
+
+@dataclass
+class LowbitAdamConfig(FairseqDataclass):
+    adam_betas: list[float] = field(
+        default_factory=lambda: [0.9, 0.98], metadata={"help": "betas of Adam"}
+    )
+    adam_eps: float = field(default=1e-6, metadata={"help": "epsilon of Adam"})
+    weight_decay: float = field(
+        default=0.01, metadata={"help": "decoupled decay; quantizer parameters have none"}
+    )
+    scale_lr_ratio: float = field(
+        default=1.0, metadata={"help": "rate of log scales relative to optimization.lr"}
+    )
+    shift_lr_ratio: float = field(
+        default=1.0, metadata={"help": "rate of shifts relative to optimization.lr"}
+    )
+    lr: list[float] = II("optimization.lr")
+
+
+@register_optimizer("lowbit_adam", dataclass=LowbitAdamConfig)
+class LowbitAdam(FairseqOptimizer):
+    """AdamW over three parameter groups: weights, quantizer scales, quantizer shifts.
+
+    Any fairseq scheduler drives it: a rate it sets is multiplied by each group's ratio.
+    """
+
+    def __init__(self, cfg: LowbitAdamConfig, params: list[torch.nn.Parameter]) -> None:
+        super().__init__(cfg)
+        groups: dict[str, list] = {"weights": [], SCALE_GROUP: [], SHIFT_GROUP: []}
+        for param in params:
+            groups[getattr(param, "param_group", "weights")].append(param)
+        if len(params) == 1 and params[0].dim() == 1:
+            raise LowbitError(
+                "lowbit_adam got one flat parameter: set common.fp16_no_flatten_grads=true"
+            )
+        ratios = {SCALE_GROUP: cfg.scale_lr_ratio, SHIFT_GROUP: cfg.shift_lr_ratio}
+        self._optimizer = torch.optim.AdamW(
+            [
+                {
+                    "params": members,
+                    "lr_ratio": ratios.get(name, 1.0),
+                    "weight_decay": 0.0 if name in ratios else cfg.weight_decay,
+                }
+                for name, members in groups.items()
+                if members
+            ],
+            **self.optimizer_config,
+        )
+
+    @property
+    def optimizer_config(self) -> dict[str, Any]:
+        """What a resumed run takes from the configuration instead of the checkpoint."""
+        return {
+            "lr": self.cfg.lr[0],
+            "betas": tuple(self.cfg.adam_betas),
+            "eps": self.cfg.adam_eps,
+        }
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.param_groups:
+            group["lr"] = lr * group["lr_ratio"]

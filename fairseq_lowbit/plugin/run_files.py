@@ -1,0 +1,91 @@
+"""What a run leaves beside its checkpoints: the precision plan, health records, skipped files."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from fairseq_lowbit.data.manifest import atomic_write
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.evaluation.health import Health
+from fairseq_lowbit.evaluation.tables import health_table, plan_table, print_table
+from fairseq_lowbit.precision import Plan
+
+PLAN_FILE = "precision_plan.json"
+HEALTH_FILE = "health.jsonl"
+UNUSABLE_FILE = "skipped_files.tsv"
+LAST_CHECKPOINT = "checkpoint_last.pt"
+
+
+class RunFiles:
+    """Writes into one run's folder, from the first process only."""
+
+    def __init__(self, folder: Path, tensorboard_logdir: str | None) -> None:
+        self.folder = folder
+        self._writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        self.last_health: int | None = None
+        self._tensorboard_logdir = tensorboard_logdir
+        self._writer = None
+
+    @property
+    def unusable_path(self) -> Path:
+        return self.folder / UNUSABLE_FILE
+
+    def refuse_other_plan(self, plan: Plan) -> None:
+        """Raises LowbitError when the folder holds a run of another precision."""
+        path = self.folder / PLAN_FILE
+        if not path.is_file() or not (self.folder / LAST_CHECKPOINT).is_file():
+            return
+        stored = json.loads(path.read_text())["precision"]
+        if stored != plan.precision.to_mapping():
+            raise LowbitError(
+                f"{self.folder.resolve()} holds a run of precision {stored['name']} with "
+                f"{len(stored['rules'])} rules, not this one ({plan.precision.name}, "
+                f"{len(plan.precision.rules)} rules): give this run a hydra.run.dir of its own"
+            )
+
+    def write_plan(self, plan: Plan) -> None:
+        if not self._writes:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.folder / PLAN_FILE) as file:
+            json.dump(plan.to_mapping(), file, indent=1)
+        print_table(plan_table(plan))
+
+    def write_health(self, update: int, health: Health) -> None:
+        self.last_health = update
+        if not self._writes:
+            return
+        with open(self.folder / HEALTH_FILE, "a") as file:
+            file.write(json.dumps({"update": update, **health.to_mapping()}) + "\n")
+        if self._tensorboard_logdir:
+            self._write_tensorboard(update, health)
+
+    def write_unusable(self, unusable: dict[str, str]) -> None:
+        if not self._writes:
+            return
+        with atomic_write(self.unusable_path) as file:
+            file.writelines(f"{name}\t{reason}\n" for name, reason in unusable.items())
+
+    def _write_tensorboard(self, update: int, health: Health) -> None:
+        if self._writer is None:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(Path(self._tensorboard_logdir) / "health"))
+        for layer, value in enumerate(health.centered_std, 1):
+            self._writer.add_scalar(f"centered_std/layer{layer}", value, update)
+        for entry in health.quantizers:
+            for key in ("sqnr_db", "clipped", "levels_used"):
+                self._writer.add_scalar(f"{key}/{entry.name}", getattr(entry, key), update)
+        self._writer.flush()
+
+
+def print_summary(folder: Path) -> None:
+    """The short table at the end of a run, from its last health record; nothing without one."""
+    path = folder / HEALTH_FILE
+    if path.is_file():
+        print_table(health_table(json.loads(path.read_text().splitlines()[-1])))
+    skipped = folder / UNUSABLE_FILE
+    if skipped.is_file():
+        names = skipped.read_text().splitlines()
+        print(f"{len(names)} unusable files were skipped, listed in {skipped}; first: {names[0]}")

@@ -1,0 +1,273 @@
+"""fairseq tasks: HuBERT pre-training and label-free distillation, float or quantized."""
+
+import logging
+import math
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq.dataclass import FairseqDataclass
+from fairseq.tasks import FairseqTask, register_task
+from omegaconf import II
+
+from fairseq_lowbit.data.label_file import LabelFile
+from fairseq_lowbit.data.manifest import check_manifest, read_manifest
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.evaluation.health import measure_health, refuse_collapsed
+from fairseq_lowbit.models import Hubert, LoadedModel, load_model, start_from
+from fairseq_lowbit.models.extractor import receptive_field
+from fairseq_lowbit.nn import calibrate, is_calibrated
+from fairseq_lowbit.plugin.dataset import AudioOptions, SpeechDataset
+from fairseq_lowbit.plugin.run_files import RunFiles
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class CalibrationConfig:
+    batches: int = field(default=4, metadata={"help": "batches of the calibration pass"})
+    batch_size: int = field(default=4, metadata={"help": "utterances per batch"})
+    max_seconds: float = field(default=10.0, metadata={"help": "longest cut of an utterance"})
+    seed: int = field(default=1, metadata={"help": "which utterances"})
+
+
+@dataclass
+class SpeechTaskConfig(FairseqDataclass):
+    data: str | None = field(default=None, metadata={"help": "folder of the manifests"})
+    sample_rate: int = field(default=16_000, metadata={"help": "rate of the audio in Hz"})
+    normalize: bool = field(
+        default=False, metadata={"help": "zero mean, unit variance per utterance"}
+    )
+    pad_audio: bool = field(
+        default=False, metadata={"help": "pad a batch to its longest instead of cutting it"}
+    )
+    random_crop: bool = field(default=True, metadata={"help": "cut at a random place"})
+    min_sample_size: int | None = field(
+        default=None, metadata={"help": "leave out shorter utterances, in samples"}
+    )
+    max_keep_size: int | None = field(
+        default=None, metadata={"help": "leave out longer utterances, in samples"}
+    )
+    max_sample_size: int | None = field(
+        default=250_000, metadata={"help": "cut utterances to this many samples"}
+    )
+    max_unusable: float = field(
+        default=0.05, metadata={"help": "share of unusable files at which a run gives up"}
+    )
+    health_interval: int = field(
+        default=200, metadata={"help": "updates between health records; 0: none"}
+    )
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    output_dir: str = II("checkpoint.save_dir")
+    tensorboard_logdir: str | None = II("common.tensorboard_logdir")
+    train_subset: str = II("dataset.train_subset")
+    seed: int = II("common.seed")
+
+
+@dataclass
+class LowbitPretrainingConfig(SpeechTaskConfig):
+    labels: list[str] = field(
+        default_factory=lambda: ["km"], metadata={"help": "extension of the label files"}
+    )
+    label_dir: str | None = field(default=None, metadata={"help": "default: the data folder"})
+    label_rate: float = field(default=50.0, metadata={"help": "labels per second"})
+    init_from: str | None = field(default=None, metadata={"help": "checkpoint to start from"})
+
+
+@dataclass
+class LowbitDistillationConfig(SpeechTaskConfig):
+    teacher: str | None = field(
+        default=None, metadata={"help": "checkpoint of the teacher, float or quantized"}
+    )
+    init_from: str | None = field(
+        default=None, metadata={"help": "checkpoint the student starts from; default: the teacher"}
+    )
+
+
+class _SpeechTask(FairseqTask):
+    """What both tasks share: data, calibration, health, and the guards of a long run."""
+
+    cfg: SpeechTaskConfig
+    label_classes = 0
+
+    def __init__(self, cfg: SpeechTaskConfig) -> None:
+        super().__init__(cfg)
+        if not cfg.data:
+            raise LowbitError("task.data is not set: name the folder with train.tsv and valid.tsv")
+        self.model: Hubert | None = None
+        self.files = RunFiles(Path(cfg.output_dir), cfg.tensorboard_logdir)
+        self.unusable: dict[str, str] = {}
+        self._health_batch: torch.Tensor | None = None
+
+    @property
+    def source_dictionary(self) -> None:
+        return None
+
+    target_dictionary = source_dictionary
+
+    def max_positions(self) -> None:
+        return None
+
+    def filter_indices_by_size(self, indices, *args, **kwargs):
+        return indices
+
+    def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Hubert:
+        self.model = super().build_model(cfg, from_checkpoint)
+        if not from_checkpoint:
+            self._initialize(self.model)
+        if not from_checkpoint:
+            self.files.refuse_other_plan(self.model.plan)
+            self.files.write_plan(self.model.plan)
+        return self.model
+
+    def _initialize(self, model: Hubert) -> None:
+        """Weights to start from, before any checkpoint of this run is loaded."""
+        if self.cfg.init_from:
+            start_from(model, load_model(self.cfg.init_from))
+
+    def load_dataset(self, split: str, **kwargs: Any) -> None:
+        manifest = read_manifest(Path(self.cfg.data) / f"{split}.tsv")
+        for message in check_manifest(manifest, self.cfg.sample_rate):
+            logger.warning(f"{manifest.path}: {message}")
+        labels = self.load_labels(split)
+        rate = getattr(self.cfg, "label_rate", 50.0)
+        self.datasets[split] = SpeechDataset(manifest, self._audio_options(), labels, rate)
+        # fairseq loads the training split after the checkpoint and before the optimizer: here, and
+        # only here, a new run calibrates and a resumed one does not.
+        if split == self.cfg.train_subset and self.model is not None:
+            self._prepare_training(self.datasets[split])
+
+    def load_labels(self, split: str) -> tuple[LabelFile, ...]:
+        return ()
+
+    def _audio_options(self) -> AudioOptions:
+        cfg = self.cfg
+        needed = 400 if self.model is None else receptive_field(self.model.conv_layers)
+        return AudioOptions(
+            sample_rate=cfg.sample_rate,
+            normalize=cfg.normalize,
+            pad_audio=cfg.pad_audio,
+            random_crop=cfg.random_crop,
+            min_size=max(needed, cfg.min_sample_size or 0),
+            max_keep=cfg.max_keep_size,
+            max_size=cfg.max_sample_size,
+            seed=cfg.seed,
+        )
+
+    def _prepare_training(self, dataset: SpeechDataset) -> None:
+        """Calibration batches are the same on every process: chosen by seed, not by rank."""
+        parameter = next(self.model.parameters())
+        batches = [
+            batch.to(parameter.device, parameter.dtype) for batch in self._fixed_batches(dataset)
+        ]
+        self._health_batch = batches[0]
+        if not is_calibrated(self.model):
+            logger.info(f"calibrating on {len(batches)} batches")
+            calibrate(self.model, batches, self.model.hidden_states)
+
+    def _fixed_batches(self, dataset: SpeechDataset) -> list[torch.Tensor]:
+        config = self.cfg.calibration
+        generator = random.Random(config.seed)
+        count = min(config.batch_size, len(dataset))
+        return [
+            dataset.unpadded_batch(
+                generator.sample(range(len(dataset)), count),
+                int(config.max_seconds * self.cfg.sample_rate),
+            )["waveform"]
+            for _ in range(config.batches)
+        ]
+
+    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
+        self._account_for(sample["unusable"])
+        loss, size, logged = super().train_step(
+            sample, model, criterion, optimizer, update_num, ignore_grad
+        )
+        if not math.isfinite(float(loss)):
+            raise LowbitError(self._describe_divergence(sample, logged, update_num))
+        interval = self.cfg.health_interval
+        # Once per update, although micro-batches of one update share its number.
+        if interval and update_num % interval == 0 and update_num != self.files.last_health:
+            self.files.write_health(update_num, measure_health(self.model, self._health_batch))
+        return loss, size, logged
+
+    def _account_for(self, unusable: list[tuple[str, str]]) -> None:
+        for name, reason in unusable:
+            if name not in self.unusable:
+                self.unusable[name] = reason
+                logger.warning(f"skipped unusable file {reason} ({len(self.unusable)} so far)")
+                self.files.write_unusable(self.unusable)
+        total = len(self.datasets[self.cfg.train_subset])
+        if len(self.unusable) > max(1.0, self.cfg.max_unusable * total):
+            raise LowbitError(
+                f"{len(self.unusable)} of {total} training files are unusable, listed in "
+                f"{self.files.unusable_path}; repair the data or raise task.max_unusable"
+            )
+
+    def _describe_divergence(self, sample: dict, logged: dict, update_num: int) -> str:
+        terms = ", ".join(f"{k} {float(v):.4g}" for k, v in logged.items() if k.startswith("loss"))
+        return (
+            f"the loss is not finite at update {update_num} ({terms}); files of the batch: "
+            f"{', '.join(sample['names'][:4])}. checkpoint_last.pt holds the last good state: "
+            "lower optimization.lr or leave those files out, and run the same command to resume"
+        )
+
+
+@register_task("lowbit_pretraining", dataclass=LowbitPretrainingConfig)
+class LowbitPretrainingTask(_SpeechTask):
+    """Masked prediction of frame labels (HuBERT), for teachers and for quantized students."""
+
+    cfg: LowbitPretrainingConfig
+
+    def __init__(self, cfg: LowbitPretrainingConfig) -> None:
+        super().__init__(cfg)
+        if len(cfg.labels) != 1:
+            raise LowbitError(f"task.labels {list(cfg.labels)}: give exactly one label set")
+        self.label_classes = self.load_labels(cfg.train_subset)[0].classes
+
+    @property
+    def label_ratio(self) -> float:
+        """Labels per frame."""
+        stride = math.prod(stride for _, _, stride in self.model.conv_layers)
+        return self.cfg.label_rate * stride / self.cfg.sample_rate
+
+    def load_labels(self, split: str) -> tuple[LabelFile, ...]:
+        folder = Path(self.cfg.label_dir or self.cfg.data)
+        return tuple(
+            LabelFile(folder / f"{split}.{label}", folder / f"dict.{label}.txt")
+            for label in self.cfg.labels
+        )
+
+
+@register_task("lowbit_distillation", dataclass=LowbitDistillationConfig)
+class LowbitDistillationTask(_SpeechTask):
+    """Distillation without labels from a frozen teacher of the student's shape.
+
+    ``teacher`` belongs to the task and not to any module, so it is never saved with the student.
+    """
+
+    cfg: LowbitDistillationConfig
+
+    def __init__(self, cfg: LowbitDistillationConfig) -> None:
+        super().__init__(cfg)
+        if not cfg.teacher:
+            raise LowbitError("task.teacher is not set: name the teacher's checkpoint")
+        self.teacher: LoadedModel = load_model(cfg.teacher)
+        self.teacher.model.requires_grad_(False)
+        if not self.teacher.has_final_projection:
+            logger.info(f"teacher {cfg.teacher} has no final_proj: the final term is off")
+
+    def _initialize(self, model: Hubert) -> None:
+        start_from(model, self.teacher, role="teacher")
+        if self.cfg.init_from:
+            start_from(model, load_model(self.cfg.init_from))
+        if not model.plan.quantizes("feature_extractor."):
+            model.feature_extractor.requires_grad_(False)
+
+    def _prepare_training(self, dataset: SpeechDataset) -> None:
+        parameter = next(self.model.parameters())
+        self.teacher.model.to(parameter.device, parameter.dtype)
+        super()._prepare_training(dataset)
+        health = measure_health(self.teacher.model, self._health_batch)
+        refuse_collapsed(health.centered_std, self.cfg.teacher)
