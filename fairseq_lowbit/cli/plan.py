@@ -1,0 +1,50 @@
+"""``fairseq-lowbit plan``: the resolved precision of a configuration, without training."""
+
+import argparse
+import json
+
+import torch
+from omegaconf import OmegaConf
+
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.evaluation.tables import plan_table, print_table
+from fairseq_lowbit.models import Architecture, Hubert
+from fairseq_lowbit.plugin.configs import compose_config, config_names
+from fairseq_lowbit.precision import Plan, Precision
+
+HELP = "print which module gets how many bits, and what it stores"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="a configuration (bitla_w1a1) or any precision (bitla_w3a5)")
+    parser.add_argument(
+        "overrides", nargs="*", help="Hydra overrides, for example model=fastconv_tiny"
+    )
+    parser.add_argument("--json", action="store_true", help="the whole plan as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    plan = plan_for(args.name, args.overrides)
+    if args.json:
+        print(json.dumps(plan.to_mapping(), indent=1))
+    else:
+        print_table(plan_table(plan))
+    return 0
+
+
+def plan_for(name: str, overrides: list[str]) -> Plan:
+    """The plan of a configuration name, or of a precision name at base size.
+
+    Raises:
+        LowbitError: see :func:`fairseq_lowbit.precision.resolve_plan`.
+    """
+    if name not in config_names():
+        overrides = [f"model.precision.name={name}", *overrides]
+        name = "hubert_fastconv"
+    config = OmegaConf.to_container(compose_config(name, overrides).model)
+    try:
+        precision = Precision.from_mapping(config["precision"])
+    except TypeError as error:
+        raise LowbitError(f"model.precision: {error}") from error
+    with torch.device("meta"):
+        return Hubert(Architecture.from_mapping(config), precision=precision).plan
