@@ -31,7 +31,6 @@ INSTALL_REQUIRES = [
     "rich",
     "tqdm",
     "tensorboardX",
-    "editdistance",  # imported, not declared, by fairseq's CTC criterion when it validates
 ]
 
 EXTRAS_REQUIRE = {
@@ -39,7 +38,7 @@ EXTRAS_REQUIRE = {
     "demo": ["espeakng-loader"],
     # What the SUPERB tasks of s3prl import and s3prl does not declare; s3prl itself is used from
     # its source tree, because its published package lacks task configs and vocabularies.
-    "superb": ["h5py", "librosa", "pandas", "sox", "tensorboard"],
+    "superb": ["editdistance", "h5py", "librosa", "pandas", "sox", "tensorboard"],
     "hf": ["transformers", "safetensors"],
     # Engines that our measured times are compared with.
     "bench": ["onnxruntime", "openvino"],

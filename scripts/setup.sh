@@ -101,19 +101,21 @@ install_everything() {
         "${pip[@]}" "${torch[@]}"
     fi
     write_pins >"$scratch/pins.txt"
-    # Without isolation: a build in an environment of its own would download torch a second time.
-    pip+=(--quiet --no-build-isolation -c "$scratch/pins.txt")
+    pip+=(--quiet -c "$scratch/pins.txt")
 
+    # --no-build-isolation: building in an environment of its own would download torch once more.
     "${pip[@]}" setuptools wheel
-    if ! has_module fairseq; then
+    if has_module fairseq; then
+        say "keeping the fairseq that is there (should pip miss fairseq-fixed, let it)"
+    else
         "${pip[@]}" numpy cython
         say "installing fairseq, built from source the first time (2 to 5 minutes)"
-        "${pip[@]}" fairseq-fixed || fail "fairseq-fixed did not install: it needs a C++ compiler" \
-            "and Python's headers (on Debian and Ubuntu: g++ python3-dev)"
+        "${pip[@]}" --no-build-isolation fairseq-fixed || fail "fairseq-fixed did not install: it" \
+            "needs a C++ compiler and Python's headers (on Debian and Ubuntu: g++ python3-dev)"
     fi
 
     say "installing fairseq-lowbit (editable) and what it needs"
-    "${pip[@]}" --no-deps --editable .
+    "${pip[@]}" --no-build-isolation --no-deps --editable .
     write_requirements >"$scratch/requirements.txt"
     "${pip[@]}" -r "$scratch/requirements.txt"
 }
