@@ -25,7 +25,8 @@ from fairseq_lowbit import __version__
 HELP = "check the installation; every problem comes with its mend"
 
 PRIMARY_CONFIG = "bitla_w1a1"
-PACKAGE_DIR = Path(__file__).resolve().parents[1]
+# Not resolved: setuptools' strict editable installs link each file, and the links are the package.
+PACKAGE_DIR = Path(__file__).absolute().parents[1]
 SEARCHPATH_MODULE = "hydra_plugins.fairseq_lowbit_searchpath"
 
 # Optional modules and what they are for.
@@ -82,7 +83,7 @@ def check_torch() -> Finding:
     try:
         import torch
     except ImportError as error:
-        mend = "pip install -c constraints.txt torch"
+        mend = "pip install torch; constraints.txt names the version that was tested"
         problem = Problem(f"torch cannot be imported: {error}", mend)
         return Finding("torch", ("not importable",), (problem,))
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
@@ -93,7 +94,7 @@ def check_fairseq() -> Finding:
     """Which distribution the module ``fairseq`` comes from; whether its command is this one's."""
     spec = find_spec("fairseq")
     if spec is None or spec.origin is None:
-        mend = "bash scripts/setup.sh; or pip install fairseq-fixed, which is built from source"
+        mend = "bash scripts/setup.sh; or pip install fairseq-fixed, which builds from source"
         return Finding("fairseq", ("absent",), (Problem("there is no module fairseq", mend),))
     distributions = [
         f"{name} {found}"
@@ -129,7 +130,7 @@ def check_hydra() -> Finding:
     if not (directory / f"{PRIMARY_CONFIG}.yaml").is_file():
         mend = "install again: pip install --force-reinstall --no-deps, of a wheel or of -e ."
         problems.append(Problem(f"{directory} holds no {PRIMARY_CONFIG}.yaml", mend))
-    if directory.resolve().parent not in (PACKAGE_DIR, PACKAGE_DIR.parent):
+    if not any(directory.parent.samefile(place) for place in (PACKAGE_DIR, PACKAGE_DIR.parent)):
         what = f"Hydra takes the configs of another copy of fairseq_lowbit than {PACKAGE_DIR}"
         problems.append(
             Problem(what, "pip uninstall fairseq-lowbit, then install the copy you mean")
@@ -145,7 +146,7 @@ def check_registration() -> Finding:
         problem = Problem(
             f"fairseq_lowbit does not register: {type(error).__name__}: {error}",
             "if this comes from fairseq: pip uninstall fairseq fairseq-fixed, then "
-            "bash scripts/setup.sh; else pip install -c constraints.txt -e .",
+            "bash scripts/setup.sh; else install again: pip install -e .",
         )
         return Finding("registration", ("failed",), (problem,))
     lines = tuple(f"{kind}: {', '.join(found) or 'none'}" for kind, found in names.items())

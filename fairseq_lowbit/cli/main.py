@@ -34,7 +34,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
         epilog="Training itself is fairseq's: fairseq-hydra-train --config-name bitla_w1a1",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    subparsers = parser.add_subparsers(dest="command", metavar="<subcommand>", required=True)
     for name, line in COMMANDS:
         subparser = subparsers.add_parser(name, help=line)
         if name == chosen:
