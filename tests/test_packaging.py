@@ -131,9 +131,10 @@ def test_constraints_pin_what_the_setup_installs(wheel: Path) -> None:
 
 
 def test_installed_config_composes_from_anywhere(installed: Path, tmp_path: Path) -> None:
-    arguments = ["--config-name", "bitla_w1a1", "--cfg", "job"]
+    arguments = ["--config-name", "bitla_w1a1", "--cfg", "job", "--package", "common", "--resolve"]
     result = run([installed / "python", "-c", HYDRA_TRAIN, *arguments], cwd=tmp_path)
-    assert "user_dir: ${fairseq_lowbit.user_dir:}" in result.stdout
+    (site_packages,) = installed.parent.glob("lib/python*/site-packages")
+    assert f"user_dir: {site_packages}/fairseq_lowbit\n" in result.stdout
     assert "validated against ConfigStore" not in result.stderr
     assert list(tmp_path.iterdir()) == []
 
