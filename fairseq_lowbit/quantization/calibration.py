@@ -25,25 +25,25 @@ class Calibrator:
     """Collects an evenly spaced sample of the values a quantizer sees and fits its scale to it.
 
     Args:
-        max_values: values kept over all batches; the sample is thinned when it overflows.
+        max_values: values kept of each batch, and values fitted to: every batch has its share.
     """
 
     max_values: int = 16_384
-    _sample: Tensor = field(default_factory=lambda: torch.empty(0))
+    _samples: list[Tensor] = field(default_factory=list)
 
     def fit(self, x: Tensor, levels: LevelSet, with_shift: bool) -> tuple[Tensor, Tensor | None]:
         """Adds ``x`` to the sample and returns scale () and shift () or None, fp32."""
-        seen = torch.cat([self._sample.to(x.device), thin(x, self.max_values)])
-        self._sample = thin(seen, self.max_values)
-        scale, shift = fit_scale(self._sample[None], levels, with_shift)
+        self._samples.append(thin(x, self.max_values))
+        sample = thin(torch.cat(self._samples), self.max_values)
+        scale, shift = fit_scale(sample[None], levels, with_shift)
         return scale[0], None if shift is None else shift[0]
 
 
 def thin(x: Tensor, max_values: int) -> Tensor:
     """Up to ``max_values`` of x's values, evenly spaced, flat fp32."""
     step = -(-x.numel() // max_values)
-    # A step that shares a factor with the row length would see some channels only.
-    while step > 1 and math.gcd(step, x.shape[-1]) != 1:
+    # A step that shares a factor with a dimension would see some of its channels only.
+    while step > 1 and math.gcd(step, x.numel()) != 1:
         step += 1
     return x.detach().reshape(-1)[::step].float()
 
@@ -59,13 +59,14 @@ def fit_scale(
 
     Returns:
         scale [rows] > 0 and shift [rows] or None. For the sign set scale = mean |x|, the exact
-        optimum. An all-zero row gets scale 1, since any scale fits it.
+        optimum. An all-zero row gets scale 1 and shift 0, since any scale fits it.
     """
     if levels.kind == "sign":
         scale = values.abs().mean(1)
         return torch.where(scale > 0, scale, 1.0), None
     peak = values.abs().amax(1) / levels.hi
-    scale = torch.where(peak > 0, peak, 1.0)
+    is_zero = peak == 0
+    scale = torch.where(is_zero, 1.0, peak)
     offset = torch.zeros_like(scale)
     factors = torch.logspace(-2.5, 0, _COARSE_SCALES, device=values.device)
     offsets = torch.linspace(-1.0, 1.0, _SHIFTS, device=values.device) if with_shift else [0.0]
@@ -74,7 +75,8 @@ def fit_scale(
     factors = torch.logspace(-1, 1, _REFINED_SCALES, base=width, device=values.device)
     offsets = [o / ((_SHIFTS - 1) / 2) for o in offsets]
     scale, offset = _search(values, levels, scale, offset, factors, offsets)
-    return scale, offset * scale if with_shift else None
+    scale, shift = torch.where(is_zero, 1.0, scale), torch.where(is_zero, 0.0, offset * scale)
+    return scale, shift if with_shift else None
 
 
 def _search(
