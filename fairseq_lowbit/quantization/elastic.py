@@ -4,6 +4,7 @@ u = (x - shift)/scale in fp32, by division; decode = scale * code. Gradients aft
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,10 +98,7 @@ class ElasticQuantizer(nn.Module):
             if shift_shape is None
             else nn.Parameter(torch.zeros(shift_shape, dtype=torch.float32))
         )
-        # The optimizer gives these their own rates and no weight decay.
-        self.log_scale.param_group = SCALE_GROUP
-        if self.shift is not None:
-            self.shift.param_group = SHIFT_GROUP
+        self._name_groups()
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
         # Host-side copy of the flag: checking the tensor would synchronise with the device.
         self._ready = False
@@ -145,8 +143,13 @@ class ElasticQuantizer(nn.Module):
         self._ready = True
 
     def start_calibration(self, calibrator: Calibrator) -> None:
-        """From now on every forward first refits the scale on all values seen so far."""
-        self._calibrator = calibrator
+        """From now on every forward first refits the scale on all values seen so far; an earlier
+        scale and shift are forgotten."""
+        self._calibrator, self._ready = calibrator, False
+        with torch.no_grad():
+            self.calibrated.fill_(False)
+            if self.shift is not None:
+                self.shift.zero_()
 
     def finish_calibration(self) -> None:
         self._calibrator = None
@@ -176,9 +179,21 @@ class ElasticQuantizer(nn.Module):
     def _apply(self, fn, recurse=True):
         # .half() and .bfloat16() must not touch the parameters: only the device is followed.
         def keep_dtype(t: Tensor) -> Tensor:
-            return t.to(device=fn(t).device) if t.is_floating_point() else fn(t)
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(device=moved.device)
 
         return super()._apply(keep_dtype, recurse)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._name_groups()
+
+    def _name_groups(self) -> None:
+        """The optimizer gives these parameters their own rates and no weight decay. Named on the
+        parameters themselves, which a deep copy strips of it."""
+        self.log_scale.param_group = SCALE_GROUP
+        if self.shift is not None:
+            self.shift.param_group = SHIFT_GROUP
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
