@@ -145,7 +145,8 @@ def _refined(site: Site, rule: Rule, weight_bits: int, activation_bits: int) -> 
     if site.kind == "operand":
         return FLOAT_BITS, rule.activation_bits or activation_bits
     was_float = weight_bits == activation_bits == FLOAT_BITS
-    if was_float and (rule.weight_bits is None) != (rule.activation_bits is None):
+    gives = (rule.weight_bits is not None) + (rule.activation_bits is not None)
+    if was_float and (gives == 1 or (gives == 0 and rule.method is not None)):
         missing = "weight_bits" if rule.weight_bits is None else "activation_bits"
         raise LowbitError(
             f"precision rule {rule.match!r} gives no {missing} for {site.name}, which is float by "
