@@ -26,12 +26,14 @@ class LoadedModel:
         updates: training updates behind it.
         has_final_projection: False when the checkpoint has no ``final_proj`` (a fine-tuned or
             converted teacher); the model's own is then untrained.
+        normalize: whether it was trained on utterances of zero mean and unit variance.
     """
 
     model: Hubert
     path: Path
     updates: int
     has_final_projection: bool
+    normalize: bool
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -85,7 +87,8 @@ def load_model(path: str | Path) -> LoadedModel:
     model.load_state_dict(weights)
     history = state.get("optimizer_history") or [{}]
     updates = int(history[-1].get("num_updates", 0))
-    return LoadedModel(model.eval(), Path(path), updates, has_final_projection)
+    normalize = bool((state["cfg"].get("task") or {}).get("normalize", False))
+    return LoadedModel(model.eval(), Path(path), updates, has_final_projection, normalize)
 
 
 def start_from(model: Hubert, source: LoadedModel, role: str = "init_from") -> None:

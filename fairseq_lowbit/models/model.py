@@ -66,7 +66,8 @@ class Hubert(nn.Module):
         self.encoder = Encoder(shape)
         self.final_proj = Linear(dim, final_dim)
         if classes:
-            self.label_embs_concat = nn.Parameter(torch.empty(classes, final_dim).uniform_())
+            # fairseq draws them from U(0, 1), where all point the same way: slow to tell apart.
+            self.label_embs_concat = nn.Parameter(torch.randn(classes, final_dim))
         self.plan: Plan = attach(self, precision or Precision())
 
     def extract(self, waveform: Tensor, lengths: Tensor | None = None) -> Frames:

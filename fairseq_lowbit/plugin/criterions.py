@@ -30,6 +30,9 @@ class LowbitKdConfig(FairseqDataclass):
 
 @dataclass
 class LowbitHubertCriterionConfig(FairseqDataclass):
+    unmasked_weight: float = field(
+        default=0.0, metadata={"help": "weight of the labels of unmasked frames"}
+    )
     feature_penalty: float = field(
         default=10.0, metadata={"help": "weight of the mean squared front-end feature"}
     )
@@ -96,36 +99,37 @@ class LowbitKdCriterion(_FrameCriterion):
 class LowbitHubertCriterion(_FrameCriterion):
     """Cross-entropy over the labels of masked frames, plus HuBERT's feature penalty."""
 
-    def __init__(self, task: Any, feature_penalty: float) -> None:
+    def __init__(self, task: Any, unmasked_weight: float, feature_penalty: float) -> None:
         super().__init__(task)
         if not getattr(task, "label_classes", 0):
             raise LowbitError("criterion lowbit_hubert needs task lowbit_pretraining with labels")
-        self.feature_penalty = feature_penalty
+        self.unmasked_weight, self.feature_penalty = unmasked_weight, feature_penalty
 
     def forward(
         self, model: torch.nn.Module, sample: dict[str, Any], reduce: bool = True
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         mask = draw_mask(self.task.model, sample)
         targets = frame_targets(sample["targets"][0], mask.shape[1], self.task.label_ratio)
-        predict = mask & (targets != NO_LABEL)
+        predict = targets != NO_LABEL
+        if not self.unmasked_weight:
+            predict &= mask
         logits, penalty = model(sample["waveform"], sample["lengths"], mask, predict)
-        targets = targets[predict]
-        frames = torch.tensor(max(len(targets), 1), device=logits.device)
-        cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
-        penalty = self.feature_penalty * penalty * frames
-        correct = (logits.argmax(-1) == targets).sum()
-        loss = cross_entropy + penalty
-        return (
-            loss,
-            frames,
-            {
-                "loss": loss.detach(),
-                "loss_masked": cross_entropy.detach(),
-                "loss_features": penalty.detach(),
-                "correct": correct,
-                "sample_size": frames,
-            },
-        )
+        targets, masked = targets[predict], mask[predict]
+        error = F.cross_entropy(logits, targets, reduction="none")
+        frames = masked.sum().clamp_min(1)
+        terms = {
+            "loss_masked": error[masked].sum(),
+            "loss_unmasked": self.unmasked_weight * error[~masked].sum(),
+            "loss_features": self.feature_penalty * penalty * frames,
+        }
+        loss = sum(terms.values())
+        logged = {
+            "loss": loss.detach(),
+            **{name: term.detach() for name, term in terms.items()},
+            "correct": (logits.argmax(-1) == targets)[masked].sum(),
+            "sample_size": frames,
+        }
+        return loss, frames, logged
 
 
 def draw_mask(model: Hubert, sample: dict[str, Any]) -> Tensor:
