@@ -1,0 +1,63 @@
+"""``fairseq-lowbit evaluate``: compare a teacher, PTQ and trained students on held-out audio."""
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+
+from fairseq_lowbit.data.manifest import read_manifest
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.evaluation.compare import compare, comparison_table
+from fairseq_lowbit.evaluation.figures import draw_comparison
+from fairseq_lowbit.evaluation.ptq import post_training_quantized
+from fairseq_lowbit.evaluation.tables import print_table
+from fairseq_lowbit.models import Hubert, LoadedModel, load_model
+from fairseq_lowbit.plugin import register
+
+HELP = "compare models with their teacher on held-out audio: table, figure, JSON"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("teacher", type=Path, help="checkpoint of the float teacher")
+    parser.add_argument("--data", type=Path, required=True, help="folder with test.tsv")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument(
+        "--ptq",
+        action="append",
+        default=[],
+        metavar="PRECISION",
+        help="a row of calibration without training, calibrated on the training files",
+    )
+    parser.add_argument(
+        "--student", action="append", default=[], metavar="NAME=CHECKPOINT", help="a trained row"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    register()
+    students = [_named_student(text) for text in args.student]
+    teacher = load_model(args.teacher)
+    rows = [(f"PTQ {name}", _quantized(teacher, name, args.data)) for name in args.ptq]
+    rows += [(name, load_model(path).model) for name, path in students]
+    with torch.inference_mode():
+        comparison = compare(teacher, rows, args.data, lambda name: print(f"measuring {name} ..."))
+    comparison.write(args.out)
+    draw_comparison(comparison, args.out / "comparison.png")
+    print_table(comparison_table(comparison))
+    for finding in comparison.findings():
+        print(finding)
+    print(f"figure {args.out / 'comparison.png'}, numbers {args.out / 'comparison.json'}")
+    return 0
+
+
+def _named_student(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise LowbitError(f"--student {text!r}: write NAME=CHECKPOINT")
+    return name, Path(path)
+
+
+def _quantized(teacher: LoadedModel, precision: str, data: Path) -> Hubert:
+    return post_training_quantized(teacher, precision, read_manifest(data / "train.tsv"))

@@ -1,0 +1,194 @@
+"""The comparison table: a teacher, post-training quantization and trained students side by side."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from fairseq_lowbit.data.label_file import LabelFile
+from fairseq_lowbit.data.manifest import atomic_write, read_manifest
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.evaluation.agreement import Agreement, agreement, valid_frames
+from fairseq_lowbit.evaluation.masked import MaskedAccuracy, masked_accuracy
+from fairseq_lowbit.evaluation.probe import Probe, pooled, word_probe
+from fairseq_lowbit.evaluation.utterances import Utterances, read_batches
+from fairseq_lowbit.models import Hubert, LoadedModel
+
+TRAINED_FACTOR = 3.0
+WordSets = tuple[tuple[list[Utterances], list[str]], tuple[list[Utterances], list[str]]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the comparison.
+
+    Attributes:
+        storage_mb: stored bytes of all parameters in 1e6, float ones at 16 bits.
+        agreement: with the teacher; None for the teacher itself.
+        masked: None without labels.
+        probe: None without word sets.
+    """
+
+    name: str
+    storage_mb: float
+    agreement: Agreement | None
+    masked: MaskedAccuracy | None
+    probe: Probe | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Attributes:
+    rows: the teacher first.
+    untrained_probe: of a network of the teacher's shape with random weights.
+    """
+
+    rows: tuple[Row, ...]
+    untrained_probe: Probe | None
+
+    @property
+    def teacher(self) -> Row:
+        return self.rows[0]
+
+    def findings(self) -> list[str]:
+        """What the table does and does not show, in sentences."""
+        notes = [*self._teacher_findings()]
+        if self.teacher.probe is not None:
+            notes += _probe_findings(self.rows)
+        return notes
+
+    def _teacher_findings(self) -> list[str]:
+        notes, masked, probe = [], self.teacher.masked, self.teacher.probe
+        if masked is not None:
+            factor = masked.accuracy / masked.chance
+            verdict = "counts as trained" if factor >= TRAINED_FACTOR else "is NOT trained"
+            notes.append(
+                f"Teacher: masked accuracy is {factor:.1f} times the most frequent label's share "
+                f"({masked.chance:.1%}); from {TRAINED_FACTOR:.0f} on it {verdict}."
+            )
+        if probe is not None and self.untrained_probe is not None:
+            own, untrained = probe.mean[-1], self.untrained_probe.mean[-1]
+            verdict = "beats" if own > untrained else "does NOT beat"
+            notes.append(
+                f"Teacher: its last layer's probe ({own:.1%}) {verdict} an untrained network's "
+                f"({untrained:.1%})."
+            )
+        return notes
+
+    def write(self, folder: Path) -> None:
+        """``comparison.json`` in ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / "comparison.json") as file:
+            json.dump({**asdict(self), "findings": self.findings()}, file, indent=1)
+
+
+def compare(
+    teacher: LoadedModel, others: Sequence[tuple[str, Hubert]], data: Path, progress: Callable
+) -> Comparison:
+    """Measures every model on the held-out files of a data folder.
+
+    Args:
+        others: name and model, in the order of the rows.
+        data: folder with ``test.tsv``, ``test.km`` (masked accuracy; optional) and the word sets
+            ``words_{train,test}.{tsv,wrd}`` (probe; optional).
+        progress: called with the name of each row before it is measured.
+    """
+    test = list(read_batches(read_manifest(data / "test.tsv"), teacher.normalize))
+    labels = _labels(data)
+    words = _words(data, teacher.normalize)
+    embeddings = getattr(teacher.model, "label_embs_concat", None)
+    if labels is not None and embeddings is not None and len(embeddings) != labels.classes:
+        raise LowbitError(
+            f"{data} has {labels.classes} label classes and the teacher {len(embeddings)}: "
+            "evaluate on the labels the teacher was trained on"
+        )
+    reference = valid_frames(teacher.model, test)
+    rows = []
+    for name, model in [("FP teacher", teacher.model), *others]:
+        progress(name)
+        is_teacher = model is teacher.model
+        masked = None
+        if labels is not None and embeddings is not None:
+            masked = masked_accuracy(model, teacher.model, test, labels)
+        close = None if is_teacher else agreement(valid_frames(model, test), reference)
+        probe = None if words is None else _probe(model, words)
+        rows.append(Row(name, model.plan.bytes / 1e6, close, masked, probe))
+    progress("untrained network")
+    return Comparison(tuple(rows), None if words is None else _probe(_untrained(teacher), words))
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """One row per model; layers 1..L side by side in a cell."""
+    layers = len(comparison.rows[-1].agreement.cosine) if len(comparison.rows) > 1 else 0
+    table = Table(title=f"held-out audio, layers 1..{layers} from left", title_justify="left")
+    table.add_column("model", no_wrap=True)
+    for column in ("MB", "masked acc.", "centred cosine", "SNR dB", "word probe % (3 seeds)"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in comparison.rows:
+        close, probe = row.agreement, row.probe
+        table.add_row(
+            row.name,
+            f"{row.storage_mb:.2f}",
+            "-" if row.masked is None else f"{row.masked.accuracy:.1%}",
+            "-" if close is None else " ".join(f"{value:.3f}" for value in close.cosine),
+            "-" if close is None else " ".join(f"{value:4.1f}" for value in close.snr_db),
+            "-" if probe is None else _probe_cell(probe),
+        )
+    return table
+
+
+def _probe_cell(probe: Probe) -> str:
+    pairs = zip(probe.mean, probe.std, strict=True)
+    return " ".join(f"{100 * mean:.1f}±{100 * std:.1f}" for mean, std in pairs)
+
+
+def _probe_findings(rows: Sequence[Row]) -> list[str]:
+    """Pairs of neighbouring rows whose last layers the probe cannot tell apart."""
+    notes = []
+    for first, second in pairwise(rows):
+        gap = abs(first.probe.mean[-1] - second.probe.mean[-1])
+        spread = float(np.hypot(first.probe.std[-1], second.probe.std[-1]))
+        if gap <= 2 * spread:
+            notes.append(
+                f"The word probe does not separate {first.name} from {second.name} at the last "
+                f"layer (gap {gap:.1%}, two spreads {2 * spread:.1%})."
+            )
+    return notes
+
+
+def _labels(data: Path) -> LabelFile | None:
+    path = data / "test.km"
+    return LabelFile(path, data / "dict.km.txt") if path.is_file() else None
+
+
+def _words(data: Path, normalize: bool) -> WordSets | None:
+    if not (data / "words_test.tsv").is_file():
+        return None
+    return tuple(_word_set(data, split, normalize) for split in ("train", "test"))
+
+
+def _word_set(data: Path, split: str, normalize: bool) -> tuple[list[Utterances], list[str]]:
+    manifest = read_manifest(data / f"words_{split}.tsv")
+    words = (data / f"words_{split}.wrd").read_text().split()
+    if len(words) != len(manifest):
+        raise LowbitError(f"{data}/words_{split}.wrd: {len(words)} words, {len(manifest)} files")
+    return list(read_batches(manifest, normalize)), words
+
+
+def _probe(model: Hubert, words: WordSets) -> Probe:
+    sets = []
+    for batches, names in words:
+        features, lines = pooled(model, batches)
+        sets.append((features, [names[line] for line in lines]))
+    return word_probe(*sets)
+
+
+def _untrained(teacher: LoadedModel) -> Hubert:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Hubert(teacher.model.shape).eval()

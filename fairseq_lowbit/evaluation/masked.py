@@ -1,0 +1,65 @@
+"""Masked-frame label accuracy: what pre-training optimises, on held-out audio."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fairseq_lowbit.data.label_file import LabelFile
+from fairseq_lowbit.evaluation.utterances import Utterances
+from fairseq_lowbit.models import Hubert
+from fairseq_lowbit.models.extractor import output_lengths
+from fairseq_lowbit.models.masking import span_mask
+from fairseq_lowbit.models.model import cosine_logits
+
+_SEED = 7
+
+
+@dataclass(frozen=True)
+class MaskedAccuracy:
+    """Attributes:
+    accuracy: share of masked frames whose label is predicted.
+    chance: share of the most frequent label among the same frames.
+    """
+
+    accuracy: float
+    chance: float
+
+
+@torch.no_grad()
+def masked_accuracy(
+    model: Hubert, teacher: Hubert, batches: Sequence[Utterances], labels: LabelFile
+) -> MaskedAccuracy:
+    """Masks the same frames for every model that is given the same teacher and batches.
+
+    Args:
+        teacher: its masks and its label embeddings are used; a student has none of its own.
+        labels: at the model's frame rate, lines as in the manifest of ``batches``.
+    """
+    shape, label_embeddings = teacher.shape, teacher.label_embs_concat
+    correct = total = 0
+    counts: Counter[int] = Counter()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        for batch in batches:
+            frames = output_lengths(batch.lengths, model.conv_layers)
+            mask = span_mask(frames, int(frames.max()), shape.mask_prob, shape.mask_length)
+            outputs, _ = model.hidden_states(batch.waveform, batch.lengths, mask)
+            targets = torch.cat(
+                [
+                    torch.from_numpy(labels[line][: len(row)])[row[: len(labels[line])]]
+                    for line, row in zip(batch.lines, mask, strict=True)
+                ]
+            )
+            predicted = _predict(model, label_embeddings, outputs[-1][mask])
+            correct += int((predicted == targets).sum())
+            total += len(targets)
+            counts.update(targets.tolist())
+    return MaskedAccuracy(correct / total, counts.most_common(1)[0][1] / total)
+
+
+def _predict(model: Hubert, label_embeddings: Tensor, frames: Tensor) -> Tensor:
+    projected = model.final_proj(model.encoder.end(frames))
+    return cosine_logits(projected, label_embeddings, model.shape.logit_temp).argmax(-1)
