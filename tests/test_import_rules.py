@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "nn": {"quantization", "precision"},
     "models": {"quantization", "precision", "nn"},
     "distillation": {"quantization", "precision", "nn", "models"},
-    "evaluation": {"quantization", "precision", "nn", "models", "distillation"},
+    "evaluation": {"quantization", "precision", "nn", "models", "distillation", "data"},
     "data": set(),
 }
 MAY_IMPORT["plugin"] = set(MAY_IMPORT)

@@ -5,7 +5,7 @@ import math
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from fairseq.dataclass import FairseqDataclass
@@ -35,7 +35,7 @@ class CalibrationConfig:
 
 @dataclass
 class SpeechTaskConfig(FairseqDataclass):
-    data: str | None = field(default=None, metadata={"help": "folder of the manifests"})
+    data: Optional[str] = field(default=None, metadata={"help": "folder of the manifests"})
     sample_rate: int = field(default=16_000, metadata={"help": "rate of the audio in Hz"})
     normalize: bool = field(
         default=False, metadata={"help": "zero mean, unit variance per utterance"}
@@ -44,13 +44,13 @@ class SpeechTaskConfig(FairseqDataclass):
         default=False, metadata={"help": "pad a batch to its longest instead of cutting it"}
     )
     random_crop: bool = field(default=True, metadata={"help": "cut at a random place"})
-    min_sample_size: int | None = field(
+    min_sample_size: Optional[int] = field(
         default=None, metadata={"help": "leave out shorter utterances, in samples"}
     )
-    max_keep_size: int | None = field(
+    max_keep_size: Optional[int] = field(
         default=None, metadata={"help": "leave out longer utterances, in samples"}
     )
-    max_sample_size: int | None = field(
+    max_sample_size: Optional[int] = field(
         default=250_000, metadata={"help": "cut utterances to this many samples"}
     )
     max_unusable: float = field(
@@ -61,7 +61,7 @@ class SpeechTaskConfig(FairseqDataclass):
     )
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     output_dir: str = II("checkpoint.save_dir")
-    tensorboard_logdir: str | None = II("common.tensorboard_logdir")
+    tensorboard_logdir: Optional[str] = II("common.tensorboard_logdir")
     train_subset: str = II("dataset.train_subset")
     seed: int = II("common.seed")
 
@@ -71,17 +71,17 @@ class LowbitPretrainingConfig(SpeechTaskConfig):
     labels: list[str] = field(
         default_factory=lambda: ["km"], metadata={"help": "extension of the label files"}
     )
-    label_dir: str | None = field(default=None, metadata={"help": "default: the data folder"})
+    label_dir: Optional[str] = field(default=None, metadata={"help": "default: the data folder"})
     label_rate: float = field(default=50.0, metadata={"help": "labels per second"})
-    init_from: str | None = field(default=None, metadata={"help": "checkpoint to start from"})
+    init_from: Optional[str] = field(default=None, metadata={"help": "checkpoint to start from"})
 
 
 @dataclass
 class LowbitDistillationConfig(SpeechTaskConfig):
-    teacher: str | None = field(
+    teacher: Optional[str] = field(
         default=None, metadata={"help": "checkpoint of the teacher, float or quantized"}
     )
-    init_from: str | None = field(
+    init_from: Optional[str] = field(
         default=None, metadata={"help": "checkpoint the student starts from; default: the teacher"}
     )
 
