@@ -1,0 +1,188 @@
+"""Golden vectors of docs/numerics.md: one JSON file per level set, written beside this script.
+
+    python tests/golden/make_golden.py [folder]
+
+Written from the contract alone: standard library only, nothing of fairseq_lowbit, no torch. All
+arithmetic is on exact fractions; a number is rounded once, to float64, when it is written (and
+1/sqrt(N Qp), which is irrational, is a float64 factor).
+
+Codes must be *equal* in fp32, ties and clip edges included, so u = (x - beta)/alpha must be the
+same number there. Inputs are therefore made backwards: u is a multiple of 1/16, alpha and beta
+have few significant bits, the length ratio is a dyadic number, and x = u * alpha + beta. Every
+intermediate value (alpha and beta times the ratio, x, x - beta) is checked to be an fp32 number;
+then fp32's subtraction is exact and its division, correctly rounded, returns u itself.
+"""
+
+import json
+import math
+import struct
+import sys
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+SETS = [("sign", 1)]
+SETS += [("signed", bits) for bits in range(2, 9)]
+SETS += [("non_negative", bits) for bits in range(1, 9)]
+REFERENCE_FRAMES = 500
+Rows = list[list[Fraction]]
+
+
+def exact(value: Fraction) -> Fraction:
+    """The fraction itself, refused unless fp32 holds it."""
+    single = struct.unpack("f", struct.pack("f", float(value)))[0]
+    if Fraction(single) != value:
+        raise ValueError(f"{value} is no fp32 number")
+    return value
+
+
+def clip_range(kind: str, bits: int) -> tuple[int, int]:
+    if kind == "sign":
+        return -1, 1
+    if kind == "signed":
+        return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return 0, 2**bits - 1
+
+
+def encode(u: Fraction, kind: str, bits: int) -> int:
+    if kind == "sign":
+        return 1 if u >= 0 else -1
+    if kind == "non_negative" and bits == 1:
+        return 1 if u >= Fraction(1, 2) else 0
+    lo, hi = clip_range(kind, bits)
+    return min(max(round(u), lo), hi)  # round() of a fraction rounds ties to even
+
+
+def interesting(kind: str, bits: int) -> list[Fraction]:
+    """Normalised inputs: zeros, ties, clip edges and both their sides, the inside, far beyond."""
+    lo, hi = clip_range(kind, bits)
+    half, step = Fraction(1, 2), Fraction(1, 16)
+    middle = Fraction(lo + hi + 1, 2)
+    us = [Fraction(0), step, -step]
+    us += [k + half for k in (lo - 1, lo, 0, 1, math.floor(middle), hi - 1, hi)]
+    us += [-half, -half - step, half - step, half + step]
+    us += [edge + side for edge in (lo, hi) for side in (0, -step, step, -half - step, half + step)]
+    us += [middle + 5 * step, middle - 3 * step, Fraction(lo) - 1000, Fraction(hi) + 1000]
+    return list(dict.fromkeys(us))
+
+
+def gradients(count: int) -> list[Fraction]:
+    """Upstream gradients: multiples of 1/8 of both signs, none of them zero."""
+    return [Fraction((index * 7) % 17 - 8 or 9, 8) for index in range(count)]
+
+
+def case(
+    name: str,
+    kind: str,
+    bits: int,
+    us: Rows,
+    alpha: list[Fraction],
+    beta: list[Fraction] | None,
+    ratio: list[Fraction] | None,
+    gradient_values: int,
+) -> dict[str, Any]:
+    """One golden case.
+
+    ``us`` is a list of rows; ``alpha`` and ``ratio`` have one value per row or one in all,
+    ``beta`` one per column, one in all, or is None. alpha * ratio and beta * ratio are what
+    u is computed with; gradients are those of the stored alpha and beta.
+    """
+    lo, hi = clip_range(kind, bits)
+    rows, columns = len(us), len(us[0])
+    flat_g = gradients(rows * columns)
+    g = [flat_g[r * columns : (r + 1) * columns] for r in range(rows)]
+    x, codes, decoded, dx = ([[] for _ in range(rows)] for _ in range(4))
+    dalpha = [Fraction(0)] * len(alpha)
+    dbeta = [Fraction(0)] * len(beta or [])
+    for r in range(rows):
+        scale_ratio = ratio[r] if ratio else Fraction(1)
+        a = r % len(alpha)
+        scale = exact(alpha[a] * scale_ratio)
+        for c in range(columns):
+            u, gradient = us[r][c], g[r][c]
+            b = c % len(beta) if beta else 0
+            shift = exact(beta[b] * scale_ratio) if beta else Fraction(0)
+            x[r].append(exact(exact(u * scale) + shift))
+            code = encode(u, kind, bits)
+            inside = lo <= u <= hi
+            codes[r].append(code)
+            decoded[r].append(exact(scale * code))
+            dx[r].append(gradient if inside else Fraction(0))
+            slope = code - u if inside and kind != "sign" else code
+            dalpha[a] += gradient * slope * scale_ratio
+            if beta:
+                dbeta[b] -= dx[r][c] * scale_ratio
+    factor = 1 / math.sqrt(gradient_values * (1 if kind == "sign" else hi))
+    result = {
+        "name": name,
+        "x": numbers(x),
+        "alpha": numbers(alpha),
+        "beta": numbers(beta) if beta else None,
+        "ratio": numbers(ratio) if ratio else None,
+        "gradient_values": gradient_values,
+        "gradient_factor": factor,
+        "g": numbers(g),
+        "codes": codes,
+        "decoded": numbers(decoded),
+        "dx": numbers(dx),
+        "dalpha_sum": numbers(dalpha),
+        "dalpha": [float(d) * factor for d in dalpha],
+        "dbeta_sum": numbers(dbeta) if beta else None,
+        "dbeta": [float(d) * factor for d in dbeta] if beta else None,
+    }
+    if beta is None:
+        # The first zero becomes -0.0, whose code is that of 0.
+        row = next(r for r in range(rows) if 0 in us[r])
+        result["x"][row][us[row].index(0)] = -0.0
+    return result
+
+
+def numbers(values: Any) -> Any:
+    """Fractions, in lists of any depth, to float64."""
+    if isinstance(values, list):
+        return [numbers(value) for value in values]
+    return float(values)
+
+
+def cases(kind: str, bits: int) -> Iterator[dict[str, Any]]:
+    us = interesting(kind, bits)
+    fine, coarse = Fraction(3, 16), Fraction(5, 4)
+    yield case("per_tensor", kind, bits, [[Fraction(0), *us]], [fine], None, None, 24)
+    negative, positive = [Fraction(-11, 32)], [Fraction(7, 8)]
+    yield case("negative_shift", kind, bits, [us], [fine], negative, None, 24)
+    yield case("positive_shift", kind, bits, [us], [coarse], positive, None, 24)
+    rows = [us[::2], us[1::2]]
+    width = min(map(len, rows))
+    rows = [row[:width] for row in rows]
+    weight = [[Fraction(0), *rows[0]], [Fraction(0), *rows[1]]]
+    yield case("per_channel_scale", kind, bits, weight, [fine, coarse], None, None, width + 1)
+    betas = [Fraction(c - 5, 8) for c in range(width)]
+    yield case("per_channel_shift", kind, bits, rows, [coarse], betas, None, width)
+    if kind == "non_negative":
+        # 400 valid frames have ratio 5/4, 160 have 25/8.
+        ratios = [Fraction(REFERENCE_FRAMES, frames) for frames in (400, 160)]
+        alpha, beta = [Fraction(3, 256)], [Fraction(-1, 512)]
+        yield case("length_scaled", kind, bits, rows, alpha, beta, ratios, 12 * REFERENCE_FRAMES)
+
+
+def dump(kind: str, bits: int) -> str:
+    """JSON with one array per line, so that a change shows in a diff."""
+    lo, hi = clip_range(kind, bits)
+    blocks = []
+    for values in cases(kind, bits):
+        lines = [f"   {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
+        blocks.append("  {\n" + ",\n".join(lines) + "\n  }")
+    head = f' "kind": "{kind}", "bits": {bits}, "lo": {lo}, "hi": {hi},\n'
+    return "{\n" + head + ' "cases": [\n' + ",\n".join(blocks) + "\n ]\n}\n"
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
+    for kind, bits in SETS:
+        name = "sign.json" if kind == "sign" else f"{kind}_{bits}.json"
+        (folder / name).write_bytes(dump(kind, bits).encode("ascii"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fairseq_lowbit.quantization import ElasticQuantizer, LevelSet, non_negative, signed
+from fairseq_lowbit.quantization.calibration import (
+    Calibrator,
+    fit_scale,
+    fit_weight_scale,
+    thin,
+)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(
+    x: Tensor, levels: LevelSet, scale: Tensor | float, shift: Tensor | float = 0.0
+) -> float:
+    decoded = levels.encode((x - shift) / scale) * scale
+    return ((decoded - x).square().sum() / x.square().sum()).item()
+
+
+def best_error(x: Tensor, levels: LevelSet, shifts: Tensor | None = None) -> float:
+    """Brute force over a grid far finer than the calibration's."""
+    peak = (x.abs().max() / levels.hi).item()
+    scales = peak * torch.logspace(-2.5, 0.1, 400)
+    offsets = torch.zeros(1) if shifts is None else shifts
+    return min(relative_error(x, levels, s, s * o) for s in scales for o in offsets)
+
+
+DISTRIBUTIONS = {
+    "normal": normal(1500),
+    "laplace": normal(1500).sign() * normal(1500, seed=1).abs() ** 2,
+    "uniform": torch.rand(1500, generator=torch.Generator().manual_seed(0)) * 6 - 3,
+    "gelu": F.gelu(normal(1500)),
+    "probabilities": torch.softmax(3 * normal(15, 100), -1).flatten(),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("bits, slack", [(2, 1.02), (3, 1.02), (4, 1.02), (8, 1.05)])
+def test_signed_scale_has_nearly_the_best_error(name: str, bits: int, slack: float) -> None:
+    x, levels = DISTRIBUTIONS[name], signed(bits)
+    scale, shift = fit_scale(x[None], levels)
+    assert shift is None
+    assert relative_error(x, levels, scale) <= slack * best_error(x, levels)
+
+
+@pytest.mark.parametrize("name", ["gelu", "probabilities", "uniform"])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_scale_and_shift_have_nearly_the_best_error(name: str, bits: int) -> None:
+    x, levels = DISTRIBUTIONS[name], non_negative(bits)
+    scale, shift = fit_scale(x[None], levels, with_shift=True)
+    best = best_error(x, levels, shifts=torch.linspace(-1, 1, 41))
+    assert relative_error(x, levels, scale, shift) <= 1.02 * best
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_sign_set_gets_the_mean_magnitude(name: str) -> None:
+    x = DISTRIBUTIONS[name]
+    scale, shift = fit_scale(x[None], signed(1))
+    assert shift is None
+    assert scale.item() == x.abs().mean().item()
+
+
+@pytest.mark.parametrize(
+    "levels", [signed(1), signed(2), non_negative(1), non_negative(3)], ids=str
+)
+def test_zeros_get_scale_one_and_no_shift(levels: LevelSet) -> None:
+    x = torch.zeros(2, 10)
+    with_shift = levels.kind == "non_negative"
+    scale, shift = fit_scale(x, levels, with_shift)
+    assert scale.tolist() == [1.0, 1.0]
+    if with_shift:
+        assert shift.tolist() == [0.0, 0.0]
+        assert (levels.encode((x - shift[:, None]) / scale[:, None]) == 0).all()
+
+
+def test_rows_are_fitted_each_for_itself() -> None:
+    rows = torch.stack([normal(300), 20 * normal(300, seed=1), torch.zeros(300)])
+    together, _ = fit_scale(rows, signed(2))
+    alone = torch.cat([fit_scale(row[None], signed(2))[0] for row in rows])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_weights_per_channel_equal_row_by_row(bits: int) -> None:
+    weight = normal(5, 4, 3) * torch.arange(1, 6)[:, None, None]
+    scale = fit_weight_scale(weight, signed(bits), (5, 1, 1))
+    assert scale.shape == (5, 1, 1)
+    for row, value in zip(weight, scale.flatten(), strict=True):
+        assert fit_weight_scale(row, signed(bits), ()).item() == value.item()
+
+
+def test_half_weights_are_fitted_in_fp32() -> None:
+    weight = normal(6, 7).bfloat16()
+    scale = fit_weight_scale(weight, signed(1), ())
+    assert scale.dtype == torch.float32
+    assert scale.item() == weight.float().abs().mean().item()
+
+
+def test_gelu_output_fits_the_non_negative_set_far_better_than_the_sign_set() -> None:
+    x = F.gelu(normal(16_384))
+    scale, shift = fit_scale(x[None], non_negative(1), with_shift=True)
+    assert relative_error(x, non_negative(1), scale, shift) == pytest.approx(0.22, abs=0.015)
+    scale, _ = fit_scale(x[None], signed(1))
+    assert relative_error(x, signed(1), scale) == pytest.approx(0.63, abs=0.015)
+
+
+def test_small_tensors_are_kept_whole() -> None:
+    x = normal(3, 5)
+    assert torch.equal(thin(x, 15), x.flatten())
+
+
+@pytest.mark.parametrize(
+    "shape, axis",
+    [
+        ((4, 100, 64), 2),
+        ((4, 64, 100), 1),
+        ((64, 64, 4), 0),
+        ((64, 64, 1), 1),
+        ((2, 12, 50, 50), 1),
+    ],
+)
+def test_sample_is_small_and_sees_every_channel_alike(shape: tuple[int, ...], axis: int) -> None:
+    channels = torch.arange(shape[axis], dtype=torch.float32)
+    view = [1] * len(shape)
+    view[axis] = -1
+    sample = thin(channels.view(view).expand(shape), 1500)
+    assert 500 < len(sample) <= 1500
+    counts = torch.stack([(sample == c).sum() for c in channels])
+    assert counts.min() > 0
+    assert counts.max() <= 1.5 * counts.min() + 1
+
+
+def test_every_batch_weighs_alike_in_the_fit() -> None:
+    # For the sign set the scale is the mean magnitude of the sample, which shows the weights.
+    calibrator = Calibrator(max_values=300)
+    for magnitude in (1.0, 2.0, 3.0, 10.0):
+        scale, _ = calibrator.fit(torch.full((20, 51), magnitude), signed(1), with_shift=False)
+    assert scale.item() == pytest.approx(4.0, rel=0.02)
+
+
+def test_calibrating_quantizer_refits_at_once_on_all_batches_so_far() -> None:
+    quantizer = ElasticQuantizer(signed(1), 8, shift_shape=())
+    quantizer.start_calibration(Calibrator())
+    with torch.no_grad():
+        assert quantizer(torch.full((4, 8), 2.0)).unique().item() == pytest.approx(2.0)
+        assert quantizer(torch.full((4, 8), 4.0)).unique().item() == pytest.approx(3.0)
+    quantizer.finish_calibration()
+    assert quantizer(torch.full((4, 8), 9.0)).unique().item() == pytest.approx(3.0)
+
+
+def test_calibrating_with_a_length_ratio_fits_the_reference_length() -> None:
+    x = torch.rand(3, 64, generator=torch.Generator().manual_seed(0))
+    plain = ElasticQuantizer(non_negative(2), 8, shift_shape=())
+    scaled = ElasticQuantizer(non_negative(2), 8, shift_shape=())
+    for quantizer in (plain, scaled):
+        quantizer.start_calibration(Calibrator())
+    plain(x)
+    scaled(x / 4, torch.tensor(0.25))
+    assert scaled.scale.item() == pytest.approx(plain.scale.item(), rel=1e-6)
+    assert scaled.shift.item() == pytest.approx(plain.shift.item(), rel=1e-6)

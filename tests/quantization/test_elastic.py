@@ -1,0 +1,283 @@
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn import functional as F
+
+from fairseq_lowbit.quantization import (
+    ElasticQuantizer,
+    LevelSet,
+    UncalibratedError,
+    non_negative,
+    signed,
+)
+from fairseq_lowbit.quantization.calibration import Calibrator
+
+ALL_SETS = [signed(n) for n in range(1, 9)] + [non_negative(n) for n in range(1, 9)]
+SETS = pytest.mark.parametrize("levels", ALL_SETS, ids=lambda s: f"{s.kind}_{s.bits}")
+LEVELS = st.sampled_from(ALL_SETS)
+# Timing and chance stay out: no deadline, the same examples every time.
+STEADY = settings(deadline=None, derandomize=True, database=None)
+VALUES = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20)
+
+
+def quantizer_of(
+    levels: LevelSet, scale: float = 1.0, shift: float | None = None, values: int = 8
+) -> ElasticQuantizer:
+    quantizer = ElasticQuantizer(levels, values, shift_shape=None if shift is None else ())
+    quantizer.set_scale(torch.tensor(scale), None if shift is None else torch.tensor(shift))
+    return quantizer
+
+
+@STEADY
+@given(levels=LEVELS, values=VALUES, scale=st.floats(1e-4, 1e4), shift=st.floats(-10, 10))
+def test_forward_is_codes_decoded_and_changes_nothing(levels, values, scale, shift) -> None:
+    quantizer = quantizer_of(levels, scale, shift)
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    x = torch.tensor(values)
+    codes = quantizer.codes(x)
+    assert torch.equal(quantizer(x), codes.decode())
+    assert codes.integers.dtype == torch.int16
+    assert codes.integers.min() >= levels.lo
+    assert codes.integers.max() <= levels.hi
+    assert torch.equal(x, torch.tensor(values))
+    for name, value in quantizer.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@STEADY
+@given(levels=LEVELS, values=VALUES, scale=st.floats(1e-4, 1e4))
+def test_decoded_values_have_the_codes_they_came_from(levels, values, scale) -> None:
+    quantizer = quantizer_of(levels, scale)
+    codes = quantizer.codes(torch.tensor(values))
+    assert torch.equal(quantizer.codes(codes.decode()).integers, codes.integers)
+
+
+@STEADY
+@given(
+    levels=LEVELS,
+    values=st.lists(st.floats(-1e4, 1e4, width=16), min_size=1, max_size=20),
+    exponent=st.integers(-20, 20),
+)
+def test_scaling_everything_by_a_power_of_two_keeps_the_codes(levels, values, exponent) -> None:
+    quantizer = quantizer_of(levels, 0.3, 0.7)
+    x, ratio = torch.tensor(values), torch.tensor(2.0**exponent)
+    scaled = quantizer.codes(x * ratio, length_ratio=ratio)
+    assert torch.equal(scaled.integers, quantizer.codes(x).integers)
+    assert torch.equal(scaled.decode(), quantizer(x).detach() * ratio)
+
+
+@STEADY
+@given(levels=LEVELS, values=VALUES, shift=st.floats(-10, 10))
+def test_larger_inputs_never_get_smaller_codes(levels, values, shift) -> None:
+    integers = quantizer_of(levels, 0.3, shift).codes(torch.tensor(sorted(values))).integers
+    assert (integers.diff() >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@SETS
+def test_half_inputs_are_quantized_in_fp32(levels: LevelSet, dtype: torch.dtype) -> None:
+    quantizer = quantizer_of(levels, 0.0317, 0.0071)
+    x = torch.randn(400, generator=torch.Generator().manual_seed(0)).to(dtype)
+    codes = quantizer.codes(x)
+    assert torch.equal(codes.integers, quantizer.codes(x.float()).integers)
+    assert quantizer(x).dtype == dtype
+    assert torch.equal(quantizer(x), codes.decode().to(dtype))
+    x.requires_grad_()
+    quantizer(x).float().sum().backward()
+    assert x.grad.dtype == dtype
+    assert quantizer.log_scale.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to("cpu", torch.bfloat16)],
+    ids=["half", "bfloat16", "double", "to"],
+)
+def test_parameters_stay_fp32_under_casts(cast) -> None:
+    model = nn.ModuleDict({"q": quantizer_of(signed(4), 0.12345, 0.6789), "l": nn.Linear(2, 2)})
+    before = {name: value.clone() for name, value in model["q"].state_dict().items()}
+    cast(model)
+    assert model["l"].weight.dtype != torch.float32
+    for name, value in model["q"].state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])
+
+
+def test_meta_quantizer_can_be_materialized_and_loaded() -> None:
+    with torch.device("meta"):
+        quantizer = ElasticQuantizer(signed(4), 8)
+    quantizer.to_empty(device="cpu").load_state_dict(quantizer_of(signed(4), 0.5).state_dict())
+    assert quantizer(torch.tensor([0.6])).item() == pytest.approx(0.5)
+
+
+@SETS
+def test_log_scale_gets_the_gradient_of_alpha_times_alpha(levels: LevelSet) -> None:
+    # A quarter of a step from every threshold: the rounding of exp(log_scale) moves no code.
+    steps = torch.arange(levels.lo - 2, levels.hi + 3).repeat_interleave(2)
+    u = steps + torch.tensor([0.25, -0.25]).repeat(len(steps) // 2)
+    quantizer = quantizer_of(levels, 0.3, values=12)
+    alpha = quantizer.scale.detach()
+    quantizer(u * alpha).sum().backward()
+    code, inside = levels.encode(u), (u >= levels.lo) & (u <= levels.hi)
+    slope = code if levels.kind == "sign" else torch.where(inside, code - u, code)
+    expected = slope.sum() * alpha / math.sqrt(12 * levels.gradient_divisor)
+    torch.testing.assert_close(quantizer.log_scale.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sign_set_is_linear_in_alpha() -> None:
+    x = torch.linspace(-4, 4, 40)
+    g = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    quantizer = quantizer_of(signed(1), 1.0, values=1)
+    quantizer(x).backward(g)
+    torch.testing.assert_close(quantizer.log_scale.grad, (g * x.sign()).sum())
+
+
+def test_scale_has_a_floor_through_which_the_gradient_passes() -> None:
+    quantizer = quantizer_of(signed(2), 1.0)
+    with torch.no_grad():
+        quantizer.log_scale.fill_(math.log(1e-7))
+    assert quantizer.scale.item() == pytest.approx(1e-5)
+    # All inputs are clipped at the top, so a larger scale lowers this loss.
+    loss = (quantizer(torch.ones(4)) - 1).square().sum()
+    loss.backward()
+    assert quantizer.log_scale.grad < 0
+
+
+def test_length_ratio_multiplies_scale_and_shift() -> None:
+    quantizer = quantizer_of(non_negative(2), 0.25, -0.1)
+    ratio = torch.tensor([2.0, 0.5, 1.0])[:, None]
+    x = torch.rand(3, 50, generator=torch.Generator().manual_seed(0))
+    for row, value in enumerate(ratio.flatten().tolist()):
+        alone = quantizer_of(non_negative(2), 0.25 * value, -0.1 * value)
+        assert torch.equal(quantizer.codes(x, ratio).integers[row], alone.codes(x[row]).integers)
+        torch.testing.assert_close(quantizer(x, ratio)[row], alone(x[row]))
+
+
+def test_gradient_follows_the_length_ratio() -> None:
+    x = torch.rand(2, 30, generator=torch.Generator().manual_seed(0))
+    both = quantizer_of(non_negative(2), 0.25, -0.1)
+    both(x, torch.tensor([[2.0], [0.5]])).sum().backward()
+    expected = [0.0, 0.0]
+    for row, value in enumerate([2.0, 0.5]):
+        one = quantizer_of(non_negative(2), 0.25 * value, -0.1 * value)
+        one(x[row]).sum().backward()
+        # d(ratio * alpha)/d(log alpha) is the product itself: no further factor on log_scale.
+        expected[0] += one.log_scale.grad.item()
+        expected[1] += value * one.shift.grad.item()
+    assert both.log_scale.grad.item() == pytest.approx(expected[0], rel=1e-4)
+    assert both.shift.grad.item() == pytest.approx(expected[1], rel=1e-4)
+
+
+def test_shift_per_channel_gets_its_channels_gradient() -> None:
+    quantizer = ElasticQuantizer(signed(2), 4, shift_shape=(4,))
+    quantizer.set_scale(torch.tensor(0.3), torch.tensor([0.0, 0.1, -0.2, 0.3]))
+    x = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    g = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
+    quantizer(x).backward(g)
+    torch.testing.assert_close(quantizer.shift.grad, -x.grad.sum((0, 1)) / math.sqrt(4 * 1))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [lambda q: q(torch.ones(2)), lambda q: q.codes(torch.ones(2))],
+    ids=["forward", "codes"],
+)
+def test_every_use_before_calibration_raises(use) -> None:
+    quantizer = ElasticQuantizer(signed(2), 4)
+    with pytest.raises(UncalibratedError):
+        use(quantizer)
+    quantizer.load_state_dict(ElasticQuantizer(signed(2), 4).state_dict())
+    with pytest.raises(UncalibratedError):
+        use(quantizer)
+
+
+def test_state_dict_carries_the_calibration() -> None:
+    source = quantizer_of(non_negative(2), 0.25, -0.1)
+    target = ElasticQuantizer(non_negative(2), 8, shift_shape=())
+    assert not target.is_calibrated
+    target.load_state_dict(source.state_dict())
+    assert target.is_calibrated
+    assert bool(target.calibrated)
+    x = torch.linspace(-1, 2, 31)
+    assert torch.equal(target(x), source(x))
+
+
+def test_deep_copy_keeps_calibration_and_optimizer_groups() -> None:
+    source = quantizer_of(signed(2), 0.25, 0.1)
+    twin = copy.deepcopy(source)
+    x = torch.linspace(-1, 1, 21)
+    assert torch.equal(twin(x), source(x))
+    assert twin.log_scale is not source.log_scale
+    assert twin.log_scale.param_group == source.log_scale.param_group == "quantizer_scale"
+    assert twin.shift.param_group == source.shift.param_group == "quantizer_shift"
+
+
+def test_calibration_forgets_what_was_before_it() -> None:
+    quantizer = quantizer_of(signed(2), 5.0, 3.0)
+    quantizer.start_calibration(Calibrator())
+    assert not quantizer.is_calibrated
+    x = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    quantizer(x)
+    quantizer.finish_calibration()
+    assert quantizer.shift == 0
+    assert ((quantizer(x) - x).square().mean() / x.square().mean()).item() < 0.2
+    scale = quantizer.scale.item()
+    quantizer(100 * x)
+    assert quantizer.scale.item() == scale
+
+
+def test_gradient_is_straight_through_inside_and_zero_outside() -> None:
+    quantizer = quantizer_of(signed(2), 1.0)
+    x = torch.tensor([-2.1, -2.0, -0.4, 1.0, 1.1], requires_grad=True)
+    g = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    quantizer(x).backward(g)
+    assert x.grad.tolist() == [0.0, 2.0, 3.0, 4.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "levels", [signed(1), signed(2), non_negative(1), non_negative(4)], ids=str
+)
+def test_forward_and_backward_never_wait_for_the_device(levels: LevelSet) -> None:
+    # Under FakeTensorMode, reading a value (.item(), bool()) raises.
+    with FakeTensorMode():
+        quantizer = ElasticQuantizer(levels, 4, shift_shape=(4,))
+        quantizer.set_scale(torch.tensor(0.5))
+        x = torch.randn(2, 3, 4, requires_grad=True)
+        ratio = torch.ones(2, 1, 1)
+        quantizer(x, ratio).square().sum().backward()
+        assert x.grad.shape == x.shape
+        assert quantizer.shift.grad.shape == (4,)
+        with pytest.raises(DataDependentOutputException):
+            x.sum().item()
+
+
+def test_keeps_nothing_but_its_inputs_for_the_backward() -> None:
+    quantizer = quantizer_of(signed(2), 0.5, 0.1)
+    x = torch.randn(3, 4, requires_grad=True)
+    saved: list[Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with hooks:
+        quantizer(x)
+    assert [t.data_ptr() for t in saved if t.numel() > 1] == [x.data_ptr()]
+
+
+def test_learns_the_scale_from_the_reconstruction_error() -> None:
+    x = F.gelu(torch.randn(2000, generator=torch.Generator().manual_seed(0)))
+    quantizer = quantizer_of(non_negative(2), 3.0, 0.0, values=2000)
+    optimizer = torch.optim.Adam(quantizer.parameters(), lr=0.05)
+
+    def error() -> Tensor:
+        return (quantizer(x) - x).square().mean() / x.square().mean()
+
+    first = error().item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        error().backward()
+        optimizer.step()
+    assert error().item() < 0.1 < first

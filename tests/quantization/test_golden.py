@@ -1,0 +1,117 @@
+"""The implementation against tests/golden: exact codes and decoded values, gradients to 1e-5."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fairseq_lowbit.quantization import ElasticQuantizer, LevelSet
+
+FOLDER = Path(__file__).resolve().parents[1] / "golden"
+SETS = sorted(path.stem for path in FOLDER.glob("*.json"))
+CASES = [
+    pytest.param(stem, index, id=f"{stem}-{case['name']}")
+    for stem in SETS
+    for index, case in enumerate(json.loads((FOLDER / f"{stem}.json").read_text())["cases"])
+]
+
+
+class GivenScale(ElasticQuantizer):
+    """Takes alpha as it stands: exp(log(alpha)) would miss the ties by a rounding."""
+
+    def __init__(self, alpha: Tensor, **kwargs: Any) -> None:
+        super().__init__(**kwargs, scale_shape=tuple(alpha.shape))
+        self.set_scale(alpha)
+        self.alpha = nn.Parameter(alpha)
+
+    @property
+    def scale(self) -> Tensor:
+        return self.alpha
+
+
+def load(stem: str, index: int) -> tuple[dict[str, Any], LevelSet]:
+    golden = json.loads((FOLDER / f"{stem}.json").read_text())
+    levels = LevelSet(golden["kind"], golden["bits"])
+    assert (levels.lo, levels.hi) == (golden["lo"], golden["hi"])
+    return golden["cases"][index], levels
+
+
+def build(case: dict[str, Any], levels: LevelSet) -> tuple[GivenScale, Tensor | None]:
+    alpha = torch.tensor(case["alpha"])
+    alpha = alpha[0] if len(alpha) == 1 else alpha[:, None]
+    beta = None if case["beta"] is None else torch.tensor(case["beta"])
+    if beta is not None and len(beta) == 1:
+        beta = beta[0]
+    quantizer = GivenScale(
+        alpha,
+        levels=levels,
+        gradient_values=case["gradient_values"],
+        shift_shape=None if beta is None else tuple(beta.shape),
+    )
+    if beta is not None:
+        quantizer.set_scale(alpha, beta)
+    ratio = None if case["ratio"] is None else torch.tensor(case["ratio"])[:, None]
+    return quantizer, ratio
+
+
+def assert_close(actual: Tensor, expected: list[float]) -> None:
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(
+        actual.double().reshape(expected.shape), expected, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_golden_files_cover_every_level_set() -> None:
+    expected = ["sign", *(f"signed_{n}" for n in range(2, 9))]
+    assert sorted(SETS) == sorted(expected + [f"non_negative_{n}" for n in range(1, 9)])
+
+
+def test_generator_alone_writes_the_committed_files(tmp_path: Path) -> None:
+    # -I -S: neither this package nor torch nor numpy can be imported by it.
+    script = FOLDER / "make_golden.py"
+    subprocess.run([sys.executable, "-I", "-S", str(script), str(tmp_path)], check=True)
+    written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert written == {path.name: path.read_bytes() for path in FOLDER.glob("*.json")}
+
+
+@pytest.mark.parametrize("stem, index", CASES)
+def test_codes_and_decoded_values_are_equal(stem: str, index: int) -> None:
+    case, levels = load(stem, index)
+    quantizer, ratio = build(case, levels)
+    x = torch.tensor(case["x"])
+    codes = quantizer.codes(x, ratio)
+    decoded = torch.tensor(case["decoded"])
+    assert torch.equal(codes.integers.long(), torch.tensor(case["codes"]))
+    assert torch.equal(codes.decode(), decoded)
+    assert torch.equal(quantizer(x, ratio), decoded)
+
+
+@pytest.mark.parametrize("stem, index", CASES)
+def test_gradients_agree(stem: str, index: int) -> None:
+    case, levels = load(stem, index)
+    quantizer, ratio = build(case, levels)
+    x = torch.tensor(case["x"], requires_grad=True)
+    quantizer(x, ratio).backward(torch.tensor(case["g"]))
+    assert torch.equal(x.grad, torch.tensor(case["dx"]))
+    assert quantizer.gradient_scale == pytest.approx(case["gradient_factor"], rel=1e-12)
+    assert_close(quantizer.alpha.grad, case["dalpha"])
+    assert_close(quantizer.alpha.grad / case["gradient_factor"], case["dalpha_sum"])
+    if case["beta"] is not None:
+        assert_close(quantizer.shift.grad, case["dbeta"])
+        assert_close(quantizer.shift.grad / case["gradient_factor"], case["dbeta_sum"])
+
+
+@pytest.mark.parametrize("stem", SETS)
+def test_quantizer_with_its_own_scale_agrees(stem: str) -> None:
+    case, levels = load(stem, 0)
+    quantizer = ElasticQuantizer(levels, case["gradient_values"])
+    quantizer.set_scale(torch.tensor(1.0))  # exp(log(1)) is 1, so that no tie moves
+    x = torch.tensor(case["x"]) / case["alpha"][0]
+    assert torch.equal(quantizer.codes(x).integers.long(), torch.tensor(case["codes"]))
+    quantizer(x).backward(torch.tensor(case["g"]))
+    assert_close(quantizer.log_scale.grad, case["dalpha"])

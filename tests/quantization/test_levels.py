@@ -1,0 +1,91 @@
+import doctest
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.quantization import LevelSet, elastic, levels, non_negative, signed
+
+ALL_SETS = [signed(n) for n in range(1, 9)] + [non_negative(n) for n in range(1, 9)]
+SETS = pytest.mark.parametrize("level_set", ALL_SETS, ids=lambda s: f"{s.kind}_{s.bits}")
+# Timing and chance stay out: no deadline, the same examples every time.
+STEADY = settings(deadline=None, derandomize=True, database=None)
+FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@pytest.mark.parametrize("module", [levels, elastic], ids=lambda m: m.__name__)
+def test_examples_in_the_docstrings_run(module) -> None:
+    results = doctest.testmod(module)
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize(
+    "level_set, lo, hi, divisor",
+    [
+        (signed(1), -1, 1, 1),
+        (signed(2), -2, 1, 1),
+        (signed(4), -8, 7, 7),
+        (signed(8), -128, 127, 127),
+        (non_negative(1), 0, 1, 1),
+        (non_negative(2), 0, 3, 3),
+        (non_negative(8), 0, 255, 255),
+    ],
+)
+def test_range_and_gradient_divisor(level_set: LevelSet, lo: int, hi: int, divisor: int) -> None:
+    assert (level_set.lo, level_set.hi, level_set.gradient_divisor) == (lo, hi, divisor)
+
+
+@SETS
+def test_reaches_each_of_its_levels_and_no_other(level_set: LevelSet) -> None:
+    codes = level_set.encode(torch.linspace(-300, 300, 9601)).unique()
+    assert len(codes) == level_set.size == 2**level_set.bits
+    assert codes.min() == level_set.lo
+    assert codes.max() == level_set.hi
+
+
+def test_ties_round_to_even() -> None:
+    u = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5])
+    assert signed(4).encode(u).tolist() == [-2, -2, 0, 0, 2, 2, 4]
+    assert non_negative(3).encode(u).tolist() == [0, 0, 0, 0, 2, 2, 4]
+
+
+def test_one_bit_sets_have_their_own_thresholds() -> None:
+    below = torch.nextafter(torch.tensor(0.0), torch.tensor(-1.0))
+    assert signed(1).encode(
+        torch.stack([torch.tensor(0.0), -torch.tensor(0.0), below])
+    ).tolist() == [
+        1,
+        1,
+        -1,
+    ]
+    below_half = torch.nextafter(torch.tensor(0.5), torch.tensor(0.0))
+    assert non_negative(1).encode(torch.stack([torch.tensor(0.5), below_half])).tolist() == [1, 0]
+
+
+@SETS
+@STEADY
+@given(values=st.lists(FINITE, min_size=1, max_size=20))
+def test_codes_are_integers_in_range_and_in_order(level_set: LevelSet, values: list) -> None:
+    u = torch.tensor(sorted(values))
+    before = u.clone()
+    codes = level_set.encode(u)
+    assert torch.equal(u, before)
+    assert torch.equal(codes, codes.round())
+    assert codes.min() >= level_set.lo
+    assert codes.max() <= level_set.hi
+    assert (codes.diff() >= 0).all()
+
+
+@SETS
+def test_codes_are_their_own_codes(level_set: LevelSet) -> None:
+    codes = level_set.encode(torch.linspace(-300, 300, 9601))
+    assert torch.equal(level_set.encode(codes), codes)
+
+
+@pytest.mark.parametrize("kind, bits", [("signed", 1), ("sign", 2), ("signed", 0), ("sign", 9)])
+def test_impossible_sets_are_refused(kind: str, bits: int) -> None:
+    with pytest.raises(LowbitError, match=str(bits)):
+        LevelSet(kind, bits)
