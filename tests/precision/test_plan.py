@@ -1,0 +1,97 @@
+import json
+
+import pytest
+import torch
+
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.models import Architecture, Hubert
+from fairseq_lowbit.precision import Plan, Precision, Rule, Site, resolve_plan
+
+PLAIN_FRONT_END = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
+
+
+def base_plan(precision: str = "float", **changes) -> Plan:
+    with torch.device("meta"):
+        return Hubert(Architecture(**changes), precision=Precision(precision)).plan
+
+
+def test_parameters_at_base_size() -> None:
+    # The published count leaves the mask embedding out.
+    assert base_plan().parameters == 92_211_328 + 768
+
+
+@pytest.mark.parametrize(
+    "precision, megabytes",
+    [
+        ("float", 184.42),
+        ("bitl_w8a8", 99.49),
+        ("bitl_w2a2", 35.79),
+        ("bitl_w1a1", 25.17),
+        ("bitla_w8a8", 99.54),
+        ("bitla_w2a2", 35.84),
+        ("bitla_w1a1", 25.23),
+    ],
+)
+def test_stored_size_is_the_published_one(precision: str, megabytes: float) -> None:
+    plan = base_plan(precision)
+    assert (plan.bytes - 2 * 768) / 1e6 == pytest.approx(megabytes, abs=0.01)
+
+
+def test_distilled_size_is_the_published_one_without_a_final_projection() -> None:
+    plan = base_plan(conv_feature_layers=PLAIN_FRONT_END, encoder_layers=2)
+    projection = next(entry for entry in plan.entries if entry.module == "final_proj")
+    assert (plan.bytes - projection.bytes) / 1e6 == pytest.approx(46.98, abs=0.01)
+
+
+def test_bytes_of_every_kind_of_site() -> None:
+    sites = [
+        Site("encoder.layers.0.fc1", "linear", weights=512, others=32, channels=32, shifts=1),
+        Site("encoder.layers.0.fc2", "linear", weights=512, others=16, channels=16, shifts=1),
+        Site("encoder.layers.0.self_attn.query", "operand", shifts=16),
+        Site("encoder.layers.0.self_attn.probabilities", "operand", shifts=1),
+        Site("final_proj", "linear", weights=128, others=8, channels=8, shifts=1),
+    ]
+    rules = [Rule("*.fc2", granularity="per_channel", weight_bits=3)]
+    plan = resolve_plan(Precision("bitla_w1a2", rules), sites, other_parameters=100)
+    assert [entry.bytes for entry in plan.entries] == [
+        512 / 8 + 32 * 2 + 4 + (4 + 4),  # weight, bias, its scale, the input's scale and shift
+        512 * 3 / 8 + 16 * 2 + 16 * 2 + (4 + 4),  # a scale of 16 bits per output channel
+        4 + 16 * 2,  # one scale, a shift of 16 bits per channel
+        4 + 4,
+        (128 + 8) * 2,
+    ]
+    assert plan.bytes == 200 + sum(entry.bytes for entry in plan.entries)
+    assert plan.parameters == 100 + 544 + 528 + 136
+
+
+def test_quantizes_asks_by_prefix() -> None:
+    plan = base_plan("bitl_w1a1", encoder_layers=1)
+    assert plan.quantizes("encoder.layers.0.")
+    assert plan.quantizes("")
+    assert not plan.quantizes("feature_extractor.")
+
+
+def test_plan_and_precision_survive_json() -> None:
+    rules = [
+        Rule("*", granularity="per_channel"),
+        Rule("*.fc1", weight_bits=4),
+        Rule("final_proj", method="none"),
+    ]
+    precision = Precision("bitla_w1a1", rules, length_scaled=False, reference_frames=250)
+    again = Precision.from_mapping(json.loads(json.dumps(precision.to_mapping())))
+    assert again == precision
+    with torch.device("meta"):
+        plan = Hubert(Architecture(encoder_layers=1), precision=again).plan
+    stored = json.loads(json.dumps(plan.to_mapping()))
+    assert Precision.from_mapping(stored["precision"]) == precision
+    assert stored["bytes"] == plan.bytes
+    assert [entry["module"] for entry in stored["entries"]] == [e.module for e in plan.entries]
+
+
+def test_missing_rules_mean_none() -> None:
+    assert Precision.from_mapping({"name": "bitl_w1a1", "rules": None}) == Precision("bitl_w1a1")
+
+
+def test_reference_length_must_be_positive() -> None:
+    with pytest.raises(LowbitError, match="reference_frames is 0"):
+        resolve_plan(Precision("float", reference_frames=0), [], 0)

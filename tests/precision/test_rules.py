@@ -1,0 +1,128 @@
+import pytest
+
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.precision import PlanEntry, Precision, Rule, Site, resolve_plan
+
+LAYER = "encoder.layers.0"
+SITES = [
+    Site("feature_extractor.conv_layers.0.0", "conv", 80, 0, channels=8, shifts=1),
+    Site("post_extract_proj", "linear", 128, 16, channels=16, shifts=1),
+    Site("encoder.pos_conv.0", "conv", 512, 24, channels=16, shifts=1),
+    Site(f"{LAYER}.self_attn.query", "operand", shifts=16),
+    Site(f"{LAYER}.self_attn.probabilities", "operand", shifts=1),
+    Site(f"{LAYER}.self_attn.q_proj", "linear", 256, 16, channels=16, shifts=1),
+    Site(f"{LAYER}.fc1", "linear", 512, 32, channels=32, shifts=1),
+    Site("encoder.layers.1.fc1", "linear", 512, 32, channels=32, shifts=1),
+    Site("final_proj", "linear", 128, 8, channels=8, shifts=1),
+]
+
+
+def plan(name: str, *rules: Rule) -> dict[str, PlanEntry]:
+    entries = resolve_plan(Precision(name, list(rules)), SITES, 0).entries
+    return {entry.module: entry for entry in entries}
+
+
+def bits(entry: PlanEntry) -> tuple[int, int]:
+    return entry.weight_bits, entry.activation_bits
+
+
+def test_names_cover_encoder_linears_and_with_la_the_operands() -> None:
+    for name, attention in (("bitl_w1a2", 16), ("bitla_w1a2", 2)):
+        entries = plan(name)
+        quantized = {module for module, entry in entries.items() if bits(entry) == (1, 2)}
+        assert quantized == {f"{LAYER}.self_attn.q_proj", f"{LAYER}.fc1", "encoder.layers.1.fc1"}
+        assert bits(entries[f"{LAYER}.self_attn.query"]) == (16, attention)
+        assert bits(entries[f"{LAYER}.self_attn.probabilities"]) == (16, attention)
+        for module in ("post_extract_proj", "encoder.pos_conv.0", "final_proj"):
+            assert bits(entries[module]) == (16, 16)
+            assert not entries[module].is_quantized
+
+
+def test_last_matching_rule_alone_decides() -> None:
+    entries = plan(
+        "bitl_w2a2",
+        Rule(f"{LAYER}.*", weight_bits=8),
+        Rule("*.fc1", activation_bits=4),
+    )
+    assert bits(entries[f"{LAYER}.self_attn.q_proj"]) == (8, 2)
+    # The first rule matched as well; what the last one leaves out comes from the name.
+    assert bits(entries[f"{LAYER}.fc1"]) == (2, 4)
+    assert entries[f"{LAYER}.fc1"].rule == "rule *.fc1"
+    assert entries["final_proj"].rule == "bitl_w2a2"
+
+
+def test_order_of_rules_matters() -> None:
+    rules = [Rule("*.fc1", weight_bits=8), Rule(f"{LAYER}.*", weight_bits=4)]
+    assert plan("bitl_w2a2", *rules)[f"{LAYER}.fc1"].weight_bits == 4
+    assert plan("bitl_w2a2", *rules[::-1])[f"{LAYER}.fc1"].weight_bits == 8
+
+
+def test_method_none_leaves_modules_and_operands_float() -> None:
+    entries = plan("bitla_w1a1", Rule(f"{LAYER}.*", method="none"))
+    for module, entry in entries.items():
+        assert entry.is_quantized == (module == "encoder.layers.1.fc1")
+
+
+def test_rules_reach_operands_one_by_one() -> None:
+    entries = plan("bitl_w1a1", Rule("*.query", activation_bits=3))
+    assert bits(entries[f"{LAYER}.self_attn.query"]) == (16, 3)
+    assert bits(entries[f"{LAYER}.self_attn.probabilities"]) == (16, 16)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "feature_extractor.conv_layers.0.0",
+        "post_extract_proj",
+        "encoder.pos_conv.0",
+        "final_proj",
+    ],
+)
+def test_rules_reach_what_the_names_leave_float(module: str) -> None:
+    rule = Rule(module, weight_bits=4, activation_bits=8, granularity="per_channel")
+    entries = plan("float", rule)
+    assert bits(entries[module]) == (4, 8)
+    assert entries[module].granularity == "per_channel"
+    assert [m for m, entry in entries.items() if entry.is_quantized] == [module]
+
+
+def test_pattern_that_matches_nothing_is_an_error_that_lists_modules() -> None:
+    with pytest.raises(LowbitError, match=r"'encoder.layer.0.\*' matches no module") as error:
+        plan("bitl_w1a1", Rule("encoder.layer.0.*", weight_bits=4))
+    assert "encoder.layers.*.fc1, final_proj" in str(error.value)
+
+
+@pytest.mark.parametrize("given", [{"weight_bits": 4}, {"activation_bits": 4}, {}])
+def test_module_that_the_name_leaves_float_needs_both_bits(given: dict[str, int]) -> None:
+    with pytest.raises(LowbitError, match="final_proj.*give both"):
+        plan("bitl_w1a1", Rule("final_proj", method="elastic", **given))
+
+
+def test_granularity_alone_does_not_quantize() -> None:
+    entries = plan("bitl_w1a1", Rule("*", granularity="per_channel"))
+    assert entries[f"{LAYER}.fc1"].granularity == "per_channel"
+    assert not entries["final_proj"].is_quantized
+    assert entries["final_proj"].granularity == "-"
+
+
+@pytest.mark.parametrize(
+    "rule, message",
+    [
+        (Rule("*.fc1", method="none", weight_bits=2), "method none.*drop weight_bits"),
+        (Rule("*.fc1", method="none", activation_bits=2), "method none.*drop activation_bits"),
+        (Rule("*.fc1", method="elastc"), "method 'elastc'; allowed are elastic, none"),
+        (Rule("*.fc1", granularity="per_row"), "'per_row'; allowed are per_tensor, per_channel"),
+        (Rule("*.fc1", weight_bits=9), "weight_bits: 9 bits"),
+        (Rule("*.fc1", activation_bits=0), "activation_bits: 0 bits"),
+        (Rule("*.fc1", weight_bits=3.5), "3.5 bits"),
+        (Rule("", weight_bits=2), "match is empty"),
+    ],
+)
+def test_contradictory_rules_are_refused(rule: Rule, message: str) -> None:
+    with pytest.raises(LowbitError, match=message):
+        plan("bitl_w1a1", rule)
+
+
+def test_misspelt_key_of_a_stored_rule_raises() -> None:
+    with pytest.raises(TypeError, match="weight_bit"):
+        Precision.from_mapping({"name": "float", "rules": [{"match": "*", "weight_bit": 1}]})
