@@ -1,0 +1,277 @@
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fairseq_lowbit.models import Architecture, Hubert
+from fairseq_lowbit.nn import Linear, attach, calibrate, is_calibrated, quantizers, sites
+from fairseq_lowbit.precision import Precision, Rule
+from fairseq_lowbit.quantization import ElasticQuantizer, signed
+from fairseq_lowbit.quantization.calibration import fit_scale
+
+TINY = Architecture(
+    conv_feature_layers="[(8,10,5),(8,3,2),(12,2,2)]",
+    encoder_layers=2,
+    encoder_embed_dim=16,
+    encoder_ffn_embed_dim=24,
+    encoder_attention_heads=2,
+    conv_pos=6,
+    conv_pos_groups=4,
+    final_dim=8,
+)
+OUTSIDE = ("feature_extractor.*", "post_extract_proj", "encoder.pos_conv.0", "final_proj")
+EVERYTHING = [Rule(match, weight_bits=2, activation_bits=2) for match in OUTSIDE]
+
+
+def build(*rules: Rule, name: str = "bitla_w2a2") -> Hubert:
+    torch.manual_seed(0)
+    model = Hubert(TINY, precision=Precision(name, [*EVERYTHING, *rules]))
+    for parameter in (p for p in model.parameters() if p.dim() == 2):
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def waveform(batch: int = 2, samples: int = 700) -> Tensor:
+    return torch.randn(batch, samples, generator=torch.Generator().manual_seed(1))
+
+
+def run(model: Hubert) -> Tensor:
+    frames = model.project(model.extract(waveform()))
+    x, _ = model.encoder(frames.x, frames.padding_mask)
+    return model.final_proj(x)
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> Hubert:
+    model = build()
+    calibrate(model, [waveform()], lambda x: run(model))
+    return model
+
+
+def planned_sides() -> list[tuple[str, str]]:
+    with torch.device("meta"):
+        places = sites(Hubert(TINY))
+    weights = [(site.name, "weight_bits") for site in places if site.kind != "operand"]
+    return weights + [(site.name, "activation_bits") for site in places]
+
+
+def test_sites_are_all_weighted_operators_and_operands() -> None:
+    names = [name for name, side in planned_sides() if side == "activation_bits"]
+    layer = ["self_attn.query", "self_attn.key", "self_attn.value", "self_attn.probabilities"]
+    layer += [f"self_attn.{p}_proj" for p in "kvq"] + ["self_attn.out_proj", "fc1", "fc2"]
+    expected = [f"feature_extractor.conv_layers.{i}.0" for i in range(3)]
+    expected += ["post_extract_proj", "encoder.pos_conv.0"]
+    expected += [f"encoder.layers.{i}.{part}" for i in range(2) for part in layer] + ["final_proj"]
+    assert names == expected
+
+
+def test_no_parameter_is_missed_by_the_plan() -> None:
+    model = build()
+    own = sum(p.numel() for n, p in model.named_parameters() if "_quantizer." not in n)
+    assert model.plan.parameters == own
+
+
+def test_every_quantizer_is_called_once_per_forward(calibrated: Hubert) -> None:
+    calls: Counter[str] = Counter()
+    handles = [
+        quantizer.register_forward_hook(lambda *_, name=name: calls.update([name]))
+        for name, quantizer in quantizers(calibrated)
+    ]
+    run(calibrated)
+    for handle in handles:
+        handle.remove()
+    # 5 weighted modules outside the layers; per layer 6 weights, 4 inputs and 4 operands.
+    assert len(calls) == 2 * 6 + 2 * (6 + 4 + 4)
+    assert set(calls.values()) == {1}
+
+
+@pytest.mark.parametrize("module, side", planned_sides())
+def test_changing_the_bits_of_one_site_changes_the_output(
+    module: str, side: str, calibrated: Hubert
+) -> None:
+    changed = build(Rule(module, **{"weight_bits": 2, "activation_bits": 2, side: 4}))
+    changed.load_state_dict(calibrated.state_dict(), strict=False)
+    for _, quantizer in quantizers(changed):
+        if not quantizer.is_calibrated:  # q, k, v no longer share their input's quantizer
+            quantizer.set_scale(torch.tensor(0.5))
+    bits = Counter(q.levels.bits for _, q in quantizers(changed))
+    assert bits[4] == 1
+    assert not torch.equal(run(changed), run(calibrated))
+
+
+def test_same_bits_give_the_same_output(calibrated: Hubert) -> None:
+    again = build(Rule("*.fc1", weight_bits=2, activation_bits=2))
+    again.load_state_dict(calibrated.state_dict())
+    assert torch.equal(run(again), run(calibrated))
+
+
+def test_level_sets_follow_the_contract() -> None:
+    model = build()
+    sets = {name: q.levels.kind for name, q in quantizers(model)}
+    non_negative = {name for name, kind in sets.items() if kind == "non_negative"}
+    expected = {f"feature_extractor.conv_layers.{i}.0.input_quantizer" for i in (1, 2)}
+    for i in range(2):
+        expected |= {f"encoder.layers.{i}.fc2.input_quantizer"}
+        expected |= {f"encoder.layers.{i}.self_attn.probabilities_quantizer"}
+    assert non_negative == expected
+    assert {kind for name, kind in sets.items() if name not in non_negative} == {"signed"}
+    one_bit = {q.levels.kind for _, q in quantizers(Hubert(TINY, precision=Precision("bitl_w1a1")))}
+    assert one_bit == {"sign", "non_negative"}
+
+
+def test_scales_shifts_and_gradient_values_follow_the_contract() -> None:
+    model = build(Rule("*.fc1", granularity="per_channel"), name="bitla_w2a2")
+    found = dict(quantizers(model))
+    dim, inner, heads, reference = 16, 24, 2, 500
+    layer = "encoder.layers.0"
+    wanted = {
+        f"{layer}.fc1.weight_quantizer": ((inner, 1), None, dim),
+        f"{layer}.fc2.weight_quantizer": ((), None, inner * dim),
+        f"{layer}.fc2.input_quantizer": ((), (), inner),
+        f"{layer}.self_attn.input_quantizer": ((), (), dim),
+        f"{layer}.self_attn.query_quantizer": ((), (dim,), dim),
+        f"{layer}.self_attn.probabilities_quantizer": ((), (), heads * reference),
+        "feature_extractor.conv_layers.0.0.input_quantizer": ((), (), 1),
+        "feature_extractor.conv_layers.1.0.input_quantizer": ((), (), 8),
+        "feature_extractor.conv_layers.1.0.weight_quantizer": ((), None, 8 * 8 * 3),
+        "encoder.pos_conv.0.input_quantizer": ((), (), dim),
+        "encoder.pos_conv.0.weight_quantizer": ((), None, dim * dim // 4 * 6),
+    }
+    for name, (scale, shift, values) in wanted.items():
+        quantizer = found[name]
+        assert tuple(quantizer.log_scale.shape) == scale, name
+        assert (None if quantizer.shift is None else tuple(quantizer.shift.shape)) == shift, name
+        expected = 1 / (values * quantizer.levels.gradient_divisor) ** 0.5
+        assert quantizer.gradient_scale == pytest.approx(expected), name
+
+
+def test_projections_share_one_input_quantizer_when_their_bits_agree() -> None:
+    for attention in (layer.self_attn for layer in build().encoder.layers):
+        assert attention.input_quantizer is not None
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            assert projection.input_quantizer is None
+    apart = build(Rule("*.0.self_attn.v_proj", weight_bits=2, activation_bits=3)).encoder.layers
+    assert apart[0].self_attn.input_quantizer is None
+    assert [
+        getattr(apart[0].self_attn, f"{p}_proj").input_quantizer.levels.bits for p in "qkv"
+    ] == [2, 2, 3]
+    assert apart[1].self_attn.input_quantizer is not None
+
+
+def test_float_model_gets_no_quantizer_and_bit_identical_output() -> None:
+    torch.manual_seed(0)
+    model = Hubert(TINY).eval()
+    before = run(model)
+    assert list(quantizers(model)) == []
+    assert is_calibrated(model)
+    attach(model, Precision("float"))
+    assert torch.equal(run(model), before)
+
+
+def test_calibration_fits_weights_and_inputs() -> None:
+    model = build()
+    assert not is_calibrated(model)
+    calibrate(model, [waveform(), waveform(3)], model_forward(model))
+    assert is_calibrated(model)
+    for name, quantizer in quantizers(model):
+        assert quantizer.scale.item() != 1.0, name
+    weight, quantizer = model.final_proj.weight, model.final_proj.weight_quantizer
+    fitted = fit_scale(weight.flatten()[None], quantizer.levels)[0].item()
+    assert quantizer.scale.item() == pytest.approx(fitted)
+
+
+def model_forward(model: Hubert):
+    def forward(x: Tensor) -> Tensor:
+        return model.final_proj(model.hidden_states(x)[0][-1])
+
+    return forward
+
+
+def test_calibration_repeats_itself_exactly() -> None:
+    states = []
+    for _ in range(2):
+        model = build()
+        calibrate(model, [waveform(), waveform(3)], model_forward(model))
+        states.append(model.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_later_quantizers_are_calibrated_on_quantized_inputs() -> None:
+    model = nn.ModuleDict({"a": Linear(4, 4), "b": Linear(4, 4)})
+    for operator in model.values():
+        operator.input_quantizer = ElasticQuantizer(signed(1), 4, shift_shape=())
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    calibrate(model, [x], lambda x: model["b"](model["a"](x)))
+    behind = model["a"](x)
+    expected = behind.abs().mean().item()
+    assert model["b"].input_quantizer.scale.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_calibration_runs_in_eval_mode_and_restores_the_mode(training: bool) -> None:
+    model = build().train(training)
+    seen = []
+
+    def forward(x: Tensor) -> None:
+        seen.append(any(m.training for m in model.modules()))
+        run(model)
+
+    calibrate(model, [waveform()], forward)
+    assert seen == [False]
+    assert all(m.training == training for m in model.modules())
+
+
+def test_calibration_restores_the_mode_after_a_failure() -> None:
+    model = build().train()
+
+    def fail(x: Tensor) -> None:
+        raise ValueError("no such file")
+
+    with pytest.raises(ValueError, match="no such file"):
+        calibrate(model, [waveform()], fail)
+    assert model.training
+    assert not is_calibrated(model)
+
+
+def test_calibration_names_a_quantizer_it_never_reached() -> None:
+    model = build()
+    calibrate(model, [waveform()], lambda x: run(model))
+    # Neither a fresh nor an earlier calibration hides what this one missed.
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"1 quantizers, first final_proj.input_quantizer"):
+            calibrate(model, [waveform()], model.hidden_states)
+
+
+def test_calibration_builds_no_graph_and_leaves_weights_alone() -> None:
+    model = build()
+    before = {n: p.clone() for n, p in model.named_parameters() if "_quantizer." not in n}
+    calibrate(model, [waveform()], lambda x: run(model))
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None
+        if name in before:
+            assert torch.equal(parameter, before[name])
+
+
+def test_training_step_reaches_every_parameter_of_every_quantizer(calibrated: Hubert) -> None:
+    model = build()
+    model.load_state_dict(calibrated.state_dict())
+    run(model).square().sum().backward()
+    for name, quantizer in quantizers(model):
+        for parameter in quantizer.parameters():
+            assert parameter.grad.abs().sum() > 0, name
+    for name, parameter in model.named_parameters():
+        if name != "mask_emb":
+            assert torch.isfinite(parameter.grad).all(), name
+
+
+def test_whole_forward_and_backward_never_wait_for_the_device() -> None:
+    with FakeTensorMode():
+        model = Hubert(TINY, precision=Precision("bitla_w1a1", EVERYTHING)).eval()
+        for _, quantizer in quantizers(model):
+            quantizer.set_scale(torch.tensor(0.5))
+        frames = model.project(model.extract(torch.randn(2, 700), torch.tensor([700, 500])))
+        x, _ = model.encoder(frames.x, frames.padding_mask)
+        model.final_proj(x).square().sum().backward()
+        assert model.final_proj.weight.grad.shape == (8, 16)
