@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with test.tsv")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument(
+        "--seconds", type=float, default=300.0, help="held-out audio to measure on (default 300)"
+    )
+    parser.add_argument(
         "--ptq",
         action="append",
         default=[],
@@ -42,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     rows = [(f"PTQ {name}", _quantized(teacher, name, args.data)) for name in args.ptq]
     rows += [(name, load_model(path).model) for name, path in students]
     with torch.inference_mode():
-        comparison = compare(teacher, rows, args.data, lambda name: print(f"measuring {name} ..."))
+        comparison = compare(teacher, rows, args.data, args.seconds, _announce)
     comparison.write(args.out)
     draw_comparison(comparison, args.out / "comparison.png")
     print_table(comparison_table(comparison))
@@ -50,6 +53,10 @@ def run(args: argparse.Namespace) -> int:
         print(finding)
     print(f"figure {args.out / 'comparison.png'}, numbers {args.out / 'comparison.json'}")
     return 0
+
+
+def _announce(name: str) -> None:
+    print(f"measuring {name} ...", flush=True)
 
 
 def _named_student(text: str) -> tuple[str, Path]:

@@ -16,10 +16,12 @@ from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.agreement import Agreement, agreement, valid_frames
 from fairseq_lowbit.evaluation.masked import MaskedAccuracy, masked_accuracy
 from fairseq_lowbit.evaluation.probe import Probe, pooled, word_probe
-from fairseq_lowbit.evaluation.utterances import Utterances, read_batches
+from fairseq_lowbit.evaluation.utterances import Utterances, chosen_lines, read_batches
 from fairseq_lowbit.models import Hubert, LoadedModel
 
 TRAINED_FACTOR = 3.0
+# Shares of the audio that words to train and to test the probe on may take, of --seconds.
+_WORD_SHARES = {"train": 0.8, "test": 0.5}
 WordSets = tuple[tuple[list[Utterances], list[str]], tuple[list[Utterances], list[str]]]
 
 
@@ -88,7 +90,11 @@ class Comparison:
 
 
 def compare(
-    teacher: LoadedModel, others: Sequence[tuple[str, Hubert]], data: Path, progress: Callable
+    teacher: LoadedModel,
+    others: Sequence[tuple[str, Hubert]],
+    data: Path,
+    seconds: float,
+    progress: Callable[[str], None],
 ) -> Comparison:
     """Measures every model on the held-out files of a data folder.
 
@@ -96,11 +102,13 @@ def compare(
         others: name and model, in the order of the rows.
         data: folder with ``test.tsv``, ``test.km`` (masked accuracy; optional) and the word sets
             ``words_{train,test}.{tsv,wrd}`` (probe; optional).
+        seconds: audio to measure on, a seeded choice of the held-out files.
         progress: called with the name of each row before it is measured.
     """
-    test = list(read_batches(read_manifest(data / "test.tsv"), teacher.normalize))
+    manifest = read_manifest(data / "test.tsv")
+    test = list(read_batches(manifest, chosen_lines(manifest, seconds), teacher.normalize))
     labels = _labels(data)
-    words = _words(data, teacher.normalize)
+    words = _words(data, seconds, teacher.normalize)
     embeddings = getattr(teacher.model, "label_embs_concat", None)
     if labels is not None and embeddings is not None and len(embeddings) != labels.classes:
         raise LowbitError(
@@ -148,17 +156,16 @@ def _probe_cell(probe: Probe) -> str:
 
 
 def _probe_findings(rows: Sequence[Row]) -> list[str]:
-    """Pairs of neighbouring rows whose last layers the probe cannot tell apart."""
-    notes = []
+    """Neighbouring rows whose last layers the probe cannot tell apart, in one sentence."""
+    alike = []
     for first, second in pairwise(rows):
         gap = abs(first.probe.mean[-1] - second.probe.mean[-1])
         spread = float(np.hypot(first.probe.std[-1], second.probe.std[-1]))
         if gap <= 2 * spread:
-            notes.append(
-                f"The word probe does not separate {first.name} from {second.name} at the last "
-                f"layer (gap {gap:.1%}, two spreads {2 * spread:.1%})."
-            )
-    return notes
+            alike.append(f"{first.name} from {second.name} ({gap:.1%} apart, ±{2 * spread:.1%})")
+    if not alike:
+        return []
+    return [f"At the last layer the word probe does not separate {'; '.join(alike)}."]
 
 
 def _labels(data: Path) -> LabelFile | None:
@@ -166,18 +173,22 @@ def _labels(data: Path) -> LabelFile | None:
     return LabelFile(path, data / "dict.km.txt") if path.is_file() else None
 
 
-def _words(data: Path, normalize: bool) -> WordSets | None:
+def _words(data: Path, seconds: float, normalize: bool) -> WordSets | None:
     if not (data / "words_test.tsv").is_file():
         return None
-    return tuple(_word_set(data, split, normalize) for split in ("train", "test"))
+    return tuple(
+        _word_set(data, split, share * seconds, normalize) for split, share in _WORD_SHARES.items()
+    )
 
 
-def _word_set(data: Path, split: str, normalize: bool) -> tuple[list[Utterances], list[str]]:
+def _word_set(
+    data: Path, split: str, seconds: float, normalize: bool
+) -> tuple[list[Utterances], list[str]]:
     manifest = read_manifest(data / f"words_{split}.tsv")
     words = (data / f"words_{split}.wrd").read_text().split()
     if len(words) != len(manifest):
         raise LowbitError(f"{data}/words_{split}.wrd: {len(words)} words, {len(manifest)} files")
-    return list(read_batches(manifest, normalize)), words
+    return list(read_batches(manifest, chosen_lines(manifest, seconds), normalize)), words
 
 
 def _probe(model: Hubert, words: WordSets) -> Probe:

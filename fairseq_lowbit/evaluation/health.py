@@ -27,7 +27,7 @@ class QuantizerHealth:
 
     Attributes:
         sqnr_db: signal-to-quantization-noise ratio, 10 log10(sum x^2 / sum (x - decode)^2).
-        clipped: share of values more than half a step beyond the outermost levels.
+        clipped: share of values more than half a step beyond the outermost decoded level.
         levels_used: share of the 2^bits levels that occur.
     """
 
@@ -122,7 +122,9 @@ def _health(
     u = values / scale if shift is None else (values - shift) / scale
     noise = (values - decoded).square().sum().clamp_min(1e-20)
     signal = values.square().sum().clamp_min(1e-20)
-    clipped = ((u < levels.lo - 0.5) | (u > levels.hi + 0.5)).float().mean()
+    # The shift moves thresholds only and is not decoded, so it does not move the levels.
+    steps = values / scale
+    clipped = ((steps < levels.lo - 0.5) | (steps > levels.hi + 0.5)).float().mean()
     used = levels.encode(u).unique().numel() / levels.size
     sqnr = 10 * torch.log10(signal / noise)
     return QuantizerHealth(name, levels.bits, float(sqnr), float(clipped), used)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fairseq_lowbit.data.audio import read_audio
+from fairseq_lowbit.data.audio import SAMPLE_RATE, read_audio
 from fairseq_lowbit.data.manifest import Manifest
 from fairseq_lowbit.models import Hubert
 
@@ -30,14 +30,23 @@ class Utterances:
     lengths: Tensor
 
 
-def read_batches(manifest: Manifest, normalize: bool = False) -> Iterator[Utterances]:
-    """Every file of a manifest, longest first, in batches of about 40 s.
+def chosen_lines(manifest: Manifest, seconds: float) -> list[int]:
+    """Seeded random lines of a manifest that make up at most ``seconds``, one at least."""
+    order = np.random.default_rng(0).permutation(len(manifest))
+    within = np.cumsum(manifest.sizes[order]) <= seconds * SAMPLE_RATE
+    return order[: max(1, int(within.sum()))].tolist()
+
+
+def read_batches(
+    manifest: Manifest, lines: list[int], normalize: bool = False
+) -> Iterator[Utterances]:
+    """The files on ``lines`` of a manifest, longest first, in batches of about 40 s.
 
     Raises:
         UnusableAudio: naming the first file that cannot be read as 16 kHz mono.
     """
     batch: list[int] = []
-    for line in np.argsort(-manifest.sizes, kind="stable").tolist():
+    for line in sorted(lines, key=lambda line: -manifest.sizes[line]):
         if batch and (len(batch) + 1) * manifest.sizes[batch[0]] > _BATCH_SAMPLES:
             yield _read(manifest, batch, normalize)
             batch = []
