@@ -1,7 +1,7 @@
 """Reading checkpoints back into models, with messages that name what is wrong."""
 
 import argparse
-import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,15 +49,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise LowbitError(f"checkpoint {path} cannot be read safely: {reason}") from error
-    except Exception as error:  # noise makes torch.load raise errors of many kinds
-        reason = str(error).splitlines()[0] if str(error) else ""
-        raise LowbitError(
-            f"checkpoint {path} is truncated, corrupt or another kind of file: "
-            f"{type(error).__name__} {reason}"
-        ) from error
+    except Exception as error:  # what torch.load raises for a file of noise is of many kinds
+        raise LowbitError(f"checkpoint {path} {_what_is_wrong(error)}") from error
     if not _is_fairseq(state):
         raise LowbitError(f"checkpoint {path} is not a fairseq checkpoint with cfg and model")
     return state
@@ -128,6 +121,13 @@ def _check_names_and_shapes(expected: StateDict, weights: StateDict, what: str) 
             f"{what} is of another shape than the model: {'; '.join(differing[:3])}{more}. "
             "Give the model the checkpoint's architecture, for example model=fastconv_tiny"
         )
+
+
+def _what_is_wrong(error: Exception) -> str:
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    if refused:
+        return f"cannot be read safely: it holds {refused[1]}, which is not plain data"
+    return f"is truncated, corrupt or another kind of file ({type(error).__name__})"
 
 
 def _is_fairseq(state: object) -> bool:
