@@ -1,0 +1,240 @@
+import argparse
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.models import (
+    Architecture,
+    Hubert,
+    LoadedModel,
+    check_same_shapes,
+    load_model,
+    read_checkpoint,
+    start_from,
+)
+from fairseq_lowbit.nn import is_calibrated, quantizers
+from fairseq_lowbit.precision import Precision
+
+TINY = Architecture(
+    conv_feature_layers="[(8,10,5),(12,2,2)]",
+    encoder_layers=1,
+    encoder_embed_dim=16,
+    encoder_ffn_embed_dim=24,
+    encoder_attention_heads=2,
+    conv_pos=6,
+    conv_pos_groups=4,
+    final_dim=8,
+)
+
+
+def build(
+    precision: str = "float", classes: int = 5, seed: int = 0, shape: Architecture = TINY
+) -> Hubert:
+    torch.manual_seed(seed)
+    model = Hubert(shape, classes, Precision(precision))
+    for index, (_, quantizer) in enumerate(quantizers(model)):
+        quantizer.set_scale(torch.tensor(0.1 + 0.01 * index))
+    return model
+
+
+def state_of(model: Hubert, **changes: Any) -> dict[str, Any]:
+    config = {**asdict(model.shape), "_name": "lowbit_hubert"}
+    if any(True for _ in quantizers(model)):
+        config["precision"] = model.plan.precision.to_mapping()
+    state = {
+        "args": None,
+        "cfg": {"model": config, "task": {"normalize": True}},
+        "model": model.state_dict(),
+        "optimizer_history": [{"num_updates": 3}, {"num_updates": 70}],
+    }
+    return {**state, **changes}
+
+
+def save(path: Path, state: object) -> Path:
+    torch.save(state, path)
+    return path
+
+
+def loaded(model: Hubert) -> LoadedModel:
+    return LoadedModel(model, Path("teacher.pt"), 0, True, False)
+
+
+@pytest.mark.parametrize("precision", ["float", "bitla_w1a1"])
+def test_model_comes_back_at_its_own_shape_and_precision(tmp_path: Path, precision: str) -> None:
+    model = build(precision)
+    back = load_model(save(tmp_path / "c.pt", state_of(model)))
+    assert back.model.shape == model.shape
+    assert back.model.plan == model.plan
+    assert (back.updates, back.has_final_projection, back.normalize) == (70, True, True)
+    assert is_calibrated(back.model)
+    assert not back.model.training
+    waveform = torch.randn(1, 200, generator=torch.Generator().manual_seed(0))
+    expected = model.eval().hidden_states(waveform)[0][-1]
+    assert torch.equal(back.model.hidden_states(waveform)[0][-1], expected)
+
+
+def test_checkpoint_without_final_projection_loads_and_says_so(tmp_path: Path) -> None:
+    state = state_of(build(classes=0))
+    for key in ("final_proj.weight", "final_proj.bias"):
+        del state["model"][key]
+    back = load_model(save(tmp_path / "c.pt", state))
+    assert not back.has_final_projection
+    assert not hasattr(back.model, "label_embs_concat")
+
+
+def test_namespaces_of_old_checkpoints_are_plain_data(tmp_path: Path) -> None:
+    state = state_of(build(), args=argparse.Namespace(arch="hubert"))
+    assert read_checkpoint(save(tmp_path / "c.pt", state))["args"].arch == "hubert"
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LowbitError, match=r"nowhere\.pt does not exist"):
+        read_checkpoint(tmp_path / "nowhere.pt")
+    with pytest.raises(LowbitError, match="does not exist"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.7, 0.99])
+def test_truncated_file_is_named(tmp_path: Path, zipped: bool, share: float) -> None:
+    path = tmp_path / "c.pt"
+    torch.save(state_of(build()), path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(LowbitError, match=r"c\.pt"):
+        read_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+@pytest.mark.parametrize(
+    "content",
+    [b"hello world\n", b"RIFF$\x00\x00\x00WAVEfmt ", b'{"model": 1}', b"PK\x03\x04", b"\x80\x02c"],
+)
+def test_other_kinds_of_files_are_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "c.pt"
+    path.write_bytes(content)
+    with pytest.raises(LowbitError, match=r"c\.pt"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        torch.zeros(3),
+        [1, 2],
+        {"state_dict": {}},
+        {"model": {}, "cfg": None, "args": None},
+        {"model": {}, "cfg": {"task": {}}},
+        {"model": None, "cfg": {"model": {}}},
+    ],
+    ids=str,
+)
+def test_plain_data_that_is_no_checkpoint_is_refused(tmp_path: Path, state: object) -> None:
+    with pytest.raises(LowbitError, match="not a fairseq checkpoint with cfg and model"):
+        read_checkpoint(save(tmp_path / "c.pt", state))
+
+
+class Malicious:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_objects_are_refused_and_never_run(tmp_path: Path, zipped: bool) -> None:
+    target, path = tmp_path / "made", tmp_path / "c.pt"
+    state = state_of(build(), extra=Malicious(target))
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(LowbitError, match=r"c\.pt cannot be read safely.*mkdir"):
+        read_checkpoint(path)
+    assert not target.exists()
+
+
+def test_weights_of_another_shape_name_the_first_tensors(tmp_path: Path) -> None:
+    state = state_of(build())
+    state["model"]["encoder.layers.0.fc1.weight"] = torch.zeros(3, 16)
+    del state["model"]["layer_norm.weight"]
+    state["model"]["layer_norm.gain"] = torch.zeros(12)
+    with pytest.raises(LowbitError, match=r"c\.pt is of another shape") as error:
+        load_model(save(tmp_path / "c.pt", state))
+    message = str(error.value)
+    assert "encoder.layers.0.fc1.weight is (3, 16) where (24, 16) is wanted" in message
+    assert "layer_norm.weight is missing" in message
+    assert "layer_norm.gain is unknown to the model" in message
+
+
+def test_long_lists_of_differences_are_cut() -> None:
+    wide = build(shape=replace(TINY, encoder_ffn_embed_dim=32, final_dim=10))
+    with pytest.raises(LowbitError) as error:
+        check_same_shapes(build(), wide.state_dict(), "c.pt")
+    # fc1 weight and bias, fc2 weight, final_proj weight and bias, label embeddings
+    assert str(error.value).count(" is wanted") == 3
+    assert "(and 3 more)" in str(error.value)
+
+
+def test_starting_copies_weights_and_labels() -> None:
+    source, model = build(seed=1), build(seed=2)
+    start_from(model, loaded(source))
+    for name, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_starting_leaves_quantizers_to_calibration() -> None:
+    source = build("bitla_w8a8", seed=1)
+    model = Hubert(TINY, 5, Precision("bitla_w1a1"))
+    start_from(model, loaded(source))
+    assert torch.equal(model.encoder.layers[0].fc1.weight, source.encoder.layers[0].fc1.weight)
+    for name, quantizer in quantizers(model):
+        assert not quantizer.is_calibrated, name
+        assert (quantizer.log_scale == 0).all(), name
+
+
+def test_starting_takes_precisions_that_differ_in_either_direction() -> None:
+    for source, model in (
+        (build(), build("bitl_w1a1", seed=1)),
+        (build("bitl_w1a1"), build(seed=1)),
+    ):
+        start_from(model, loaded(source))
+        assert torch.equal(model.final_proj.weight, source.final_proj.weight)
+
+
+@pytest.mark.parametrize("classes", [0, 7])
+def test_labels_of_another_number_stay_the_models_own(classes: int) -> None:
+    source, model = build(seed=1), build(classes=classes, seed=2)
+    own = {n: p.clone() for n, p in model.named_parameters() if n == "label_embs_concat"}
+    start_from(model, loaded(source))
+    for value in own.values():
+        assert torch.equal(model.label_embs_concat, value)
+    assert torch.equal(model.final_proj.weight, source.final_proj.weight)
+
+
+def test_source_without_labels_leaves_them_alone() -> None:
+    model = build(seed=2)
+    own = model.label_embs_concat.clone()
+    start_from(model, loaded(build(classes=0, seed=1)))
+    assert torch.equal(model.label_embs_concat, own)
+
+
+def test_starting_from_another_shape_names_role_and_tensors() -> None:
+    model = build(shape=replace(TINY, encoder_layers=2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(LowbitError, match=r"^teacher teacher\.pt is of another shape") as error:
+        start_from(model, loaded(build(seed=1)), role="teacher")
+    assert "encoder.layers.1.self_attn.k_proj.weight is missing" in str(error.value)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_starting_shares_no_memory_with_the_source() -> None:
+    source, model = build(seed=1), build(seed=2)
+    start_from(model, loaded(source))
+    nn.init.zeros_(source.final_proj.weight)
+    assert model.final_proj.weight.abs().sum() > 0
