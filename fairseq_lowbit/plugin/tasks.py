@@ -87,14 +87,18 @@ class LowbitDistillationConfig(SpeechTaskConfig):
 
 
 class _SpeechTask(FairseqTask):
-    """What both tasks share: data, calibration, health, and the guards of a long run."""
+    """What both tasks share: data, calibration, health, and the guards of a long run.
+
+    Args:
+        from_checkpoint: only to load a model back, where its data and its teacher may be gone.
+    """
 
     cfg: SpeechTaskConfig
     label_classes = 0
 
-    def __init__(self, cfg: SpeechTaskConfig) -> None:
+    def __init__(self, cfg: SpeechTaskConfig, from_checkpoint: bool = False) -> None:
         super().__init__(cfg)
-        if not cfg.data:
+        if not cfg.data and not from_checkpoint:
             raise LowbitError("task.data is not set: name the folder with train.tsv and valid.tsv")
         self.model: Hubert | None = None
         self.files = RunFiles(Path(cfg.output_dir), cfg.tensorboard_logdir)
@@ -220,11 +224,19 @@ class LowbitPretrainingTask(_SpeechTask):
 
     cfg: LowbitPretrainingConfig
 
-    def __init__(self, cfg: LowbitPretrainingConfig) -> None:
-        super().__init__(cfg)
+    def __init__(self, cfg: LowbitPretrainingConfig, from_checkpoint: bool = False) -> None:
+        super().__init__(cfg, from_checkpoint)
         if len(cfg.labels) != 1:
             raise LowbitError(f"task.labels {list(cfg.labels)}: give exactly one label set")
-        self.label_classes = self.load_labels(cfg.train_subset)[0].classes
+        # fairseq keeps the state in the checkpoint and hands it back before the model is built.
+        self.state.add_factory("label_classes", self._count_classes)
+
+    @property
+    def label_classes(self) -> int:
+        return self.state.label_classes
+
+    def _count_classes(self) -> int:
+        return self.load_labels(self.cfg.train_subset)[0].classes
 
     @property
     def label_ratio(self) -> float:
@@ -249,8 +261,10 @@ class LowbitDistillationTask(_SpeechTask):
 
     cfg: LowbitDistillationConfig
 
-    def __init__(self, cfg: LowbitDistillationConfig) -> None:
-        super().__init__(cfg)
+    def __init__(self, cfg: LowbitDistillationConfig, from_checkpoint: bool = False) -> None:
+        super().__init__(cfg, from_checkpoint)
+        if from_checkpoint:
+            return
         if not cfg.teacher:
             raise LowbitError("task.teacher is not set: name the teacher's checkpoint")
         self.teacher: LoadedModel = load_model(cfg.teacher)
