@@ -29,9 +29,8 @@ train() {
     shift 2
     fairseq-hydra-train "$@" 2>&1 | tee -a "$log_file" |
         { grep --line-buffered -E 'train_inner|valid on|WARNING|ERROR|error' || true; } |
-        sed -u -E -e "s/^\[([^]]*)\]\[([^]]*)\]\[[A-Z]*\] - /  $label: /" -e 's/^(.{150}).*/\1/'
-    [[ "${PIPESTATUS[0]}" == 0 ]] || {
-        tail -n 5 "$log_file" >&2
+        sed -u -E -e "s/^\[([^]]*)\]\[([^]]*)\]\[[A-Z]*\] - /  $label: /" -e 's/^(.{150}).*/\1/' || {
+        tail -n 5 "$log_file" | cut -c1-300 >&2
         die "training '$label' failed; its log is $log_file"
     }
 }

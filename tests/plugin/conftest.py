@@ -158,7 +158,7 @@ class Trainer:
         started = subprocess.run(
             self.command(folder, config, *overrides),
             cwd=cwd or folder.parent,
-            env=environment(),
+            env=user_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -187,7 +187,7 @@ class Trainer:
         return Run(process.exitcode, log.read_text(), folder)
 
 
-def environment() -> dict[str, str]:
+def user_environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | _ENVIRONMENT
 
 
@@ -196,6 +196,12 @@ def _context() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fairseq_cli.hydra_train", "hydra._internal.hydra"])
     return context
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """A user's environment: our tests' PYTHONPATH is not in it."""
+    return user_environment()
 
 
 @pytest.fixture(scope="session")
