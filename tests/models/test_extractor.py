@@ -116,6 +116,8 @@ def test_norms_are_computed_in_fp32(mode: str) -> None:
             x.float(), 6, norm.weight.float(), norm.bias.float(), norm.eps
         )
         assert torch.equal(norm(x), exact.bfloat16())
+        whole = norm(x, torch.tensor([500])).float()
+        torch.testing.assert_close(whole, exact.bfloat16().float(), rtol=2**-7, atol=1e-5)
 
 
 def test_padding_mask_marks_what_lies_behind_the_length() -> None:

@@ -21,6 +21,10 @@ def test_masks_valid_frames_only_and_every_utterance() -> None:
         assert not (mask & (torch.arange(120) >= lengths[:, None])).any()
 
 
+def test_utterance_without_frames_has_no_mask() -> None:
+    assert not span_mask(torch.tensor([0, 30]), 30, share=0.5, span=10)[0].any()
+
+
 def test_spans_have_their_full_width() -> None:
     torch.manual_seed(0)
     for _ in range(20):

@@ -1,6 +1,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -77,6 +78,16 @@ def test_scaling_everything_by_a_power_of_two_keeps_the_codes(levels, values, ex
 def test_larger_inputs_never_get_smaller_codes(levels, values, shift) -> None:
     integers = quantizer_of(levels, 0.3, shift).codes(torch.tensor(sorted(values))).integers
     assert (integers.diff() >= 0).all()
+
+
+def test_divides_and_never_multiplies_by_a_reciprocal() -> None:
+    quantizer = quantizer_of(signed(8), 0.0437)
+    scale = quantizer.scale.detach().numpy()
+    # Ties as fp32 division sees them: the reciprocal rounds some of them to the other side.
+    ties = (np.arange(-127, 127, dtype=np.float32) + np.float32(0.5)) * scale
+    expected = np.clip(np.rint(ties / scale), -128, 127)
+    assert (np.rint(ties * (np.float32(1) / scale)) != expected).any()
+    assert quantizer.codes(torch.from_numpy(ties)).integers.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
