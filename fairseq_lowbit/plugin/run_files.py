@@ -1,7 +1,9 @@
 """What a run leaves beside its checkpoints: the precision plan, health records, skipped files."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,17 +34,24 @@ class RunFiles:
         return self.folder / UNUSABLE_FILE
 
     def refuse_other_plan(self, plan: Plan) -> None:
-        """Raises LowbitError when the folder holds a run of another precision."""
+        """Raises LowbitError when the folder holds a run of another precision or shape."""
         path = self.folder / PLAN_FILE
         if not path.is_file() or not (self.folder / LAST_CHECKPOINT).is_file():
             return
-        stored = json.loads(path.read_text())["precision"]
-        if stored != plan.precision.to_mapping():
-            raise LowbitError(
-                f"{self.folder.resolve()} holds a run of precision {stored['name']} with "
-                f"{len(stored['rules'])} rules, not this one ({plan.precision.name}, "
-                f"{len(plan.precision.rules)} rules): give this run a hydra.run.dir of its own"
-            )
+        stored, own = json.loads(path.read_text()), plan.to_mapping()
+        if stored["precision"] != own["precision"]:
+            kinds = [
+                f"precision {p['name']} with {len(p['rules'])} rules"
+                for p in (stored["precision"], own["precision"])
+            ]
+        elif _shape(stored) != _shape(own):
+            kinds = [f"a model of {m['parameters']:,} parameters" for m in (stored, own)]
+        else:
+            return
+        raise LowbitError(
+            f"{self.folder.resolve()} holds a run of {kinds[0]}, not of {kinds[1]}: give this run "
+            "a hydra.run.dir of its own"
+        )
 
     def write_plan(self, plan: Plan) -> None:
         if not self._writes:
@@ -53,6 +62,8 @@ class RunFiles:
         print_table(plan_table(plan))
 
     def write_health(self, update: int, health: Health) -> None:
+        if self._writes and self.last_health is None:
+            self._forget_from(update)
         self.last_health = update
         if not self._writes:
             return
@@ -60,6 +71,12 @@ class RunFiles:
             file.write(json.dumps({"update": update, **health.to_mapping()}) + "\n")
         if self._tensorboard_logdir:
             self._write_tensorboard(update, health)
+
+    def _forget_from(self, update: int) -> None:
+        """Drops what a killed run recorded after the checkpoint that this run starts from."""
+        kept = [r for r in read_health(self.folder) if r["update"] < update]
+        with atomic_write(self.folder / HEALTH_FILE) as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
 
     def write_unusable(self, unusable: dict[str, str]) -> None:
         if not self._writes:
@@ -80,12 +97,27 @@ class RunFiles:
         self._writer.flush()
 
 
+def read_health(folder: Path) -> list[dict[str, Any]]:
+    """The health records of a run, without the half of a line that a kill may leave."""
+    path, records = folder / HEALTH_FILE, []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
 def print_summary(folder: Path) -> None:
     """The short table at the end of a run, from its last health record; nothing without one."""
-    path = folder / HEALTH_FILE
-    if path.is_file():
-        print_table(health_table(json.loads(path.read_text().splitlines()[-1])))
+    records = read_health(folder)
+    if records:
+        print_table(health_table(records[-1]))
     skipped = folder / UNUSABLE_FILE
     if skipped.is_file():
         names = skipped.read_text().splitlines()
         print(f"{len(names)} unusable files were skipped, listed in {skipped}; first: {names[0]}")
+
+
+def _shape(plan: dict[str, Any]) -> list[tuple[str, int]]:
+    """What of a stored plan a checkpoint has to agree with."""
+    modules = [(entry["module"], entry["parameters"]) for entry in plan["entries"]]
+    return [*modules, ("others", plan["other_parameters"])]
