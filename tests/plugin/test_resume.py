@@ -1,0 +1,167 @@
+"""A run that is killed and started again by the same command ends as if nothing had happened."""
+
+import fcntl
+import random
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fairseq_lowbit.models import load_model
+
+UPDATES = 40
+OPTIONS = (
+    f"optimization.max_update={UPDATES}",
+    "optimizer.scale_lr_ratio=0.5",
+    "criterion.mask=true",
+    # What draws random numbers in a forward has to draw the same ones again.
+    "model.dropout=0.1",
+    "model.encoder_layerdrop=0",
+)
+_F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(trainer, teacher: Path, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    run = trainer.run(folder, "bitla_w1a1", f"task.teacher={teacher}", *OPTIONS)
+    assert run.status == 0, run.output
+    assert "calibrating" in run.output
+    return run
+
+
+def assert_same_end(run, uninterrupted) -> None:
+    """Weights, quantizers, Adam's moments, schedule and random crops: everything but clocks."""
+    assert run.status == 0, run.output
+    own, expected = run.state(), uninterrupted.state()
+    assert own["optimizer_history"][-1]["num_updates"] == UPDATES
+    assert own["model"].keys() == expected["model"].keys()
+    for name, value in expected["model"].items():
+        assert torch.equal(own["model"][name], value), name
+    states = own["last_optimizer_state"], expected["last_optimizer_state"]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    for index, moments in states[1]["state"].items():
+        for key, value in moments.items():
+            assert torch.equal(states[0]["state"][index][key], value), (index, key)
+    assert own["extra_state"]["train_iterator"] == expected["extra_state"]["train_iterator"]
+    assert own["extra_state"]["best"] == expected["extra_state"]["best"]
+    assert run.health() == uninterrupted.health()
+
+
+def kill_at_update(command: list[str], folder: Path, env: dict, update: int) -> None:
+    """``kill -9`` as soon as the log shows ``update``. The pipe is short, so that the process
+    cannot run far ahead of what is read from it."""
+    with subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        fcntl.fcntl(process.stdout, _F_SETPIPE_SZ, 4096)
+        for line in process.stdout:
+            if f"num_updates={update}," in line:
+                process.send_signal(signal.SIGKILL)
+                break
+        assert process.wait() == -signal.SIGKILL
+
+
+def test_killed_again_and_again(
+    trainer, teacher: Path, uninterrupted, environment: dict, tmp_path: Path
+) -> None:
+    """The real command, at random updates after the first checkpoint, twice in one run."""
+    folder, options = tmp_path / "run", (f"task.teacher={teacher}", *OPTIONS)
+    command = trainer.command(folder, "bitla_w1a1", *options)
+    moments = random.Random(0).sample(range(6, UPDATES - 8), 2)
+    for update in sorted(moments):
+        kill_at_update(command, tmp_path, environment, update)
+    run = trainer.run(folder, "bitla_w1a1", *options)
+    assert "calibrating" not in run.output
+    assert len(run.logged("loss")) < UPDATES
+    assert_same_end(run, uninterrupted)
+
+
+# Every fifth update is saved once and copied to checkpoint_best.pt and checkpoint_last.pt.
+@pytest.mark.parametrize(
+    "moment",
+    [
+        ("while_saving", 3),
+        ("while_copying", 6),
+        ("in_update", 17),
+    ],
+    ids=lambda moment: "{}-{}".format(*moment),
+)
+def test_killed_at_the_worst_moment(
+    moment: tuple[str, int], trainer, teacher: Path, uninterrupted, tmp_path: Path
+) -> None:
+    folder, options = tmp_path / "run", (f"task.teacher={teacher}", *OPTIONS)
+    killed = trainer.fork(folder, "bitla_w1a1", *options, kill=moment)
+    assert killed.status == -signal.SIGKILL, killed.output
+    done = len(killed.logged("loss"))
+    assert 5 < done < UPDATES
+    load_model(killed.last)
+    run = trainer.fork(folder, "bitla_w1a1", *options)
+    assert "calibrating" not in run.output
+    assert len(run.logged("loss")) < UPDATES
+    assert_same_end(run, uninterrupted)
+
+
+def test_killed_before_the_first_checkpoint(
+    trainer, teacher: Path, uninterrupted, tmp_path: Path
+) -> None:
+    folder, options = tmp_path / "run", (f"task.teacher={teacher}", *OPTIONS)
+    killed = trainer.fork(folder, "bitla_w1a1", *options, kill=("while_saving", 1))
+    assert killed.status == -signal.SIGKILL, killed.output
+    assert not killed.last.exists()
+    run = trainer.fork(folder, "bitla_w1a1", *options)
+    assert "calibrating" in run.output
+    assert_same_end(run, uninterrupted)
+
+
+def test_a_finished_run_is_left_alone(trainer, teacher: Path, uninterrupted) -> None:
+    before = uninterrupted.last.read_bytes()
+    run = trainer.fork(uninterrupted.folder, "bitla_w1a1", f"task.teacher={teacher}", *OPTIONS)
+    assert run.status == 0, run.output
+    assert run.logged("loss") == []
+    assert uninterrupted.last.read_bytes() == before
+
+
+def test_a_truncated_last_checkpoint(
+    train: Callable, trainer, teacher: Path, tmp_path: Path
+) -> None:
+    options = ("bitla_w1a1", f"task.teacher={teacher}")
+    run = train(*options)
+    run.last.write_bytes(run.last.read_bytes()[:5000])
+    message = trainer.fork(run.folder, *options, "optimization.max_update=10").message()
+    assert str(run.last) in message
+    assert "truncated" in message
+
+
+def test_another_precision_in_the_same_folder(train: Callable, trainer, teacher: Path) -> None:
+    run = train("bitla_w1a1", f"task.teacher={teacher}")
+    before = run.last.read_bytes()
+    refused = trainer.fork(run.folder, "bitla_w2a2", f"task.teacher={teacher}").message()
+    assert "bitla_w1a1" in refused
+    assert "bitla_w2a2" in refused
+    assert "hydra.run.dir" in refused
+    rule = "model.precision.rules=[{match: '*.fc1', weight_bits: 2}]"
+    refused = trainer.fork(run.folder, "bitla_w1a1", f"task.teacher={teacher}", rule).message()
+    assert "1 rules" in refused
+    assert run.last.read_bytes() == before
+
+
+def test_another_shape_in_the_same_folder(train: Callable, trainer) -> None:
+    run = train("hubert_fastconv")
+    refused = trainer.fork(run.folder, "hubert_fastconv", "model.final_dim=8").message()
+    assert "parameters" in refused
+    assert "hydra.run.dir" in refused
+
+
+def test_half_a_health_record(train: Callable, trainer, teacher: Path) -> None:
+    """What a kill in the middle of a line leaves is neither in the way nor kept."""
+    options = ("bitla_w1a1", f"task.teacher={teacher}")
+    run = train(*options)
+    path = run.checkpoints / "health.jsonl"
+    path.write_text(path.read_text() + '{"update": 5, "quantiz')
+    resumed = trainer.fork(run.folder, *options, "optimization.max_update=10")
+    assert resumed.status == 0, resumed.output
+    assert [record["update"] for record in resumed.health()] == [0, 5]
