@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 NO_LABEL = -1
 _MAX_SUBSTITUTES = 20
+_PROBED_LINES = 64
+_LABEL_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,20 @@ class AudioOptions:
 class SpeechDataset(FairseqDataset):
     """Utterances of a manifest.
 
-    Crops depend on (seed, epoch, index) only, so a resumed run sees what the interrupted one
-    would have seen. An unusable file is replaced by the next usable one and reported in the
-    batch's ``unusable`` list.
+    Batches and crops depend on (seed, epoch, index) only, so a resumed run sees what the
+    interrupted one would have seen. An unusable file is replaced by the next usable one of about
+    its size and reported in the batch's ``unusable`` list.
 
     Args:
         labels: one label file per label set; empty for distillation.
         label_rate: labels per second.
+
+    Raises:
+        LowbitError: no file of a usable size; labels that do not fit the files.
     """
+
+    # Reused iterators would keep the first epoch's batches, and their workers its crops.
+    can_reuse_epoch_itr_across_epochs = False
 
     def __init__(
         self,
@@ -63,7 +71,10 @@ class SpeechDataset(FairseqDataset):
                     f"{len(manifest)} files; make the labels again"
                 )
         self.lines = self._usable_lines()
+        self._check_label_rate()
         self.sizes = np.minimum(manifest.sizes[self.lines], options.max_size or np.inf).astype(int)
+        self._by_size = np.argsort(self.sizes, kind="stable")
+        self._place = np.argsort(self._by_size)
         self.epoch = 1
 
     def _usable_lines(self) -> np.ndarray:
@@ -74,7 +85,8 @@ class SpeechDataset(FairseqDataset):
         if not len(lines):
             raise LowbitError(
                 f"{self.manifest.path}: none of {len(sizes)} files has between "
-                f"{self.options.min_size} and {self.options.max_keep or 'any number of'} samples"
+                f"{self.options.min_size} and {self.options.max_keep or 'any number of'} samples; "
+                "see task.min_sample_size and task.max_keep_size"
             )
         if len(lines) < len(sizes):
             short, long = np.flatnonzero(~long_enough), np.flatnonzero(~short_enough)
@@ -84,6 +96,20 @@ class SpeechDataset(FairseqDataset):
                 f"{self.options.min_size} samples and {len(long)} too long, first {first}"
             )
         return lines
+
+    def _check_label_rate(self) -> None:
+        """A wrong rate would train a wrong teacher without a word."""
+        for label in self.labels:
+            for line in self.lines[:: max(1, len(self.lines) // _PROBED_LINES)]:
+                seconds = self.manifest.sizes[line] / self.options.sample_rate
+                count = len(label[int(line)])
+                # An empty line stands for a file that could not be labelled.
+                if count and abs(count / self.label_rate - seconds) > _LABEL_TOLERANCE:
+                    raise LowbitError(
+                        f"{label.path} line {line + 1} has {count} labels for {seconds:.2f} s of "
+                        f"audio, not {self.label_rate:g} a second: set task.label_rate to "
+                        f"{count / seconds:.0f}, or make the labels again"
+                    )
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -103,7 +129,7 @@ class SpeechDataset(FairseqDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         unusable = []
         for step in range(min(_MAX_SUBSTITUTES, len(self))):
-            candidate = (index + step) % len(self)
+            candidate = int(self._by_size[(self._place[index] + step) % len(self)])
             line = int(self.lines[candidate])
             name = self.manifest.names[line]
             try:
@@ -113,18 +139,21 @@ class SpeechDataset(FairseqDataset):
             except UnusableAudio as error:
                 unusable.append((name, str(error)))
                 continue
-            labels = [label[line] for label in self.labels]
             return {
                 "id": candidate,
                 "name": name,
-                "audio": audio,
-                "labels": labels,
+                "audio": self._normalized(audio),
+                "labels": [label[line] for label in self.labels],
                 "unusable": unusable,
             }
         raise LowbitError(
             f"{self.manifest.path}: {len(unusable)} files in a row are unusable, first "
             f"{unusable[0][1]}"
         )
+
+    def _normalized(self, audio: np.ndarray) -> torch.Tensor:
+        waveform = torch.from_numpy(audio)
+        return F.layer_norm(waveform, waveform.shape) if self.options.normalize else waveform
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch: ``waveform`` [batch, samples], ``sizes`` (valid samples, list of int),
@@ -149,8 +178,7 @@ class SpeechDataset(FairseqDataset):
         starts = [self._crop_start(s, n) for s, n in zip(samples, lengths, strict=True)]
         waveform = torch.zeros(len(samples), width)
         for row, sample, start, length in zip(waveform, samples, starts, lengths, strict=True):
-            audio = torch.from_numpy(sample["audio"][start : start + length])
-            row[:length] = F.layer_norm(audio, audio.shape) if self.options.normalize else audio
+            row[:length] = sample["audio"][start : start + length]
         return {
             "id": torch.tensor([s["id"] for s in samples]),
             "names": [s["name"] for s in samples],
