@@ -26,10 +26,9 @@ def distill(
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     attention: AttentionMap = "probabilities",
+    shared_front_end: bool = False,
 ) -> tuple[DistillationTerms, Tensor]:
     """Runs both models over one batch and compares them.
-
-    The frozen front-end is computed once for both, unless the student's is quantized.
 
     Args:
         teacher: frozen, of the student's shape.
@@ -37,15 +36,14 @@ def distill(
         lengths: [batch] valid samples; None without padding.
         mask: [batch, frames] shared by both; None for no masking.
         attention: compare ``probabilities`` or row-centred ``scores``.
+        shared_front_end: compute it once for both; see :func:`same_front_end`.
 
     Returns:
         the terms, and the number of valid frames.
     """
     with torch.no_grad():
         teacher_frames = teacher.extract(waveform, lengths)
-    frames = teacher_frames
-    if student.plan.quantizes("feature_extractor."):
-        frames = student.extract(waveform, lengths)
+    frames = teacher_frames if shared_front_end else student.extract(waveform, lengths)
     valid = None if frames.padding_mask is None else frames.valid()
     with torch.no_grad():
         target = _begin(teacher, teacher_frames, mask)
@@ -65,6 +63,20 @@ def distill(
     count = frames.valid().sum()
     layers, attentions = torch.stack(layer_terms).mean(), torch.stack(attention_terms).mean()
     return DistillationTerms(final, layers, attentions), count
+
+
+def same_front_end(teacher: Hubert, student: Hubert) -> bool:
+    """Whether both extractors are float and hold the same weights, so that one may do for both.
+
+    Compares on the host: ask once per run, after all weights are loaded.
+    """
+    if any(model.plan.quantizes("feature_extractor.") for model in (teacher, student)):
+        return False
+    weights = student.feature_extractor.state_dict()
+    return all(
+        torch.equal(tensor, weights[name])
+        for name, tensor in teacher.feature_extractor.state_dict().items()
+    )
 
 
 def _begin(model: Hubert, frames: Frames, mask: Tensor | None) -> Tensor:

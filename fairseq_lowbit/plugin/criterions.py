@@ -70,6 +70,9 @@ class LowbitKdCriterion(_FrameCriterion):
             raise LowbitError("criterion lowbit_kd needs task lowbit_distillation")
         self.weights = (cfg.final_weight, cfg.layer_weight, cfg.attention_weight)
         self.attention, self.mask = cfg.attention, cfg.mask
+        if not cfg.mask:
+            # Without a gradient, weight decay alone would move it.
+            task.model.mask_emb.requires_grad_(False)
 
     @classmethod
     def build_criterion(cls, cfg: LowbitKdConfig, task: Any) -> "LowbitKdCriterion":
@@ -86,13 +89,14 @@ class LowbitKdCriterion(_FrameCriterion):
             mask,
             teacher=teacher.model,
             attention=self.attention,
+            shared_front_end=self.task.shares_front_end,
         )
         weights = self.weights
         if not teacher.has_final_projection:
             weights = (0.0, *weights[1:])
         loss = sum(weight * term for weight, term in zip(weights, terms, strict=True)) * frames
         logged = {f"loss_{k}": (term * frames).detach() for k, term in terms._asdict().items()}
-        return loss, frames, {"loss": loss.detach(), "sample_size": frames, **logged}
+        return loss, frames, {"loss": loss.detach(), **logged, **counts(sample, frames)}
 
 
 @register_criterion("lowbit_hubert", dataclass=LowbitHubertCriterionConfig)
@@ -127,9 +131,14 @@ class LowbitHubertCriterion(_FrameCriterion):
             "loss": loss.detach(),
             **{name: term.detach() for name, term in terms.items()},
             "correct": (logits.argmax(-1) == targets)[masked].sum(),
-            "sample_size": frames,
+            **counts(sample, frames),
         }
         return loss, frames, logged
+
+
+def counts(sample: dict[str, Any], frames: Tensor) -> dict[str, Any]:
+    """What fairseq's own meters want beside a loss."""
+    return {"sample_size": frames, "ntokens": frames, "nsentences": len(sample["sizes"])}
 
 
 def draw_mask(model: Hubert, sample: dict[str, Any]) -> Tensor:
@@ -143,5 +152,6 @@ def draw_mask(model: Hubert, sample: dict[str, Any]) -> Tensor:
 def frame_targets(targets: Tensor, frames: int, labels_per_frame: float) -> Tensor:
     """[batch, labels] at the label rate -> [batch, frames], NO_LABEL where labels run out."""
     index = (torch.arange(frames, device=targets.device) * labels_per_frame).long()
-    padded = F.pad(targets, (0, max(0, int(index[-1]) + 1 - targets.shape[1])), value=NO_LABEL)
+    needed = int((frames - 1) * labels_per_frame) + 1
+    padded = F.pad(targets, (0, max(0, needed - targets.shape[1])), value=NO_LABEL)
     return padded[:, index]

@@ -20,20 +20,15 @@ from fairseq_lowbit.precision import Precision
 
 
 @dataclass
-class HubertFastConvConfig(Architecture, FairseqDataclass):
-    """A float HuBERT; the defaults are HuBERT-FastConv at base size."""
-
-
-@dataclass
-class LowbitHubertConfig(HubertFastConvConfig):
-    """A HuBERT with quantizers where ``precision`` puts them."""
+class HubertConfig(Architecture, FairseqDataclass):
+    """Shape, regularisation and precision; the defaults are a float base-size HuBERT-FastConv."""
 
     precision: Precision = field(
         default_factory=Precision, metadata={"help": "name of the precision and its rules"}
     )
 
 
-@register_model("hubert_fastconv", dataclass=HubertFastConvConfig)
+@register_model("hubert_fastconv", dataclass=HubertConfig)
 class HubertFastConvModel(Hubert, BaseFairseqModel):
     """:class:`Hubert` under fairseq's trainer."""
 
@@ -56,6 +51,7 @@ class HubertFastConvModel(Hubert, BaseFairseqModel):
         predict: Tensor | None = None,
         teacher: Hubert | None = None,
         attention: AttentionMap = "probabilities",
+        shared_front_end: bool = False,
     ) -> tuple[Tensor, Tensor] | tuple[DistillationTerms, Tensor]:
         """What a criterion needs, in one call, because DistributedDataParallel only sees forward.
 
@@ -64,7 +60,7 @@ class HubertFastConvModel(Hubert, BaseFairseqModel):
         the mean squared front-end feature (HuBERT's feature penalty).
         """
         if teacher is not None:
-            return distill(teacher, self, waveform, lengths, mask, attention)
+            return distill(teacher, self, waveform, lengths, mask, attention, shared_front_end)
         frames, penalty = self._extract_for_training(waveform, lengths)
         frames = self.project(frames, mask)
         x, _ = self.encoder(frames.x, frames.padding_mask)
@@ -76,10 +72,11 @@ class HubertFastConvModel(Hubert, BaseFairseqModel):
         factor = self.shape.feature_grad_mult
         with torch.set_grad_enabled(factor > 0 and torch.is_grad_enabled()):
             frames = self.extract(waveform, lengths)
-        penalty = frames.x.float().square().mean()
-        if factor in (0, 1):
-            return frames, penalty
-        return Frames(GradMultiply.apply(frames.x, factor), frames.padding_mask), penalty
+        if factor not in (0, 1):
+            frames = Frames(GradMultiply.apply(frames.x, factor), frames.padding_mask)
+        energy = frames.x.float().square().mean(-1)
+        valid = frames.valid()
+        return frames, (energy * valid).sum() / valid.sum()
 
     def extract_features(
         self,
@@ -101,7 +98,7 @@ class HubertFastConvModel(Hubert, BaseFairseqModel):
         return None
 
 
-@register_model("lowbit_hubert", dataclass=LowbitHubertConfig)
+@register_model("lowbit_hubert", dataclass=HubertConfig)
 class LowbitHubertModel(HubertFastConvModel):
     """The quantized HuBERT."""
 

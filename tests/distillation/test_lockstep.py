@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fairseq_lowbit.distillation import attention_error, distill, feature_error
+from fairseq_lowbit.distillation import attention_error, distill, feature_error, same_front_end
 from fairseq_lowbit.models import Architecture, Hubert
 from fairseq_lowbit.nn import calibrate
 from fairseq_lowbit.precision import Precision, Rule
@@ -110,7 +110,8 @@ def test_padded_batch_is_the_mean_over_valid_frames_of_its_utterances(attention:
 def test_gradients_reach_the_student_and_never_the_teacher() -> None:
     teacher = build()
     student = student_of(teacher)
-    terms, _ = distill(teacher, student, waveforms(), torch.tensor(LENGTHS))
+    lengths = torch.tensor(LENGTHS)
+    terms, _ = distill(teacher, student, waveforms(), lengths, shared_front_end=True)
     assert all(term > 0 for term in terms)
     sum(terms).backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -130,17 +131,32 @@ def test_each_term_has_a_gradient_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("rules, calls", [([], (1, 0)), ([QUANTIZED_FRONT_END], (1, 1))])
-def test_front_end_runs_once_unless_the_students_is_quantized(rules: list, calls: tuple) -> None:
+def test_front_end_runs_once_when_it_is_the_same(rules: list, calls: tuple) -> None:
     teacher = build()
     student = student_of(teacher, *rules)
     seen: list[Hubert] = []
     for model in (teacher, student):
         model.feature_extractor.register_forward_hook(lambda *_, model=model: seen.append(model))
-    terms, _ = distill(teacher, student, waveforms())
+    shared = same_front_end(teacher, student)
+    terms, _ = distill(teacher, student, waveforms(), shared_front_end=shared)
     assert (seen.count(teacher), seen.count(student)) == calls
     sum(terms).backward()
     trained = student.feature_extractor.conv_layers[0]["0"].weight.grad is not None
     assert trained == bool(rules)
+
+
+def test_front_ends_of_other_weights_are_not_shared() -> None:
+    teacher = build()
+    student = student_of(teacher)
+    assert same_front_end(teacher, student)
+    with torch.no_grad():
+        student.feature_extractor.conv_layers[0]["0"].weight.mul_(2)
+    assert not same_front_end(teacher, student)
+
+
+def test_a_quantized_teachers_front_end_is_not_shared() -> None:
+    teacher = student_of(build(), QUANTIZED_FRONT_END)
+    assert not same_front_end(teacher, student_of(teacher))
 
 
 def test_mask_is_shared_by_both() -> None:
