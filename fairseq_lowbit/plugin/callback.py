@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from fairseq import checkpoint_utils
+from fairseq.logging import progress_bar
 from fairseq_cli import train
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
+from torch.multiprocessing import ProcessRaisedException
 
 import fairseq_lowbit
 from fairseq_lowbit.errors import LowbitError
@@ -21,35 +23,31 @@ from fairseq_lowbit.plugin.run_files import print_summary
 logger = logging.getLogger(__name__)
 
 PACKAGE_DIR = Path(fairseq_lowbit.__file__).parent
-_USER_DIR = "common.user_dir"
+USER_DIR = "common.user_dir"
+PATHS = (USER_DIR, "task.data", "task.label_dir", "task.teacher", "task.init_from")
 
 
 class FairseqJob(Callback):
     """Configured in config/base as ``hydra.callbacks.fairseq_lowbit``."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        # Hydra changes into the run folder before fairseq resolves a relative user_dir.
-        if Path(OmegaConf.select(config, _USER_DIR) or "").name == PACKAGE_DIR.name:
-            with read_write(config), open_dict(config):
-                config.common.user_dir = str(PACKAGE_DIR)
+        # Hydra changes into the run folder before anybody opens these.
+        with read_write(config), open_dict(config):
+            for key in PATHS:
+                value = OmegaConf.select(config, key)
+                if value:
+                    OmegaConf.update(config, key, absolute(key, value))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        # Jobs are composed again from their overrides, so the override itself is rewritten.
+        # Jobs are composed again from their overrides, so the overrides themselves are rewritten.
         with read_write(config):
             config.hydra.overrides.task = [
-                f"{_USER_DIR}={PACKAGE_DIR}" if _names_package(override) else override
-                for override in config.hydra.overrides.task
+                _absolute_override(override) for override in config.hydra.overrides.task
             ]
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         register()
-        # fairseq keeps these on functions, where the next job of a sweep would find them.
-        for function, attribute in (
-            (checkpoint_utils.save_checkpoint, "best"),
-            (train.should_stop_early, "best"),
-        ):
-            if hasattr(function, attribute):
-                delattr(function, attribute)
+        _forget_last_job()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         # fairseq's hydra_main returns None; sweepers need the best validation loss.
@@ -60,21 +58,53 @@ class FairseqJob(Callback):
 
     def on_run_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         # A user's mistake deserves its one message, not a traceback through Hydra and fairseq.
-        mistake = _user_mistake(job_return._return_value)
+        mistake = user_mistake(job_return._return_value)
         if mistake is not None:
             logger.error(mistake)
             sys.exit(2)
 
 
-def _user_mistake(error: Any) -> BaseException | None:
-    """The mistake at the bottom of an exception chain; fairseq wraps what loading raises."""
+def absolute(key: str, value: str) -> str:
+    """A path from the command line, against the folder the command was started in."""
+    path = Path(value).expanduser()
+    if key == USER_DIR and path.name == PACKAGE_DIR.name:
+        return str(PACKAGE_DIR)
+    return str(path.absolute())
+
+
+def _absolute_override(override: str) -> str:
+    key, _, value = override.lstrip("+").partition("=")
+    if key not in PATHS or not value or value == "null":
+        return override
+    return f"{key}={','.join(absolute(key, choice) for choice in value.split(','))}"
+
+
+def _forget_last_job() -> None:
+    """fairseq keeps these on functions and modules, where the next job of a sweep finds them."""
+    for function in (checkpoint_utils.save_checkpoint, train.should_stop_early):
+        if hasattr(function, "best"):
+            del function.best
+    for writer in progress_bar._tensorboard_writers.values():
+        writer.close()
+    progress_bar._tensorboard_writers.clear()
+
+
+def user_mistake(error: Any) -> str | None:
+    """The message of a mistake somewhere in an exception chain; None for any other failure.
+
+    fairseq wraps what loading raises; processes it spawned and data workers hand over a traceback
+    as text, whose last line is the message.
+    """
     while isinstance(error, BaseException):
         if isinstance(error, (LowbitError, OmegaConfBaseException)):
-            return error
+            return _without_traceback(str(error))
+        if isinstance(error, ProcessRaisedException) and LowbitError.__name__ in str(error):
+            return _without_traceback(str(error))
         error = error.__cause__ or error.__context__
     return None
 
 
-def _names_package(override: str) -> bool:
-    key, _, value = override.lstrip("+").partition("=")
-    return key == _USER_DIR and Path(value).name == PACKAGE_DIR.name
+def _without_traceback(message: str) -> str:
+    if "Traceback (most recent call last)" not in message:
+        return message
+    return message.strip().splitlines()[-1].removeprefix(f"{LowbitError.__module__}.LowbitError: ")
