@@ -5,9 +5,12 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 import fairseq_lowbit
+from fairseq_lowbit.errors import LowbitError
 
 _PACKAGE = Path(fairseq_lowbit.__file__).parent
 
@@ -24,10 +27,17 @@ def config_names() -> list[str]:
 
 
 def compose_config(name: str, overrides: list[str]) -> DictConfig:
-    """What ``fairseq-hydra-train --config-name NAME OVERRIDES`` composes from our files."""
+    """What ``fairseq-hydra-train --config-name NAME OVERRIDES`` composes from our files.
+
+    Raises:
+        LowbitError: an override or a name that does not fit.
+    """
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return compose(name, overrides)
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return compose(name, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise LowbitError(f"configuration {name}: {error}") from error
 
 
 def model_group(name: str) -> dict[str, Any]:

@@ -59,15 +59,25 @@ class LowbitAdam(FairseqOptimizer):
             ],
             **self.optimizer_config,
         )
+        self._configured = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self._optimizer.param_groups
+        ]
 
     @property
     def optimizer_config(self) -> dict[str, Any]:
-        """What a resumed run takes from the configuration instead of the checkpoint."""
         return {
             "lr": self.cfg.lr[0],
             "betas": tuple(self.cfg.adam_betas),
             "eps": self.cfg.adam_eps,
         }
+
+    def load_state_dict(self, state_dict: dict, optimizer_overrides: dict | None = None) -> None:
+        """A resumed run takes the moments from the checkpoint and the options from its own
+        configuration; torch would take both from the checkpoint."""
+        super().load_state_dict(state_dict)
+        for group, configured in zip(self.param_groups, self._configured, strict=True):
+            group.update({**configured, **(optimizer_overrides or {})})
 
     def set_lr(self, lr: float) -> None:
         for group in self.param_groups:

@@ -78,6 +78,13 @@ class RunFiles:
         with atomic_write(self.folder / HEALTH_FILE) as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)
 
+    def read_unusable(self) -> dict[str, str]:
+        """Names and reasons an interrupted run found before."""
+        if not self.unusable_path.is_file():
+            return {}
+        lines = self.unusable_path.read_text().splitlines()
+        return dict(line.split("\t", 1) for line in lines if "\t" in line)
+
     def write_unusable(self, unusable: dict[str, str]) -> None:
         if not self._writes:
             return

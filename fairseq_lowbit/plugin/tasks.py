@@ -12,8 +12,9 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II
 
-from fairseq_lowbit.data.label_file import LabelFile
+from fairseq_lowbit.data.label_file import LabelFile, count_classes, read_dictionary
 from fairseq_lowbit.data.manifest import check_manifest, read_manifest
+from fairseq_lowbit.distillation import same_front_end
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.health import measure_health, refuse_collapsed
 from fairseq_lowbit.models import Hubert, LoadedModel, load_model, start_from
@@ -63,6 +64,7 @@ class SpeechTaskConfig(FairseqDataclass):
     output_dir: str = II("checkpoint.save_dir")
     tensorboard_logdir: Optional[str] = II("common.tensorboard_logdir")
     train_subset: str = II("dataset.train_subset")
+    max_tokens: Optional[int] = II("dataset.max_tokens")
     seed: int = II("common.seed")
 
 
@@ -100,9 +102,11 @@ class _SpeechTask(FairseqTask):
         super().__init__(cfg)
         if not cfg.data and not from_checkpoint:
             raise LowbitError("task.data is not set: name the folder with train.tsv and valid.tsv")
+        if not from_checkpoint and not Path(cfg.data).is_dir():
+            raise LowbitError(f"task.data: there is no folder {cfg.data}")
         self.model: Hubert | None = None
         self.files = RunFiles(Path(cfg.output_dir), cfg.tensorboard_logdir)
-        self.unusable: dict[str, str] = {}
+        self.unusable = self.files.read_unusable()
         self._health_batch: torch.Tensor | None = None
 
     @property
@@ -121,7 +125,6 @@ class _SpeechTask(FairseqTask):
         self.model = super().build_model(cfg, from_checkpoint)
         if not from_checkpoint:
             self._initialize(self.model)
-        if not from_checkpoint:
             self.files.refuse_other_plan(self.model.plan)
             self.files.write_plan(self.model.plan)
         return self.model
@@ -137,11 +140,18 @@ class _SpeechTask(FairseqTask):
             logger.warning(f"{manifest.path}: {message}")
         labels = self.load_labels(split)
         rate = getattr(self.cfg, "label_rate", 50.0)
-        self.datasets[split] = SpeechDataset(manifest, self._audio_options(), labels, rate)
+        dataset = SpeechDataset(manifest, self._audio_options(), labels, rate)
+        longest = int(dataset.sizes.max())
+        if longest > (self.cfg.max_tokens or longest):
+            raise LowbitError(
+                f"dataset.max_tokens {self.cfg.max_tokens} is less than one utterance of {longest} "
+                f"samples: raise it, or lower task.max_sample_size ({self.cfg.max_sample_size})"
+            )
+        self.datasets[split] = dataset
         # fairseq loads the training split after the checkpoint and before the optimizer: here, and
         # only here, a new run calibrates and a resumed one does not.
         if split == self.cfg.train_subset and self.model is not None:
-            self._prepare_training(self.datasets[split])
+            self._prepare_training(dataset)
 
     def load_labels(self, split: str) -> tuple[LabelFile, ...]:
         return ()
@@ -196,6 +206,10 @@ class _SpeechTask(FairseqTask):
             self.files.write_health(update_num, measure_health(self.model, self._health_batch))
         return loss, size, logged
 
+    def valid_step(self, sample, model, criterion):
+        self._account_for(sample["unusable"])
+        return super().valid_step(sample, model, criterion)
+
     def _account_for(self, unusable: list[tuple[str, str]]) -> None:
         for name, reason in unusable:
             if name not in self.unusable:
@@ -206,7 +220,7 @@ class _SpeechTask(FairseqTask):
         if len(self.unusable) > max(1.0, self.cfg.max_unusable * total):
             raise LowbitError(
                 f"{len(self.unusable)} of {total} training files are unusable, listed in "
-                f"{self.files.unusable_path}; repair the data or raise task.max_unusable"
+                f"{self.files.unusable_path.resolve()}; repair the data or raise task.max_unusable"
             )
 
     def _describe_divergence(self, sample: dict, logged: dict, update_num: int) -> str:
@@ -236,7 +250,8 @@ class LowbitPretrainingTask(_SpeechTask):
         return self.state.label_classes
 
     def _count_classes(self) -> int:
-        return self.load_labels(self.cfg.train_subset)[0].classes
+        dictionary = self._label_folder() / f"dict.{self.cfg.labels[0]}.txt"
+        return count_classes(read_dictionary(dictionary))
 
     @property
     def label_ratio(self) -> float:
@@ -245,11 +260,14 @@ class LowbitPretrainingTask(_SpeechTask):
         return self.cfg.label_rate * stride / self.cfg.sample_rate
 
     def load_labels(self, split: str) -> tuple[LabelFile, ...]:
-        folder = Path(self.cfg.label_dir or self.cfg.data)
+        folder = self._label_folder()
         return tuple(
             LabelFile(folder / f"{split}.{label}", folder / f"dict.{label}.txt")
             for label in self.cfg.labels
         )
+
+    def _label_folder(self) -> Path:
+        return Path(self.cfg.label_dir or self.cfg.data)
 
 
 @register_task("lowbit_distillation", dataclass=LowbitDistillationConfig)
@@ -260,6 +278,7 @@ class LowbitDistillationTask(_SpeechTask):
     """
 
     cfg: LowbitDistillationConfig
+    shares_front_end = False
 
     def __init__(self, cfg: LowbitDistillationConfig, from_checkpoint: bool = False) -> None:
         super().__init__(cfg, from_checkpoint)
@@ -282,6 +301,7 @@ class LowbitDistillationTask(_SpeechTask):
     def _prepare_training(self, dataset: SpeechDataset) -> None:
         parameter = next(self.model.parameters())
         self.teacher.model.to(parameter.device, parameter.dtype)
+        self.shares_front_end = same_front_end(self.teacher.model, self.model)
         super()._prepare_training(dataset)
         health = measure_health(self.teacher.model, self._health_batch)
         refuse_collapsed(health.centered_std, self.cfg.teacher)
