@@ -11,6 +11,16 @@ FASTCONV = (
     "[(64,10,5)] + [(128,3,2),(128,1,1)]*2 + [(256,3,2),(256,1,1)]*2 + [(512,2,2),(512,1,1)]*2"
 )
 
+# Options of fairseq's HubertConfig that change the model, and their one supported value.
+_NOT_BUILT = {
+    "activation_fn": "gelu",
+    "layer_type": "transformer",
+    "conv_pos_batch_norm": False,
+    "pos_conv_depth": 1,
+    "target_glu": False,
+    "untie_final_proj": False,
+}
+
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -66,7 +76,14 @@ class Architecture:
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> "Architecture":
-        """Takes the known fields of a configuration, for example a checkpoint's cfg["model"]."""
+        """Takes the known fields of a configuration, for example a checkpoint's cfg["model"].
+
+        Raises:
+            LowbitError: the configuration asks for a variant of fairseq's that is not built here.
+        """
+        for key, only in _NOT_BUILT.items():
+            if values.get(key, only) != only:
+                raise LowbitError(f"model.{key} {values[key]!r} is not supported; only {only!r} is")
         known = {f.name for f in fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in known})
 

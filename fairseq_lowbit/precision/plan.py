@@ -101,13 +101,23 @@ def resolve_plan(precision: Precision, sites: Iterable[Site], other_parameters: 
     sites = list(sites)
     for rule in precision.rules:
         rule.check()
-        if not any(fnmatchcase(site.name, rule.match) for site in sites):
-            raise LowbitError(
-                f"precision rule {rule.match!r} matches no module; quantizable modules are "
-                f"{_examples(sites)}"
-            )
+        _check_reach(rule, [s for s in sites if fnmatchcase(s.name, rule.match)], sites)
     entries = tuple(_entry(site, preset, precision.rules) for site in sites)
     return Plan(precision, entries, other_parameters)
+
+
+def _check_reach(rule: Rule, matched: list[Site], sites: list[Site]) -> None:
+    if not matched:
+        raise LowbitError(
+            f"precision rule {rule.match!r} matches no module; quantizable modules are "
+            f"{_examples(sites)}"
+        )
+    changes_activations = rule.activation_bits is not None or rule.method is not None
+    if not changes_activations and all(site.kind == "operand" for site in matched):
+        raise LowbitError(
+            f"precision rule {rule.match!r} reaches attention operands only, which have no "
+            "weights: give activation_bits"
+        )
 
 
 def _entry(site: Site, preset: Preset, rules: list[Rule]) -> PlanEntry:
@@ -143,7 +153,11 @@ def _refined(site: Site, rule: Rule, weight_bits: int, activation_bits: int) -> 
     if rule.method == "none":
         return FLOAT_BITS, FLOAT_BITS
     if site.kind == "operand":
-        return FLOAT_BITS, rule.activation_bits or activation_bits
+        # A rule for a whole layer does not turn BiT-L into BiT-LA: operands that the name leaves
+        # float are quantized by a rule that names them.
+        named = rule.match.endswith(site.name.rsplit(".", 1)[1])
+        bits = rule.activation_bits if named or activation_bits < FLOAT_BITS else None
+        return FLOAT_BITS, bits or activation_bits
     was_float = weight_bits == activation_bits == FLOAT_BITS
     gives = (rule.weight_bits is not None) + (rule.activation_bits is not None)
     if was_float and (gives == 1 or (gives == 0 and rule.method is not None)):

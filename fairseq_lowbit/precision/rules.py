@@ -15,6 +15,9 @@ class Rule:
     """One refinement. The last rule whose pattern matches a module decides about it; what that
     rule leaves out (null) comes from the precision's name.
 
+    Attention operands (``<attention>.query`` and so on) that the name leaves float are reached only
+    by a pattern that ends in their name.
+
     Attributes:
         match: shell pattern on the module name, for example ``encoder.layers.0.*``.
         method: ``elastic``, or ``none`` to leave the module float.

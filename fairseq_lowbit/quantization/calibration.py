@@ -105,5 +105,10 @@ def _search(
 def fit_weight_scale(weight: Tensor, levels: LevelSet, scale_shape: tuple[int, ...]) -> Tensor:
     """Scale of a weight, per tensor or, with ``scale_shape`` (out, 1, ..), per output channel."""
     weight = weight.detach().float()
-    rows = weight.flatten(1) if scale_shape else thin(weight, _WEIGHT_SAMPLE)[None]
+    if scale_shape:
+        rows = weight.flatten(1)
+    elif levels.kind == "sign":
+        rows = weight.reshape(1, -1)  # a mean needs no grid, so no sample either
+    else:
+        rows = thin(weight, _WEIGHT_SAMPLE)[None]
     return fit_scale(rows, levels)[0].reshape(scale_shape)

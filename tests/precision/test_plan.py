@@ -10,9 +10,9 @@ from fairseq_lowbit.precision import Plan, Precision, Rule, Site, resolve_plan
 PLAIN_FRONT_END = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
 
 
-def base_plan(precision: str = "float", **changes) -> Plan:
+def base_plan(precision: str = "float", rules: tuple[Rule, ...] = (), **changes) -> Plan:
     with torch.device("meta"):
-        return Hubert(Architecture(**changes), precision=Precision(precision)).plan
+        return Hubert(Architecture(**changes), precision=Precision(precision, list(rules))).plan
 
 
 def test_parameters_at_base_size() -> None:
@@ -95,3 +95,25 @@ def test_missing_rules_mean_none() -> None:
 def test_reference_length_must_be_positive() -> None:
     with pytest.raises(LowbitError, match="reference_frames is 0"):
         resolve_plan(Precision("float", reference_frames=0), [], 0)
+
+
+def test_a_rule_for_a_layer_does_not_quantize_the_attention_of_bitl() -> None:
+    plan = base_plan("bitl_w1a1", [Rule("encoder.layers.0.*", weight_bits=8, activation_bits=8)])
+    bits = {e.module: e.activation_bits for e in plan.entries}
+    assert bits["encoder.layers.0.fc1"] == 8
+    assert bits["encoder.layers.0.self_attn.query"] == 16
+    attention = base_plan("bitla_w1a1", plan.precision.rules)
+    bits = {e.module: e.activation_bits for e in attention.entries}
+    assert bits["encoder.layers.0.self_attn.query"] == 8
+
+
+def test_a_rule_that_names_an_operand_quantizes_it() -> None:
+    plan = base_plan("bitl_w1a1", [Rule("*.self_attn.value", activation_bits=4)])
+    bits = {e.module: e.activation_bits for e in plan.entries}
+    assert bits["encoder.layers.3.self_attn.value"] == 4
+    assert bits["encoder.layers.3.self_attn.key"] == 16
+
+
+def test_weight_bits_for_operands_only_are_refused() -> None:
+    with pytest.raises(LowbitError, match="operands only.*give activation_bits"):
+        base_plan("bitla_w1a1", [Rule("*.query", weight_bits=4)])
