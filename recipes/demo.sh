@@ -97,7 +97,8 @@ speed_of_distillation() {
 # plan_updates RUN SECONDS: writes the number of updates for RUN from the rate last logged.
 plan_updates() {
     local rate
-    rate="$(grep -o 'ups=[0-9.]*' "$work/$1.log" | tail -n 1 | cut -d= -f2)"
+    rate="$(grep -o 'ups=[0-9.]*' "$work/$1.log" | tail -n 1 | cut -d= -f2)" ||
+        die "$work/$1.log shows no rate of updates"
     python -c "print(max(40, int($rate * $2)))" >"$work/$1.updates"
     log "$1: $rate updates a second, $(<"$work/$1.updates") updates in $2 s"
 }

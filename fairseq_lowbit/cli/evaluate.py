@@ -8,11 +8,11 @@ import torch
 
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.compare import compare, comparison_table
+from fairseq_lowbit.evaluation.compare import Candidate, compare, comparison_table, read_held_out
 from fairseq_lowbit.evaluation.figures import draw_comparison
 from fairseq_lowbit.evaluation.ptq import post_training_quantized
 from fairseq_lowbit.evaluation.tables import print_table
-from fairseq_lowbit.models import Hubert, LoadedModel, load_model
+from fairseq_lowbit.models import LoadedModel, load_model
 from fairseq_lowbit.plugin import register
 
 HELP = "compare models with their teacher on held-out audio: table, figure, JSON"
@@ -42,10 +42,11 @@ def run(args: argparse.Namespace) -> int:
     register()
     students = [_named_student(text) for text in args.student]
     teacher = load_model(args.teacher)
-    rows = [(f"PTQ {name}", _quantized(teacher, name, args.data)) for name in args.ptq]
-    rows += [(name, load_model(path).model) for name, path in students]
+    held_out = read_held_out(args.data, teacher, args.seconds)
+    candidates = [_calibrated(teacher, name, args.data) for name in args.ptq]
+    candidates += [Candidate(name, load_model(path).model) for name, path in students]
     with torch.inference_mode():
-        comparison = compare(teacher, rows, args.data, args.seconds, _announce)
+        comparison = compare(teacher, candidates, held_out, _announce)
     comparison.write(args.out)
     draw_comparison(comparison, args.out / "comparison.png")
     print_table(comparison_table(comparison))
@@ -66,5 +67,6 @@ def _named_student(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def _quantized(teacher: LoadedModel, precision: str, data: Path) -> Hubert:
-    return post_training_quantized(teacher, precision, read_manifest(data / "train.tsv"))
+def _calibrated(teacher: LoadedModel, precision: str, data: Path) -> Candidate:
+    model = post_training_quantized(teacher, precision, read_manifest(data / "train.tsv"))
+    return Candidate(f"PTQ {precision}", model, is_calibrated_only=True)

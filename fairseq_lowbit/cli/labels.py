@@ -48,4 +48,6 @@ def run(args: argparse.Namespace) -> int:
         used = f"{summary.used_clusters[split]} of {summary.clusters}"
         table.add_row(split, str(frames), used, f"{summary.top_share[split]:.1%}")
     Console().print(table)
+    if summary.unusable:
+        print(f"{len(summary.unusable)} unusable files, without labels: {summary.unusable[0]} ...")
     return 0

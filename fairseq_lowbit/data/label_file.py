@@ -37,7 +37,7 @@ class LabelFile:
 
     @property
     def classes(self) -> int:
-        return SPECIAL_SYMBOLS + len(self._index)
+        return count_classes(self._index)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -54,6 +54,11 @@ class LabelFile:
             raise LowbitError(
                 f"{self.path} line {line + 1}: label {error} is not in the dictionary"
             ) from error
+
+
+def count_classes(dictionary: dict[str, int]) -> int:
+    """Classes of a masked-prediction head, fairseq's special symbols included."""
+    return SPECIAL_SYMBOLS + len(dictionary)
 
 
 def read_dictionary(path: str | Path) -> dict[str, int]:

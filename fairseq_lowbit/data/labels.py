@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from fairseq_lowbit.data.audio import SAMPLE_RATE, read_audio
+from fairseq_lowbit.data.audio import SAMPLE_RATE, UnusableAudio, read_audio
 from fairseq_lowbit.data.manifest import Manifest, atomic_write, read_manifest
 from fairseq_lowbit.data.mfcc import FRAME_RATE, mfcc
 from fairseq_lowbit.errors import LowbitError
 
 # A dimension that hardly varies would otherwise be blown up to the weight of the others.
 _LEAST_DEVIATION = 1e-5
+_NO_FRAMES = np.empty((0, 39), dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class LabelSummary:
     frames: dict[str, int]
     used_clusters: dict[str, int]
     top_share: dict[str, float]  # of the most frequent label: a model that only guesses it
+    unusable: list[str]  # one message per file whose line was left empty
 
 
 def make_labels(
@@ -82,7 +84,9 @@ def make_labels(
 
     Label t stands for samples t * hop to t * hop + 400 with hop = 16000 / label_rate, which is the
     field of view of the convolutional front-end: at 50 Hz there are exactly as many labels as
-    frames. Raises LowbitError for missing manifests, unusable audio or too little of it.
+    frames. A file that cannot be used gets an empty line, a warning and a place in the summary.
+
+    Raises LowbitError for missing manifests or too little usable audio.
     """
     if clusters < 2 or label_rate <= 0 or FRAME_RATE % label_rate:
         raise LowbitError(
@@ -96,7 +100,10 @@ def make_labels(
         raise LowbitError(f"{len(features)} frames of audio are too few for {clusters} clusters")
     model = _fit(features, clusters, label_rate, seed)
     model.save(data_dir / "kmeans.npz")
-    counts = {s: _label_split(m, model, data_dir / f"{s}.km") for s, m in manifests.items()}
+    unusable: list[str] = []
+    counts = {
+        s: _label_split(m, model, data_dir / f"{s}.km", unusable) for s, m in manifests.items()
+    }
     with atomic_write(data_dir / "dict.km.txt") as file:
         file.writelines(f"{i} {count}\n" for i, count in enumerate(counts[splits[0]]))
     return LabelSummary(
@@ -104,7 +111,8 @@ def make_labels(
         fitted_frames=len(features),
         frames={s: int(c.sum()) for s, c in counts.items()},
         used_clusters={s: int((c > 0).sum()) for s, c in counts.items()},
-        top_share={s: float(c.max() / c.sum()) for s, c in counts.items()},
+        top_share={s: float(c.max() / max(c.sum(), 1)) for s, c in counts.items()},
+        unusable=unusable,
     )
 
 
@@ -114,19 +122,27 @@ def _fit_features(manifest: Manifest, seconds: float, seed: int) -> np.ndarray:
     before = np.cumsum(manifest.sizes[order]) - manifest.sizes[order]
     chosen = order[before < seconds * SAMPLE_RATE]
     paths = [manifest.root / manifest.names[i] for i in chosen]
-    return np.concatenate(list(_all_features(paths, "features")))
+    return np.concatenate([_NO_FRAMES, *_all_features(paths, "features", [])])
 
 
-def _all_features(paths: list[Path], title: str) -> Iterator[np.ndarray]:
-    """MFCC of each file, in order; threads help since numpy and the decoder release the lock."""
+def _all_features(paths: list[Path], title: str, unusable: list[str]) -> Iterator[np.ndarray]:
+    """MFCC of each file in order, empty for an unusable one, whose message joins ``unusable``."""
+    # Threads help: numpy and the decoder release the lock.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         # A bounded number of files in flight: a large corpus does not fit into memory.
         for start in tqdm(range(0, len(paths), 256), title, disable=None, leave=False):
-            yield from pool.map(_file_features, paths[start : start + 256])
+            for features in pool.map(_file_features, paths[start : start + 256]):
+                if isinstance(features, UnusableAudio):
+                    unusable.append(str(features))
+                    features = _NO_FRAMES
+                yield features
 
 
-def _file_features(path: Path) -> np.ndarray:
-    return mfcc(read_audio(path, SAMPLE_RATE), SAMPLE_RATE)
+def _file_features(path: Path) -> np.ndarray | UnusableAudio:
+    try:
+        return mfcc(read_audio(path, SAMPLE_RATE), SAMPLE_RATE)
+    except UnusableAudio as error:
+        return error
 
 
 def _fit(features: np.ndarray, clusters: int, label_rate: int, seed: int) -> Clusters:
@@ -149,12 +165,14 @@ def _fit(features: np.ndarray, clusters: int, label_rate: int, seed: int) -> Clu
     return Clusters(centers.astype(np.float32), mean, deviation, label_rate)
 
 
-def _label_split(manifest: Manifest, model: Clusters, path: Path) -> np.ndarray:
+def _label_split(
+    manifest: Manifest, model: Clusters, path: Path, unusable: list[str]
+) -> np.ndarray:
     """Writes one line of labels per file; returns how often each label occurs: int [clusters]."""
     step = FRAME_RATE // model.label_rate
     counts = np.zeros(len(model.centers), dtype=np.int64)
     with atomic_write(path) as file:
-        for features in _all_features(list(manifest.files()), path.name):
+        for features in _all_features(list(manifest.files()), path.name, unusable):
             labels = model.assign(features[::step])
             counts += np.bincount(labels, minlength=len(counts))
             file.write(" ".join(map(str, labels)) + "\n")

@@ -20,6 +20,7 @@ from fairseq_lowbit.evaluation.utterances import Utterances, chosen_lines, read_
 from fairseq_lowbit.models import Hubert, LoadedModel
 
 TRAINED_FACTOR = 3.0
+_SCORES = ("last-layer cosine", "SNR dB", "masked accuracy %")
 # Shares of the audio that words to train and to test the probe on may take, of --seconds.
 _WORD_SHARES = {"train": 0.8, "test": 0.5}
 WordSets = tuple[tuple[list[Utterances], list[str]], tuple[list[Utterances], list[str]]]
@@ -30,6 +31,7 @@ class Row:
     """One model of the comparison.
 
     Attributes:
+        is_calibrated_only: post-training quantization, no training.
         storage_mb: stored bytes of all parameters in 1e6, float ones at 16 bits.
         agreement: with the teacher; None for the teacher itself.
         masked: None without labels.
@@ -37,6 +39,7 @@ class Row:
     """
 
     name: str
+    is_calibrated_only: bool
     storage_mb: float
     agreement: Agreement | None
     masked: MaskedAccuracy | None
@@ -59,7 +62,7 @@ class Comparison:
 
     def findings(self) -> list[str]:
         """What the table does and does not show, in sentences."""
-        notes = [*self._teacher_findings()]
+        notes = [*self._teacher_findings(), *_training_findings(self.rows)]
         if self.teacher.probe is not None:
             notes += _probe_findings(self.rows)
         return notes
@@ -89,45 +92,75 @@ class Comparison:
             json.dump({**asdict(self), "findings": self.findings()}, file, indent=1)
 
 
-def compare(
-    teacher: LoadedModel,
-    others: Sequence[tuple[str, Hubert]],
-    data: Path,
-    seconds: float,
-    progress: Callable[[str], None],
-) -> Comparison:
-    """Measures every model on the held-out files of a data folder.
+@dataclass(frozen=True)
+class Candidate:
+    """A model to compare with the teacher."""
+
+    name: str
+    model: Hubert
+    is_calibrated_only: bool = False
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What every model is measured on.
+
+    Attributes:
+        labels: None when the folder has none, or the teacher no label embeddings.
+        words: batches and words to train and to test the probe on; None without word sets.
+    """
+
+    audio: list[Utterances]
+    labels: LabelFile | None
+    words: WordSets | None
+
+
+def read_held_out(data: Path, teacher: LoadedModel, seconds: float) -> HeldOut:
+    """Reads a seeded choice of a data folder's held-out files.
 
     Args:
-        others: name and model, in the order of the rows.
         data: folder with ``test.tsv``, ``test.km`` (masked accuracy; optional) and the word sets
             ``words_{train,test}.{tsv,wrd}`` (probe; optional).
-        seconds: audio to measure on, a seeded choice of the held-out files.
-        progress: called with the name of each row before it is measured.
+        seconds: audio to measure on.
+
+    Raises:
+        LowbitError: missing or unusable data; labels of another kind than the teacher's.
     """
     manifest = read_manifest(data / "test.tsv")
-    test = list(read_batches(manifest, chosen_lines(manifest, seconds), teacher.normalize))
-    labels = _labels(data)
-    words = _words(data, seconds, teacher.normalize)
-    embeddings = getattr(teacher.model, "label_embs_concat", None)
-    if labels is not None and embeddings is not None and len(embeddings) != labels.classes:
-        raise LowbitError(
-            f"{data} has {labels.classes} label classes and the teacher {len(embeddings)}: "
-            "evaluate on the labels the teacher was trained on"
-        )
-    reference = valid_frames(teacher.model, test)
-    rows = []
-    for name, model in [("FP teacher", teacher.model), *others]:
-        progress(name)
-        is_teacher = model is teacher.model
-        masked = None
-        if labels is not None and embeddings is not None:
-            masked = masked_accuracy(model, teacher.model, test, labels)
-        close = None if is_teacher else agreement(valid_frames(model, test), reference)
-        probe = None if words is None else _probe(model, words)
-        rows.append(Row(name, model.plan.bytes / 1e6, close, masked, probe))
+    audio = list(read_batches(manifest, chosen_lines(manifest, seconds), teacher.normalize))
+    labels = _labels(data, getattr(teacher.model, "label_embs_concat", None))
+    return HeldOut(audio, labels, _words(data, seconds, teacher.normalize))
+
+
+def compare(
+    teacher: LoadedModel,
+    candidates: Sequence[Candidate],
+    held_out: HeldOut,
+    progress: Callable[[str], None],
+) -> Comparison:
+    """Measures the teacher and every candidate.
+
+    Args:
+        progress: called with the name of each row before it is measured.
+    """
+    reference = valid_frames(teacher.model, held_out.audio)
+    progress("FP teacher")
+    rows = [_row(Candidate("FP teacher", teacher.model), None, teacher.model, held_out)]
+    for candidate in candidates:
+        progress(candidate.name)
+        close = agreement(valid_frames(candidate.model, held_out.audio), reference)
+        rows.append(_row(candidate, close, teacher.model, held_out))
     progress("untrained network")
-    return Comparison(tuple(rows), None if words is None else _probe(_untrained(teacher), words))
+    return Comparison(tuple(rows), _probe(_untrained(teacher), held_out.words))
+
+
+def _row(candidate: Candidate, close: Agreement | None, teacher: Hubert, held_out: HeldOut) -> Row:
+    masked, model = None, candidate.model
+    if held_out.labels is not None:
+        masked = masked_accuracy(model, teacher, held_out.audio, held_out.labels)
+    probe = _probe(model, held_out.words)
+    megabytes = model.plan.bytes / 1e6
+    return Row(candidate.name, candidate.is_calibrated_only, megabytes, close, masked, probe)
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -155,6 +188,27 @@ def _probe_cell(probe: Probe) -> str:
     return " ".join(f"{100 * mean:.1f}±{100 * std:.1f}" for mean, std in pairs)
 
 
+def _training_findings(rows: Sequence[Row]) -> list[str]:
+    """For every trained row, whether it beats the best calibrated one at all."""
+    calibrated = [row for row in rows if row.is_calibrated_only]
+    trained = [row for row in rows if row.agreement and not row.is_calibrated_only]
+    notes = []
+    for row in trained if calibrated else []:
+        best = [max(values) for values in zip(*map(_scores, calibrated), strict=True)]
+        verdicts = [
+            f"{name} {own:.3g} {'beats' if own > other else 'does NOT beat'} {other:.3g}"
+            for name, own, other in zip(_SCORES, _scores(row), best, strict=False)
+        ]
+        notes.append(f"{row.name} against the best PTQ: {', '.join(verdicts)}.")
+    return notes
+
+
+def _scores(row: Row) -> list[float]:
+    """What ``_SCORES`` names; without labels the last one is missing."""
+    masked = [] if row.masked is None else [100 * row.masked.accuracy]
+    return [row.agreement.cosine[-1], row.agreement.snr_db[-1], *masked]
+
+
 def _probe_findings(rows: Sequence[Row]) -> list[str]:
     """Neighbouring rows whose last layers the probe cannot tell apart, in one sentence."""
     alike = []
@@ -168,9 +222,17 @@ def _probe_findings(rows: Sequence[Row]) -> list[str]:
     return [f"At the last layer the word probe does not separate {'; '.join(alike)}."]
 
 
-def _labels(data: Path) -> LabelFile | None:
+def _labels(data: Path, embeddings: torch.Tensor | None) -> LabelFile | None:
     path = data / "test.km"
-    return LabelFile(path, data / "dict.km.txt") if path.is_file() else None
+    if embeddings is None or not path.is_file():
+        return None
+    labels = LabelFile(path, data / "dict.km.txt")
+    if len(embeddings) != labels.classes:
+        raise LowbitError(
+            f"{data} has {labels.classes} label classes and the teacher {len(embeddings)}: "
+            "evaluate on the labels the teacher was trained on"
+        )
+    return labels
 
 
 def _words(data: Path, seconds: float, normalize: bool) -> WordSets | None:
@@ -191,7 +253,9 @@ def _word_set(
     return list(read_batches(manifest, chosen_lines(manifest, seconds), normalize)), words
 
 
-def _probe(model: Hubert, words: WordSets) -> Probe:
+def _probe(model: Hubert, words: WordSets | None) -> Probe | None:
+    if words is None:
+        return None
     sets = []
     for batches, names in words:
         features, lines = pooled(model, batches)

@@ -1,5 +1,6 @@
 """Held-out utterances in padded batches, for models outside of training."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,9 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fairseq_lowbit.data.audio import SAMPLE_RATE, read_audio
+from fairseq_lowbit.data.audio import SAMPLE_RATE, UnusableAudio, read_audio
 from fairseq_lowbit.data.manifest import Manifest
+from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import Hubert
+
+logger = logging.getLogger(__name__)
 
 _BATCH_SAMPLES = 640_000
 
@@ -42,25 +46,45 @@ def read_batches(
 ) -> Iterator[Utterances]:
     """The files on ``lines`` of a manifest, longest first, in batches of about 40 s.
 
+    Unusable files are left out with a warning each.
+
     Raises:
-        UnusableAudio: naming the first file that cannot be read as 16 kHz mono.
+        LowbitError: no file is usable.
     """
+    usable = 0
+    for batch in _batched(manifest, lines):
+        audio = read_usable(manifest, batch, normalize)
+        if audio:
+            usable += len(audio)
+            lengths = torch.tensor([len(wave) for wave in audio.values()])
+            padded = torch.nn.utils.rnn.pad_sequence(list(audio.values()), batch_first=True)
+            yield Utterances(list(audio), padded, lengths)
+    if not usable:
+        raise LowbitError(f"{manifest.path}: none of the files to measure on is usable")
+
+
+def read_usable(manifest: Manifest, lines: list[int], normalize: bool) -> dict[int, Tensor]:
+    """line -> [samples] of the usable files among ``lines``; warns of the others."""
+    audio = {}
+    for line in lines:
+        try:
+            wave = torch.from_numpy(read_audio(manifest.root / manifest.names[line]))
+        except UnusableAudio as error:
+            logger.warning(f"left out: {error}")
+            continue
+        audio[line] = F.layer_norm(wave, wave.shape) if normalize else wave
+    return audio
+
+
+def _batched(manifest: Manifest, lines: list[int]) -> Iterator[list[int]]:
     batch: list[int] = []
     for line in sorted(lines, key=lambda line: -manifest.sizes[line]):
         if batch and (len(batch) + 1) * manifest.sizes[batch[0]] > _BATCH_SAMPLES:
-            yield _read(manifest, batch, normalize)
+            yield batch
             batch = []
         batch.append(line)
     if batch:
-        yield _read(manifest, batch, normalize)
-
-
-def _read(manifest: Manifest, lines: list[int], normalize: bool) -> Utterances:
-    audio = [torch.from_numpy(read_audio(manifest.root / manifest.names[i])) for i in lines]
-    if normalize:
-        audio = [F.layer_norm(wave, wave.shape) for wave in audio]
-    lengths = torch.tensor([len(wave) for wave in audio])
-    return Utterances(lines, torch.nn.utils.rnn.pad_sequence(audio, batch_first=True), lengths)
+        yield batch
 
 
 @torch.no_grad()

@@ -132,10 +132,14 @@ def test_assignment_is_the_nearest_centre():
     assert model.assign(features).tolist() == np.argmin(distances, axis=1).tolist()
 
 
-def test_unusable_audio_is_named(corpus):
+def test_unusable_audio_is_counted_and_named_and_keeps_its_line(corpus):
     soundfile.write(corpus / "test5000.flac", np.zeros(5000), 16000)
-    with pytest.raises(LowbitError, match="test5000.flac: silent"):
-        make_labels(corpus, 8)
+    summary = make_labels(corpus, 8)
+    assert len(summary.unusable) == 1
+    assert "test5000.flac: silent" in summary.unusable[0]
+    names = [line.split("\t")[0] for line in (corpus / "test.tsv").read_text().splitlines()[1:]]
+    lines = (corpus / "test.km").read_text().splitlines()
+    assert [name for name, line in zip(names, lines, strict=True) if not line] == ["test5000.flac"]
 
 
 @pytest.mark.parametrize(
