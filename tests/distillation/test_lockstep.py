@@ -1,6 +1,7 @@
 import copy
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,20 +11,14 @@ from fairseq_lowbit.distillation import attention_error, distill, feature_error,
 from fairseq_lowbit.models import Architecture, Hubert
 from fairseq_lowbit.nn import calibrate
 from fairseq_lowbit.precision import Precision, Rule
+from tests.shapes import TINY
 
-TINY = Architecture(
+SHAPE = replace(
+    TINY,
     conv_feature_layers="[(8,10,5),(12,2,2)]",
     encoder_layers=3,
-    encoder_embed_dim=16,
-    encoder_ffn_embed_dim=24,
-    encoder_attention_heads=2,
-    conv_pos=6,
-    conv_pos_groups=4,
-    final_dim=8,
     dropout=0.0,
     attention_dropout=0.0,
-    dropout_input=0.0,
-    encoder_layerdrop=0.0,
 )
 LENGTHS = [300, 217, 100]
 QUANTIZED_FRONT_END = Rule("feature_extractor.*", weight_bits=4, activation_bits=4)
@@ -33,7 +28,7 @@ def waveforms() -> Tensor:
     return torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
 
 
-def build(seed: int = 0, shape: Architecture = TINY) -> Hubert:
+def build(seed: int = 0, shape: Architecture = SHAPE) -> Hubert:
     torch.manual_seed(seed)
     model = Hubert(shape)
     for name, parameter in model.named_parameters():
@@ -61,7 +56,7 @@ def test_identical_models_differ_in_nothing(attention: str) -> None:
 
 @pytest.mark.parametrize("shape", ["post_norm", "pre_norm"])
 def test_terms_are_those_of_two_separate_forwards(shape: str) -> None:
-    shape = Architecture(**{**TINY.__dict__, "layer_norm_first": shape == "pre_norm"})
+    shape = Architecture(**{**SHAPE.__dict__, "layer_norm_first": shape == "pre_norm"})
     teacher, student = build(0, shape), build(1, shape)
     student.feature_extractor.load_state_dict(teacher.feature_extractor.state_dict())
     lengths = torch.tensor(LENGTHS)
@@ -172,7 +167,7 @@ def test_mask_is_shared_by_both() -> None:
 
 
 def test_depths_must_agree() -> None:
-    shallow = build(shape=Architecture(**{**TINY.__dict__, "encoder_layers": 2}))
+    shallow = build(shape=Architecture(**{**SHAPE.__dict__, "encoder_layers": 2}))
     with pytest.raises(ValueError, match="zip"):
         distill(build(), shallow, waveforms())
 

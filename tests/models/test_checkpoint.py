@@ -20,21 +20,13 @@ from fairseq_lowbit.models import (
 )
 from fairseq_lowbit.nn import is_calibrated, quantizers
 from fairseq_lowbit.precision import Precision
+from tests.shapes import TINY
 
-TINY = Architecture(
-    conv_feature_layers="[(8,10,5),(12,2,2)]",
-    encoder_layers=1,
-    encoder_embed_dim=16,
-    encoder_ffn_embed_dim=24,
-    encoder_attention_heads=2,
-    conv_pos=6,
-    conv_pos_groups=4,
-    final_dim=8,
-)
+SHAPE = replace(TINY, conv_feature_layers="[(8,10,5),(12,2,2)]", encoder_layers=1)
 
 
 def build(
-    precision: str = "float", classes: int = 5, seed: int = 0, shape: Architecture = TINY
+    precision: str = "float", classes: int = 5, seed: int = 0, shape: Architecture = SHAPE
 ) -> Hubert:
     torch.manual_seed(seed)
     model = Hubert(shape, classes, Precision(precision))
@@ -172,7 +164,7 @@ def test_weights_of_another_shape_name_the_first_tensors(tmp_path: Path) -> None
 
 
 def test_long_lists_of_differences_are_cut() -> None:
-    wide = build(shape=replace(TINY, encoder_ffn_embed_dim=32, final_dim=10))
+    wide = build(shape=replace(SHAPE, encoder_ffn_embed_dim=32, final_dim=10))
     with pytest.raises(LowbitError) as error:
         check_same_shapes(build(), wide.state_dict(), "c.pt")
     # fc1 weight and bias, fc2 weight, final_proj weight and bias, label embeddings
@@ -189,7 +181,7 @@ def test_starting_copies_weights_and_labels() -> None:
 
 def test_starting_leaves_quantizers_to_calibration() -> None:
     source = build("bitla_w8a8", seed=1)
-    model = Hubert(TINY, 5, Precision("bitla_w1a1"))
+    model = Hubert(SHAPE, 5, Precision("bitla_w1a1"))
     start_from(model, loaded(source))
     assert torch.equal(model.encoder.layers[0].fc1.weight, source.encoder.layers[0].fc1.weight)
     for name, quantizer in quantizers(model):
@@ -224,7 +216,7 @@ def test_source_without_labels_leaves_them_alone() -> None:
 
 
 def test_starting_from_another_shape_names_role_and_tensors() -> None:
-    model = build(shape=replace(TINY, encoder_layers=2))
+    model = build(shape=replace(SHAPE, encoder_layers=2))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(LowbitError, match=r"^teacher teacher\.pt is of another shape") as error:
         start_from(model, loaded(build(seed=1)), role="teacher")

@@ -11,22 +11,14 @@ from fairseq_lowbit.models.extractor import output_lengths
 from fairseq_lowbit.models.model import cosine_logits
 from fairseq_lowbit.nn import calibrate, quantizers
 from fairseq_lowbit.precision import Precision, Rule
+from tests.shapes import TINY
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
 ]
 
-POST_NORM = Architecture(
-    conv_feature_layers="[(8,10,5),(8,3,2),(12,2,2)]",
-    encoder_layers=2,
-    encoder_embed_dim=16,
-    encoder_ffn_embed_dim=24,
-    encoder_attention_heads=2,
-    conv_pos=6,
-    conv_pos_groups=4,
-    final_dim=8,
-)
+POST_NORM = TINY
 PRE_NORM = Architecture(
     **{
         **asdict(POST_NORM),

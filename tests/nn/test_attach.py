@@ -5,22 +5,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fairseq_lowbit.models import Architecture, Hubert
+from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.nn import Linear, attach, calibrate, is_calibrated, quantizers, sites
 from fairseq_lowbit.precision import Precision, Rule
 from fairseq_lowbit.quantization import ElasticQuantizer, signed
 from fairseq_lowbit.quantization.calibration import fit_scale
+from tests.shapes import TINY
 
-TINY = Architecture(
-    conv_feature_layers="[(8,10,5),(8,3,2),(12,2,2)]",
-    encoder_layers=2,
-    encoder_embed_dim=16,
-    encoder_ffn_embed_dim=24,
-    encoder_attention_heads=2,
-    conv_pos=6,
-    conv_pos_groups=4,
-    final_dim=8,
-)
 OUTSIDE = ("feature_extractor.*", "post_extract_proj", "encoder.pos_conv.0", "final_proj")
 EVERYTHING = [Rule(match, weight_bits=2, activation_bits=2) for match in OUTSIDE]
 
