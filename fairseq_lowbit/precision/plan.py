@@ -155,7 +155,8 @@ def _refined(site: Site, rule: Rule, weight_bits: int, activation_bits: int) -> 
     if site.kind == "operand":
         # A rule for a whole layer does not turn BiT-L into BiT-LA: operands that the name leaves
         # float are quantized by a rule that names them.
-        named = rule.match.endswith(site.name.rsplit(".", 1)[1])
+        last = rule.match.rsplit(".", 1)[-1]
+        named = last != "*" and fnmatchcase(site.name.rsplit(".", 1)[1], last)
         bits = rule.activation_bits if named or activation_bits < FLOAT_BITS else None
         return FLOAT_BITS, bits or activation_bits
     was_float = weight_bits == activation_bits == FLOAT_BITS

@@ -16,7 +16,7 @@ class Rule:
     rule leaves out (null) comes from the precision's name.
 
     Attention operands (``<attention>.query`` and so on) that the name leaves float are reached only
-    by a pattern that ends in their name.
+    by a pattern whose last part matches their name and is not a bare ``*``.
 
     Attributes:
         match: shell pattern on the module name, for example ``encoder.layers.0.*``.

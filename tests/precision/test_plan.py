@@ -107,8 +107,9 @@ def test_a_rule_for_a_layer_does_not_quantize_the_attention_of_bitl() -> None:
     assert bits["encoder.layers.0.self_attn.query"] == 8
 
 
-def test_a_rule_that_names_an_operand_quantizes_it() -> None:
-    plan = base_plan("bitl_w1a1", [Rule("*.self_attn.value", activation_bits=4)])
+@pytest.mark.parametrize("match", ["*.self_attn.value", "*.val*", "*value", "*.self_attn.[v]alue"])
+def test_a_rule_that_names_an_operand_quantizes_it(match: str) -> None:
+    plan = base_plan("bitl_w1a1", [Rule(match, activation_bits=4)])
     bits = {e.module: e.activation_bits for e in plan.entries}
     assert bits["encoder.layers.3.self_attn.value"] == 4
     assert bits["encoder.layers.3.self_attn.key"] == 16
