@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from fairseq.data.iterators import EpochBatchIterator
 from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II
@@ -152,6 +153,12 @@ class _SpeechTask(FairseqTask):
         # only here, a new run calibrates and a resumed one does not.
         if split == self.cfg.train_subset and self.model is not None:
             self._prepare_training(dataset)
+
+    def get_batch_iterator(self, *args: Any, **kwargs: Any) -> EpochBatchIterator:
+        iterator = super().get_batch_iterator(*args, **kwargs)
+        # Made anew for every epoch, so its workers must end with it instead of piling up.
+        iterator.persistent_workers = False
+        return iterator
 
     def load_labels(self, split: str) -> tuple[LabelFile, ...]:
         return ()
