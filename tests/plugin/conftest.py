@@ -43,6 +43,7 @@ SMALL = (
     "checkpoint.save_interval_updates=5",
     "lr_scheduler.warmup_updates=2",
     "optimization.max_update=5",
+    "optimization.update_freq=[1]",
     "optimization.lr=[0.005]",
     "common.log_interval=1",
 )
@@ -170,12 +171,16 @@ class Trainer:
         self, folder: Path, config: str, *overrides: object, kill: tuple[str, int] | None = None
     ) -> Run:
         """The same in a process forked from one that has imported fairseq, see ``run_job.py``."""
+        return self.fork_arguments(folder, self.arguments(folder, config, *overrides), kill)
+
+    def fork_arguments(
+        self, folder: Path, arguments: list[str], kill: tuple[str, int] | None = None
+    ) -> Run:
         log = folder.with_name(f"{folder.name}.log")
         log.unlink(missing_ok=True)
-        # A forked process would not flush tensorboardX's threads.
-        overrides = ("common.tensorboard_logdir=null", *overrides)
         job = {
-            "arguments": self.arguments(folder, config, *overrides),
+            # A forked process would not flush tensorboardX's threads.
+            "arguments": [*arguments, "common.tensorboard_logdir=null"],
             "folder": str(folder.parent),
             "log": str(log),
             "kill": kill,

@@ -6,6 +6,7 @@ a moment at which the process ends as by ``kill -9``.
 """
 
 import builtins
+import multiprocessing
 import os
 import shutil
 import signal
@@ -64,6 +65,8 @@ def kill_in_update(count: int) -> None:
 
 
 def run(arguments: list[str], folder: str, log: str, kill: tuple[str, int] | None) -> None:
+    # As in a fresh process: workers of a forkserver would outlive a killed run.
+    multiprocessing.set_start_method("fork", force=True)
     os.chdir(folder)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)

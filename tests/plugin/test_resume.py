@@ -17,6 +17,9 @@ OPTIONS = (
     f"optimization.max_update={UPDATES}",
     "optimizer.scale_lr_ratio=0.5",
     "criterion.mask=true",
+    # Equal sizes and worker processes over a dozen epochs: batches and crops have to come back.
+    "task.max_sample_size=16000",
+    "dataset.num_workers=1",
     # What draws random numbers in a forward has to draw the same ones again.
     "model.dropout=0.1",
     "model.encoder_layerdrop=0",

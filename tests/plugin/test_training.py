@@ -268,6 +268,20 @@ def test_a_sweep_from_a_checkout(trainer, teacher: Path, tmp_path: Path) -> None
         assert load_model(checkpoints / "checkpoint_last.pt").updates == 5
 
 
+def test_relative_paths(trainer, corpus: Path, teacher: Path, tmp_path: Path) -> None:
+    """They mean the folder the command is given in, although Hydra changes into the run's."""
+    (tmp_path / "my_data").symlink_to(corpus)
+    (tmp_path / "teacher.pt").symlink_to(teacher)
+    given = ("task.data=my_data", "task.teacher=teacher.pt")
+    one = trainer.fork(tmp_path / "one", "bitla_w1a1", *given)
+    assert one.status == 0, one.output
+    assert one.state()["cfg"]["task"]["teacher"] == str(tmp_path / "teacher.pt")
+    sweep = (f"hydra.sweep.dir={tmp_path}/sweep", "hydra.sweep.subdir=${hydra:job.num}")
+    two = trainer.fork(tmp_path / "unused", "bitla_w1a1", "-m", *sweep, *given, "common.seed=1,2")
+    assert two.status == 0, two.output
+    assert len(list((tmp_path / "sweep").rglob("checkpoint_last.pt"))) == 2
+
+
 def test_one_run_from_a_checkout(trainer, teacher: Path, tmp_path: Path) -> None:
     run = trainer.run(
         tmp_path / "run",
