@@ -85,9 +85,14 @@ def centered_std(output: Tensor) -> float:
     return float((frames - frames.mean(0)).square().mean().sqrt() / rms.clamp_min(1e-12))
 
 
+def collapsed_layers(centered: tuple[float, ...]) -> list[int]:
+    """Layers, from 1, whose output is constant over time."""
+    return [index for index, value in enumerate(centered, 1) if value < COLLAPSED]
+
+
 def refuse_collapsed(centered: tuple[float, ...], path: object) -> None:
     """Raises LowbitError when a teacher has a layer that is constant over time."""
-    dead = [index for index, value in enumerate(centered, 1) if value < COLLAPSED]
+    dead = collapsed_layers(centered)
     if dead:
         raise LowbitError(
             f"teacher {path} has collapsed: layers {dead} are constant over time (centred standard "

@@ -17,7 +17,7 @@ from fairseq_lowbit.data.label_file import LabelFile, count_classes, read_dictio
 from fairseq_lowbit.data.manifest import check_manifest, read_manifest
 from fairseq_lowbit.distillation import same_front_end
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.health import measure_health, refuse_collapsed
+from fairseq_lowbit.evaluation.health import collapsed_layers, measure_health, refuse_collapsed
 from fairseq_lowbit.models import Hubert, LoadedModel, load_model, start_from
 from fairseq_lowbit.models.extractor import receptive_field
 from fairseq_lowbit.nn import calibrate, is_calibrated
@@ -207,11 +207,22 @@ class _SpeechTask(FairseqTask):
         )
         if not math.isfinite(float(loss)):
             raise LowbitError(self._describe_divergence(sample, logged, update_num))
-        interval = self.cfg.health_interval
-        # Once per update, although micro-batches of one update share its number.
-        if interval and update_num % interval == 0 and update_num != self.files.last_health:
-            self.files.write_health(update_num, measure_health(self.model, self._health_batch))
+        if self.cfg.health_interval and update_num % self.cfg.health_interval == 0:
+            self._record_health(update_num)
         return loss, size, logged
+
+    def _record_health(self, update_num: int) -> None:
+        # Once per update, although micro-batches of one update share its number.
+        if update_num == self.files.last_health:
+            return
+        health = measure_health(self.model, self._health_batch)
+        self.files.write_health(update_num, health)
+        dead = collapsed_layers(health.centered_std)
+        if dead:
+            logger.warning(
+                f"layers {dead} are constant over time at update {update_num}: the model is "
+                "collapsing; lower optimization.lr or lengthen its warm-up"
+            )
 
     def valid_step(self, sample, model, criterion):
         self._account_for(sample["unusable"])
