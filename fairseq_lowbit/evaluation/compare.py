@@ -1,6 +1,7 @@
 """The comparison table: a teacher, post-training quantization and trained students side by side."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -142,7 +143,12 @@ def compare(
 
     Args:
         progress: called with the name of each row before it is measured.
+
+    Raises:
+        LowbitError: a candidate whose layers are not those of the teacher.
     """
+    for candidate in candidates:
+        _check_comparable(candidate, teacher.model)
     reference = valid_frames(teacher.model, held_out.audio)
     progress("FP teacher")
     rows = [_row(Candidate("FP teacher", teacher.model), None, teacher.model, held_out)]
@@ -152,6 +158,18 @@ def compare(
         rows.append(_row(candidate, close, teacher.model, held_out))
     progress("untrained network")
     return Comparison(tuple(rows), _probe(_untrained(teacher), held_out.words))
+
+
+def _check_comparable(candidate: Candidate, teacher: Hubert) -> None:
+    own, wanted = (
+        f"{m.shape.encoder_layers} layers of {m.shape.encoder_embed_dim} features, one frame in "
+        f"{math.prod(stride for _, _, stride in m.conv_layers)} samples"
+        for m in (candidate.model, teacher)
+    )
+    if own != wanted:
+        raise LowbitError(
+            f"{candidate.name} has {own}, the teacher {wanted}: they are compared layer by layer"
+        )
 
 
 def _row(candidate: Candidate, close: Agreement | None, teacher: Hubert, held_out: HeldOut) -> Row:

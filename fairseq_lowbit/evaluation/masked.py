@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fairseq_lowbit.data.label_file import LabelFile
+from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.utterances import Utterances
 from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.models.extractor import output_lengths
@@ -47,17 +48,25 @@ def masked_accuracy(
             frames = output_lengths(batch.lengths, model.conv_layers)
             mask = span_mask(frames, int(frames.max()), shape.mask_prob, shape.mask_length)
             outputs, _ = model.hidden_states(batch.waveform, batch.lengths, mask)
-            targets = torch.cat(
-                [
-                    torch.from_numpy(labels[line][: len(row)])[row[: len(labels[line])]]
-                    for line, row in zip(batch.lines, mask, strict=True)
-                ]
-            )
-            predicted = _predict(model, label_embeddings, outputs[-1][mask])
+            targets, scored = _targets(batch.lines, mask, labels)
+            predicted = _predict(model, label_embeddings, outputs[-1][scored])
             correct += int((predicted == targets).sum())
             total += len(targets)
             counts.update(targets.tolist())
+    if not total:
+        raise LowbitError(f"{labels.path} has no label for any masked frame")
     return MaskedAccuracy(correct / total, counts.most_common(1)[0][1] / total)
+
+
+def _targets(lines: list[int], mask: Tensor, labels: LabelFile) -> tuple[Tensor, Tensor]:
+    """Labels of the masked frames that have one, and where these are, [batch, frames]: the labels
+    of an utterance may end early, and an unusable file has none."""
+    targets, scored = [], mask.clone()
+    for line, row in zip(lines, scored, strict=True):
+        numbers = torch.from_numpy(labels[line])[: len(row)]
+        row[len(numbers) :] = False
+        targets.append(numbers[row[: len(numbers)]])
+    return torch.cat(targets), scored
 
 
 def _predict(model: Hubert, label_embeddings: Tensor, frames: Tensor) -> Tensor:
