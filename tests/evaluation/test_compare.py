@@ -1,0 +1,199 @@
+"""The comparison and its command, with everything there is to compare and with the least."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fairseq_lowbit.cli.main import main
+from fairseq_lowbit.data.manifest import read_manifest
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.evaluation.compare import (
+    Candidate,
+    Comparison,
+    Row,
+    compare,
+    comparison_table,
+    read_held_out,
+)
+from fairseq_lowbit.evaluation.masked import MaskedAccuracy
+from fairseq_lowbit.evaluation.probe import Probe
+from fairseq_lowbit.evaluation.ptq import post_training_quantized
+from fairseq_lowbit.models import Hubert, LoadedModel, load_model
+
+PNG = b"\x89PNG"
+
+
+def without(data: Path, *patterns: str) -> Path:
+    for pattern in patterns:
+        for path in data.glob(pattern):
+            path.unlink()
+    return data
+
+
+def run(teacher: LoadedModel, data: Path, *candidates: Candidate) -> Comparison:
+    return compare(teacher, candidates, read_held_out(data, teacher, 300.0), lambda name: None)
+
+
+def test_a_copy_of_the_teacher_and_a_quantized_one(
+    teacher: LoadedModel, model: Hubert, data: Path
+) -> None:
+    quantized = post_training_quantized(teacher, "bitla_w1a1", read_manifest(data / "train.tsv"))
+    candidates = [Candidate("copy", model), Candidate("PTQ", quantized, is_calibrated_only=True)]
+    comparison = run(teacher, data, *candidates)
+    first, copy, ptq = comparison.rows
+    assert comparison.teacher is first
+    assert [row.name for row in comparison.rows] == ["FP teacher", "copy", "PTQ"]
+    assert first.agreement is None
+    assert copy.agreement.cosine == pytest.approx((1, 1), abs=1e-5)
+    assert (copy.masked, copy.probe) == (first.masked, first.probe)
+    assert ptq.agreement.snr_db[-1] < 20 < 100 < copy.agreement.snr_db[-1]
+    assert ptq.storage_mb < first.storage_mb == pytest.approx(teacher.model.plan.bytes / 1e6)
+    assert len(first.probe.mean) == len(comparison.untrained_probe.mean) == 2
+    # Pitch is written all over these words: any network tells them apart.
+    assert min(first.probe.mean) > 0.6
+
+
+def test_without_labels_and_words(teacher: LoadedModel, model: Hubert, data: Path) -> None:
+    comparison = run(teacher, without(data, "*.km", "words_*"), Candidate("copy", model))
+    assert comparison.untrained_probe is None
+    assert all(row.masked is None and row.probe is None for row in comparison.rows)
+    assert comparison.findings() == []
+    assert comparison_table(comparison).row_count == 2
+
+
+def test_a_teacher_without_label_embeddings(data: Path, save: Callable, model: Hubert) -> None:
+    student = Hubert(model.shape)
+    comparison = run(load_model(save("student", student)), data)
+    assert comparison.teacher.masked is None
+    assert comparison.teacher.probe is not None
+
+
+def test_labels_of_another_kind(teacher: LoadedModel, data: Path) -> None:
+    with open(data / "dict.km.txt", "a") as file:
+        file.write("99 1\n")
+    with pytest.raises(LowbitError, match="8 label classes and the teacher 7"):
+        read_held_out(data, teacher, 300.0)
+
+
+def test_words_that_do_not_fit_their_files(teacher: LoadedModel, data: Path) -> None:
+    (data / "words_test.wrd").write_text("low high\n")
+    with pytest.raises(LowbitError, match=r"words_test\.wrd: 2 words, 15 files"):
+        read_held_out(data, teacher, 300.0)
+
+
+def test_seconds_bound_what_is_measured(teacher: LoadedModel, data: Path) -> None:
+    held_out = read_held_out(without(data, "words_*"), teacher, 0.8)
+    measured = sum(int(batch.lengths.sum()) for batch in held_out.audio)
+    assert 0 < measured <= 0.8 * 16000
+    whole = read_held_out(data, teacher, 300.0)
+    assert sum(len(batch.lines) for batch in whole.audio) == 5
+
+
+# Findings
+
+
+ROW = Row(
+    name="FP teacher",
+    is_calibrated_only=False,
+    storage_mb=1.0,
+    agreement=None,
+    masked=MaskedAccuracy(accuracy=0.6, chance=0.1),
+    probe=Probe(mean=(0.5, 0.9), std=(0.01, 0.01)),
+)
+
+
+def findings(*rows: Row, untrained: float = 0.3) -> str:
+    return "\n".join(Comparison(rows, Probe((untrained,) * 2, (0.0,) * 2)).findings())
+
+
+def test_whether_the_teacher_is_trained() -> None:
+    assert "6.0 times" in findings(ROW)
+    assert "counts as trained" in findings(ROW)
+    assert "beats an untrained" in findings(ROW)
+    poor = replace(ROW, masked=MaskedAccuracy(0.2, 0.1))
+    assert "is NOT trained" in findings(poor)
+    assert "does NOT beat an untrained" in findings(poor, untrained=0.95)
+
+
+def test_whether_the_probe_separates() -> None:
+    close = replace(ROW, name="student", probe=Probe((0.5, 0.89), (0.01, 0.01)))
+    assert "does not separate FP teacher from student" in findings(ROW, close)
+    apart = replace(close, probe=Probe((0.5, 0.7), (0.01, 0.01)))
+    assert "separate" not in findings(ROW, apart)
+
+
+# The command
+
+
+def evaluate(teacher: LoadedModel, data: Path, out: Path, *options: str) -> int:
+    return main(["evaluate", str(teacher.path), f"--data={data}", f"--out={out}", *options])
+
+
+def test_the_command_writes_a_figure_and_numbers(
+    teacher: LoadedModel,
+    model: Hubert,
+    data: Path,
+    save: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    student = post_training_quantized(teacher, "bitla_w2a2", read_manifest(data / "train.tsv"))
+    path, out = save("student", student), tmp_path / "new" / "results"
+    options = ("--ptq=bitla_w1a1", "--ptq=bitla_w2a2", f"--student=mine={path}")
+    assert evaluate(teacher, data, out, *options) == 0
+    printed = capsys.readouterr().out
+    names = ["FP teacher", "PTQ bitla_w1a1", "PTQ bitla_w2a2", "mine"]
+    for name in names:
+        assert re.search(rf"^│ {re.escape(name)} +│", printed, re.MULTILINE)
+    assert (out / "comparison.png").read_bytes().startswith(PNG)
+    numbers = json.loads((out / "comparison.json").read_text())
+    assert [row["name"] for row in numbers["rows"]] == names
+    assert numbers["rows"][3]["agreement"] == numbers["rows"][2]["agreement"]
+    assert "mine against the best PTQ" in printed
+    assert all(finding in printed for finding in numbers["findings"])
+    assert str(out / "comparison.png") in printed
+
+
+def test_the_command_with_the_least(
+    teacher: LoadedModel, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data = without(data, "train.*", "*.km", "words_*")
+    assert evaluate(teacher, data, tmp_path / "out") == 0
+    assert "FP teacher" in capsys.readouterr().out
+    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(PNG)
+
+
+def test_mistakes_of_the_command(
+    teacher: LoadedModel, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def refused(*options: str, data: Path = data) -> str:
+        assert evaluate(teacher, data, tmp_path / "out", *options) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ")
+        assert not (tmp_path / "out").exists()
+        return message
+
+    assert "NAME=CHECKPOINT" in refused("--student=model.pt")
+    assert "gone.pt does not exist" in refused(f"--student=mine={tmp_path}/gone.pt")
+    assert "bitla_w9a9" in refused("--ptq=bitla_w9a9")
+    assert "test.tsv" in refused(data=tmp_path)
+    assert "train.tsv" in refused("--ptq=bitla_w1a1", data=without(data, "train.tsv"))
+    for path in data.glob("test*.flac"):
+        path.write_bytes(b"no audio")
+    assert "test.tsv" in refused()
+
+
+def test_a_student_of_another_depth(
+    teacher: LoadedModel,
+    data: Path,
+    save: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    shallow = save("shallow", Hubert(replace(teacher.model.shape, encoder_layers=1)))
+    assert evaluate(teacher, data, tmp_path / "out", f"--student=mine={shallow}") == 2
+    assert "mine has 1 layers of 16 features" in capsys.readouterr().err

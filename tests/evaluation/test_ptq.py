@@ -1,0 +1,61 @@
+"""Post-training quantization: calibration and nothing else."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fairseq_lowbit.data.manifest import Manifest, read_manifest
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.evaluation.agreement import agreement, valid_frames
+from fairseq_lowbit.evaluation.ptq import post_training_quantized
+from fairseq_lowbit.evaluation.utterances import Utterances
+from fairseq_lowbit.models import LoadedModel
+from fairseq_lowbit.nn import is_calibrated
+
+
+@pytest.fixture
+def manifest(data: Path) -> Manifest:
+    return read_manifest(data / "train.tsv")
+
+
+def test_more_bits_are_closer(
+    teacher: LoadedModel, manifest: Manifest, batches: list[Utterances]
+) -> None:
+    reference = valid_frames(teacher.model, batches)
+    close = {}
+    for name in ("float", "bitl_w8a16", "bitla_w8a8", "bitla_w4a4", "bitla_w1a1"):
+        model = post_training_quantized(teacher, name, manifest)
+        assert model.plan.precision.name == name
+        assert is_calibrated(model)
+        assert not model.training
+        close[name] = agreement(valid_frames(model, batches), reference).snr_db[-1]
+    assert close["float"] > 100
+    assert close["bitl_w8a16"] > 25
+    assert list(close.values()) == sorted(close.values(), reverse=True)
+
+
+def test_weights_stay_and_the_result_is_the_same_each_time(
+    teacher: LoadedModel, manifest: Manifest
+) -> None:
+    before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
+    first = post_training_quantized(teacher, "bitla_w2a2", manifest).state_dict()
+    torch.manual_seed(99)
+    second = post_training_quantized(teacher, "bitla_w2a2", manifest).state_dict()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        if name in before:
+            assert torch.equal(value, before[name]), name
+    assert all(torch.equal(before[k], v) for k, v in teacher.model.state_dict().items())
+
+
+def test_unusable_files_are_left_out(teacher: LoadedModel, manifest: Manifest) -> None:
+    (manifest.root / manifest.names[0]).write_bytes(b"no audio")
+    assert is_calibrated(post_training_quantized(teacher, "bitla_w2a2", manifest))
+
+
+def test_nothing_to_calibrate_on(teacher: LoadedModel, manifest: Manifest) -> None:
+    for path in manifest.files():
+        path.write_bytes(b"no audio")
+    with pytest.raises(LowbitError, match=r"train\.tsv"):
+        post_training_quantized(teacher, "bitla_w2a2", manifest)
