@@ -10,7 +10,7 @@ from fairseq_lowbit.nn.attention import OPERANDS, SelfAttention
 from fairseq_lowbit.nn.operators import Conv1d, Linear, PositionalConv1d
 from fairseq_lowbit.precision import Plan, PlanEntry, Precision, Site, resolve_plan
 from fairseq_lowbit.precision.grammar import FLOAT_BITS
-from fairseq_lowbit.quantization import ElasticQuantizer, non_negative, signed
+from fairseq_lowbit.quantization import ElasticQuantizer, after_gelu, non_negative, signed
 from fairseq_lowbit.quantization.calibration import Calibrator, fit_weight_scale
 
 OPERATORS = (Linear, Conv1d, PositionalConv1d)
@@ -72,7 +72,7 @@ def _attach_operator(module: nn.Module, entry: PlanEntry) -> None:
         values = weight.numel() // (weight.shape[0] if per_channel else 1)
         module.weight_quantizer = ElasticQuantizer(signed(entry.weight_bits), values, shape)
     if entry.activation_bits < FLOAT_BITS:
-        levels = (non_negative if module.follows_gelu else signed)(entry.activation_bits)
+        levels = (after_gelu if module.follows_gelu else signed)(entry.activation_bits)
         values = module.in_features if isinstance(module, Linear) else _input_channels(module)
         module.input_quantizer = ElasticQuantizer(levels, values, shift_shape=())
 

@@ -1,6 +1,6 @@
 """Weighted operators. Without quantizers in their slots they are the plain float operators.
 
-Each knows which level set its input wants: non-negative behind a GELU, signed elsewhere.
+Each knows whether its input follows a GELU, which decides about the input's level set.
 """
 
 import math
@@ -16,7 +16,7 @@ class Linear(nn.Linear):
     """y = Q(W) Q(x) + b.
 
     Args:
-        follows_gelu: the input is a GELU output, so its quantizer is non-negative.
+        follows_gelu: the input is a GELU output; see :func:`after_gelu` for its level set.
 
     ``weight_quantizer`` and ``input_quantizer`` are None for float. A module whose input is
     quantized upstream (q, k, v share one quantizer) keeps ``input_quantizer`` None.

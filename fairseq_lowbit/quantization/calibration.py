@@ -69,7 +69,11 @@ def fit_scale(
     scale = torch.where(is_zero, 1.0, peak)
     offset = torch.zeros_like(scale)
     factors = torch.logspace(-2.5, 0, _COARSE_SCALES, device=values.device)
-    offsets = torch.linspace(-1.0, 1.0, _SHIFTS, device=values.device) if with_shift else [0.0]
+    offsets = [0.0]
+    if with_shift:
+        # Smallest first: among equal errors, as for nearly constant values, the first one wins, and
+        # a far shift would clip everything and stop its gradient.
+        offsets = sorted(torch.linspace(-1.0, 1.0, _SHIFTS).tolist(), key=abs)
     scale, offset = _search(values, levels, scale, offset, factors, offsets)
     width = 10 ** (2.5 / (_COARSE_SCALES - 1))
     factors = torch.logspace(-1, 1, _REFINED_SCALES, base=width, device=values.device)
@@ -85,7 +89,7 @@ def _search(
     scale: Tensor,
     offset: Tensor,
     factors: Iterable[Tensor],
-    offsets: Iterable[Tensor | float],
+    offsets: Iterable[float],
 ) -> tuple[Tensor, Tensor]:
     """Best of scale * factor and offset + step, row by row; the shift is offset * scale."""
     best_error = torch.full_like(scale, math.inf)

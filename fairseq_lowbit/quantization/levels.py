@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fairseq_lowbit.errors import LowbitError
 
+_GELU_NON_NEGATIVE_BITS = 4
+
 
 @dataclass(frozen=True)
 class LevelSet:
@@ -79,5 +81,14 @@ def signed(bits: int) -> LevelSet:
 
 
 def non_negative(bits: int) -> LevelSet:
-    """The set for softmax outputs and for what follows a GELU: 0 .. 2**bits - 1."""
+    """The set for softmax outputs: 0 .. 2**bits - 1."""
     return LevelSet("non_negative", bits)
+
+
+def after_gelu(bits: int) -> LevelSet:
+    """The set of least error for GELU outputs: non-negative up to 4 bits, signed above.
+
+    Few levels are best spent on the positive side; from 5 bits on, losing the small negative lobe
+    would cost more than anything else (docs/numerics.md has the errors).
+    """
+    return non_negative(bits) if bits <= _GELU_NON_NEGATIVE_BITS else signed(bits)

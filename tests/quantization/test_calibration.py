@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fairseq_lowbit.quantization import ElasticQuantizer, LevelSet, non_negative, signed
+from fairseq_lowbit.quantization import ElasticQuantizer, LevelSet, after_gelu, non_negative, signed
 from fairseq_lowbit.quantization.calibration import (
     Calibrator,
     fit_scale,
@@ -164,3 +164,28 @@ def test_calibrating_with_a_length_ratio_fits_the_reference_length() -> None:
     scaled(x / 4, torch.tensor(0.25))
     assert scaled.scale.item() == pytest.approx(plain.scale.item(), rel=1e-6)
     assert scaled.shift.item() == pytest.approx(plain.shift.item(), rel=1e-6)
+
+
+def test_nearly_constant_values_keep_their_gradients() -> None:
+    """Uniform attention: every fit is equally good, and a far shift would clip everything."""
+    values = torch.full((1, 4000), 0.02)
+    scale, shift = fit_scale(values, non_negative(1), with_shift=True)
+    u = (values[0] - shift) / scale
+    assert ((u >= 0) & (u <= 1 + 1e-3)).all()
+    assert abs(float(shift)) <= float(scale) / 12
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_the_set_behind_a_gelu_is_the_better_one(bits: int) -> None:
+    values = torch.nn.functional.gelu(
+        torch.randn(1, 16_384, generator=torch.Generator().manual_seed(0))
+    )
+
+    def error(levels: LevelSet) -> float:
+        scale, shift = fit_scale(values, levels, with_shift=levels.kind == "non_negative")
+        decoded = levels.encode((values - (0.0 if shift is None else shift)) / scale) * scale
+        return float((decoded - values).square().mean())
+
+    chosen = after_gelu(bits)
+    other = signed(bits) if chosen.kind == "non_negative" else non_negative(bits)
+    assert error(chosen) < error(other)
