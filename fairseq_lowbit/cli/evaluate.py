@@ -14,6 +14,7 @@ from fairseq_lowbit.evaluation.ptq import post_training_quantized
 from fairseq_lowbit.evaluation.tables import print_table
 from fairseq_lowbit.models import LoadedModel, load_model
 from fairseq_lowbit.plugin import register
+from fairseq_lowbit.precision import Precision
 
 HELP = "compare models with their teacher on held-out audio: table, figure, JSON"
 
@@ -68,5 +69,6 @@ def _named_student(text: str) -> tuple[str, Path]:
 
 
 def _calibrated(teacher: LoadedModel, precision: str, data: Path) -> Candidate:
-    model = post_training_quantized(teacher, precision, read_manifest(data / "train.tsv"))
+    manifest = read_manifest(data / "train.tsv")
+    model = post_training_quantized(teacher, Precision(precision), manifest).model
     return Candidate(f"PTQ {precision}", model, is_calibrated_only=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.nn import quantizers
-from fairseq_lowbit.quantization import ElasticQuantizer
+from fairseq_lowbit.quantization import Codes, Quantizer
 from fairseq_lowbit.quantization.calibration import thin
 
 COLLAPSED = 0.05
@@ -102,34 +102,24 @@ def refuse_collapsed(centered: tuple[float, ...], path: object) -> None:
 
 
 def _observer(name: str, measured: list[QuantizerHealth]):
-    def observe(quantizer: ElasticQuantizer, inputs: tuple, output: Tensor) -> None:
-        x = inputs[0]
-        ratio = inputs[1] if len(inputs) > 1 else None
+    def observe(quantizer: Quantizer, inputs: tuple, output: Tensor) -> None:
+        x, *ratio = inputs
         # All ratios are equal without padding, so one value stands for them.
-        ratio = None if ratio is None else ratio.reshape(-1)[:1]
-        # Per-channel scales and shifts need whole rows; the rest is thinned.
-        if quantizer.log_scale.dim() or (quantizer.shift is not None and quantizer.shift.dim()):
-            values, decoded = x.float(), output.float()
-        else:
-            values, decoded = thin(x, _SAMPLE), thin(output, _SAMPLE)
-        measured.append(_health(name, quantizer, values, decoded, ratio))
+        ratio = [r.reshape(-1)[:1] for r in ratio if r is not None]
+        values = thin(x, _SAMPLE) if quantizer.is_uniform else x
+        codes = quantizer.codes(values, *ratio)
+        measured.append(_health(name, codes, quantizer.target(values)))
 
     return observe
 
 
-def _health(
-    name: str, quantizer: ElasticQuantizer, values: Tensor, decoded: Tensor, ratio: Tensor | None
-) -> QuantizerHealth:
-    levels = quantizer.levels
-    scale, shift = quantizer.scale, quantizer.shift
-    if ratio is not None:
-        scale, shift = scale * ratio, None if shift is None else shift * ratio
-    u = values / scale if shift is None else (values - shift) / scale
-    noise = (values - decoded).square().sum().clamp_min(1e-20)
+def _health(name: str, codes: Codes, values: Tensor) -> QuantizerHealth:
+    noise = (values - codes.decode()).square().sum().clamp_min(1e-20)
     signal = values.square().sum().clamp_min(1e-20)
-    # The shift moves thresholds only and is not decoded, so it does not move the levels.
-    steps = values / scale
-    clipped = ((steps < levels.lo - 0.5) | (steps > levels.hi + 0.5)).float().mean()
-    used = levels.encode(u).unique().numel() / levels.size
-    sqnr = 10 * torch.log10(signal / noise)
-    return QuantizerHealth(name, levels.bits, float(sqnr), float(clipped), used)
+    return QuantizerHealth(
+        name=name,
+        bits=codes.levels.bits,
+        sqnr_db=float(10 * torch.log10(signal / noise)),
+        clipped=float(codes.is_clipped(values).float().mean()),
+        levels_used=codes.integers.unique().numel() / codes.levels.size,
+    )

@@ -35,7 +35,7 @@ def plan_table(plan: Plan) -> Table:
         table.add_row(
             names,
             first.rule,
-            first.method if first.granularity != "per_channel" else f"{first.method} per channel",
+            _method(first),
             "-" if first.kind == "operand" else _bits(first.weight_bits),
             _bits(first.activation_bits),
             f"{sum(e.parameters for e in entries):,}",
@@ -84,6 +84,12 @@ def _health_cells(members: list[QuantizerHealth]) -> tuple[str, ...]:
     )
 
 
+def _method(entry: PlanEntry) -> str:
+    if entry.granularity == "per_group":
+        return f"{entry.method} per {entry.group_size} weights"
+    return f"{entry.method} per channel" if entry.granularity == "per_channel" else entry.method
+
+
 def _bits(bits: int) -> str:
     return "float" if bits == FLOAT_BITS else str(bits)
 
@@ -100,6 +106,7 @@ def _folded(entries: Iterable[PlanEntry]) -> list[tuple[str, list[PlanEntry]]]:
             entry.weight_bits,
             entry.activation_bits,
             entry.granularity,
+            entry.group_size,
         )
         groups.setdefault(key, []).append(entry)
     return [(_range_name(members), members) for members in groups.values()]

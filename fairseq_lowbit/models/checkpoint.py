@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models.architecture import Architecture
 from fairseq_lowbit.models.model import Hubert
+from fairseq_lowbit.nn import float_state
 from fairseq_lowbit.precision import Precision
 
 StateDict = dict[str, Tensor]
@@ -87,16 +88,18 @@ def load_model(path: str | Path) -> LoadedModel:
 def start_from(model: Hubert, source: LoadedModel, role: str = "init_from") -> None:
     """Copies ``source``'s weights into ``model``, whose precision may differ.
 
-    Quantizers are left out: scales belong to a bit width and are calibrated anew. So are label
-    embeddings that either side lacks.
+    Quantizers are left out: scales belong to a bit width and are calibrated anew; squashed weights
+    arrive as the float weights they stand for. Label embeddings that either side lacks are left out
+    too.
 
     Raises:
         LowbitError: the shapes differ, with the first differing tensors.
     """
-    weights = {k: v for k, v in source.model.state_dict().items() if not _is_optional(k)}
+    state = float_state(source.model)
+    weights = {k: v for k, v in state.items() if not _is_optional(k)}
     own = {k: v for k, v in model.state_dict().items() if not _is_optional(k)}
     _check_names_and_shapes(own, weights, f"{role} {source.path}")
-    labels = source.model.state_dict().get(_LABELS)
+    labels = state.get(_LABELS)
     if labels is not None and model.state_dict().get(_LABELS, labels[:0]).shape == labels.shape:
         weights[_LABELS] = labels
     model.load_state_dict(weights, strict=False)

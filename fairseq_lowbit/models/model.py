@@ -105,6 +105,13 @@ class Hubert(nn.Module):
         _, outputs = self.encoder(frames.x, frames.padding_mask)
         return outputs, frames.padding_mask
 
+    def final_output(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Output of ``final_proj``, [batch, frames, final_dim]. Reaches every operator, so this is
+        what calibration runs."""
+        frames = self.project(self.extract(waveform, lengths))
+        x, _ = self.encoder(frames.x, frames.padding_mask)
+        return self.final_proj(x)
+
     def label_logits(self, x: Tensor) -> Tensor:
         """Cosine similarity to the label embeddings over the temperature: [..., dim] encoder
         outputs -> [..., classes], fp32."""

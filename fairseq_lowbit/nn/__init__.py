@@ -1,6 +1,15 @@
 """Operators with slots for quantizers, and attaching quantizers to them by a plan."""
 
-from fairseq_lowbit.nn.attach import attach, calibrate, is_calibrated, quantizers, sites
+from fairseq_lowbit.nn.attach import (
+    attach,
+    calibrate,
+    describe_squashing,
+    float_state,
+    is_calibrated,
+    quantizers,
+    sites,
+    squashed_weights,
+)
 from fairseq_lowbit.nn.attention import AttentionOutput, SelfAttention
 from fairseq_lowbit.nn.operators import Conv1d, Linear, PositionalConv1d
 
@@ -12,7 +21,10 @@ __all__ = [
     "SelfAttention",
     "attach",
     "calibrate",
+    "describe_squashing",
+    "float_state",
     "is_calibrated",
     "quantizers",
     "sites",
+    "squashed_weights",
 ]

@@ -4,16 +4,26 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fairseq_lowbit.nn.attention import OPERANDS, SelfAttention
-from fairseq_lowbit.nn.operators import Conv1d, Linear, PositionalConv1d
+from fairseq_lowbit.nn.operators import OPERATORS, Conv1d, Linear, Operator, PositionalConv1d
 from fairseq_lowbit.precision import Plan, PlanEntry, Precision, Site, resolve_plan
 from fairseq_lowbit.precision.grammar import FLOAT_BITS
-from fairseq_lowbit.quantization import ElasticQuantizer, after_gelu, non_negative, signed
-from fairseq_lowbit.quantization.calibration import Calibrator, fit_weight_scale
+from fairseq_lowbit.quantization import (
+    Criterion,
+    ElasticQuantizer,
+    Quantizer,
+    SquashedQuantizer,
+    UniformQuantizer,
+    after_gelu,
+    mid_rise,
+    non_negative,
+    signed,
+)
+from fairseq_lowbit.quantization.calibration import MSE, Calibrator, fit_weight_scale
+from fairseq_lowbit.quantization.squashed import SQUASHED_GROUP
 
-OPERATORS = (Linear, Conv1d, PositionalConv1d)
 Batch = TypeVar("Batch")
 
 
@@ -33,9 +43,9 @@ def _operand_site(name: str, attention: SelfAttention, operand: str) -> Site:
     return Site(f"{name}.{operand}", "operand", shifts=shifts)
 
 
-def _operator_site(name: str, module: nn.Module) -> Site:
+def _operator_site(name: str, module: Operator) -> Site:
     total = sum(p.numel() for p in module.parameters())
-    weight = module.weight_v if isinstance(module, PositionalConv1d) else module.weight
+    weight = module.stored_weight()
     kind = "linear" if isinstance(module, Linear) else "conv"
     others = total - weight.numel()
     return Site(name, kind, weight.numel(), others, channels=weight.shape[0], shifts=1)
@@ -64,21 +74,50 @@ def attach(model: nn.Module, precision: Precision) -> Plan:
     return plan
 
 
-def _attach_operator(module: nn.Module, entry: PlanEntry) -> None:
-    weight = module.weight_v if isinstance(module, PositionalConv1d) else module.weight
+def _attach_operator(module: Operator, entry: PlanEntry) -> None:
     if entry.weight_bits < FLOAT_BITS:
-        per_channel = entry.granularity == "per_channel"
-        shape = (weight.shape[0], *[1] * (weight.dim() - 1)) if per_channel else ()
-        values = weight.numel() // (weight.shape[0] if per_channel else 1)
-        module.weight_quantizer = ElasticQuantizer(signed(entry.weight_bits), values, shape)
+        module.weight_quantizer = _weight_quantizer(module, entry)
+        if entry.method == "squashed":
+            _name_squashed(module)
     if entry.activation_bits < FLOAT_BITS:
+        module.input_quantizer = _input_quantizer(module, entry)
+
+
+def _weight_quantizer(module: Operator, entry: PlanEntry) -> Quantizer:
+    shape = module.stored_weight().shape
+    channels, inputs = shape[0], shape[1:].numel()
+    row_size = {"per_tensor": None, "per_channel": inputs, "per_group": entry.group_size}[
+        entry.granularity
+    ]
+    bits = entry.weight_bits
+    if entry.method == "squashed":
+        return SquashedQuantizer(bits, channels, inputs)
+    if entry.method in ("absmax", "minmax"):
+        return UniformQuantizer(entry.method, bits, row_size)
+    levels = mid_rise(bits) if entry.method == "stretched" else signed(bits)
+    scales = None if row_size is None else shape.numel() // row_size
+    return ElasticQuantizer(levels, row_size or shape.numel(), scales, row_size)
+
+
+def _input_quantizer(module: Operator, entry: PlanEntry) -> Quantizer:
+    if entry.method in ("elastic", "stretched"):
         levels = (after_gelu if module.follows_gelu else signed)(entry.activation_bits)
         values = module.in_features if isinstance(module, Linear) else _input_channels(module)
-        module.input_quantizer = ElasticQuantizer(levels, values, shift_shape=())
+        return ElasticQuantizer(levels, values, shift_shape=())
+    kind = "minmax" if entry.method == "minmax" else "absmax"
+    feature_dim = -1 if isinstance(module, Linear) else 1
+    return UniformQuantizer(kind, entry.activation_bits, frame_dim=feature_dim)
 
 
-def _input_channels(module: nn.Module) -> int:
+def _input_channels(module: Conv1d | PositionalConv1d) -> int:
     return len(module.bias) if isinstance(module, PositionalConv1d) else module.in_channels
+
+
+def _name_squashed(module: Operator) -> None:
+    """Puts what is squashed into a group of its own in the optimizer: its values are tens of times
+    a float weight's, and the loss, not weight decay, keeps their spread."""
+    for name in module.weight_state(module.stored_weight()):
+        getattr(module, name).param_group = SQUASHED_GROUP
 
 
 def _attach_operand(model: nn.Module, entry: PlanEntry, precision: Precision) -> None:
@@ -86,34 +125,41 @@ def _attach_operand(model: nn.Module, entry: PlanEntry, precision: Precision) ->
         return
     path, operand = entry.module.rsplit(".", 1)
     attention = model.get_submodule(path)
-    if operand == "probabilities":
+    quantizer = _operand_quantizer(attention, operand, entry, precision.reference_frames)
+    setattr(attention, f"{operand}_quantizer", quantizer)
+
+
+def _operand_quantizer(
+    attention: SelfAttention, operand: str, entry: PlanEntry, reference_frames: int
+) -> Quantizer:
+    bits = entry.activation_bits
+    is_probabilities = operand == "probabilities"
+    if entry.method in ("absmax", "minmax"):
+        # Of values that are never negative, min-max with its zero point at 0 is the absmax.
+        kind = "minmax" if is_probabilities else entry.method
+        return UniformQuantizer(kind, bits, frame_dim=-1)
+    if is_probabilities:
         # Values per frame are heads * keys; the reference length stands for the keys, so that
         # the step does not depend on the length of the audio.
-        values = attention.heads * precision.reference_frames
-        quantizer = ElasticQuantizer(non_negative(entry.activation_bits), values, shift_shape=())
-    else:
-        quantizer = ElasticQuantizer(
-            signed(entry.activation_bits), attention.dim, shift_shape=(attention.dim,)
-        )
-    setattr(attention, f"{operand}_quantizer", quantizer)
+        values = attention.heads * reference_frames
+        return ElasticQuantizer(non_negative(bits), values, shift_shape=())
+    return ElasticQuantizer(signed(bits), attention.dim, shift_shape=(attention.dim,))
 
 
 def _share_input_quantizer(attention: SelfAttention) -> None:
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     inputs = [p.input_quantizer for p in projections]
-    if any(q is None for q in inputs) or len({q.levels for q in inputs}) > 1:
+    if any(q is None for q in inputs) or len({(type(q), q.levels) for q in inputs}) > 1:
         return
     attention.input_quantizer = inputs[0]
     for projection in projections:
         projection.input_quantizer = None
 
 
-def quantizers(model: nn.Module) -> Iterator[tuple[str, ElasticQuantizer]]:
+def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     """(name, quantizer) of every quantizer, in model order."""
     return (
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, ElasticQuantizer)
+        (name, module) for name, module in model.named_modules() if isinstance(module, Quantizer)
     )
 
 
@@ -122,32 +168,65 @@ def is_calibrated(model: nn.Module) -> bool:
     return all(quantizer.is_calibrated for _, quantizer in quantizers(model))
 
 
+def squashed_weights(model: nn.Module) -> list[Tensor]:
+    """The unsquashed weights P of every squashed operator, with their graph."""
+    return [operator.stored_weight() for _, operator in _squashed_operators(model)]
+
+
+def float_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with squashed weights as the float weights that they stand for: exp(g) tanh(P)
+    in place of P."""
+    state = model.state_dict()
+    for name, operator in _squashed_operators(model):
+        if operator.weight_quantizer.is_calibrated:
+            weight = operator.weight_quantizer.target(operator.stored_weight().detach())
+            values = operator.weight_state(weight)
+            state |= {f"{name}.{key}": value for key, value in values.items()}
+    return state
+
+
+def _squashed_operators(model: nn.Module) -> Iterator[tuple[str, Operator]]:
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, OPERATORS) and isinstance(module.weight_quantizer, SquashedQuantizer)
+    )
+
+
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, batches: Iterable[Batch], forward: Callable[[Batch], object]
-) -> None:
-    """Fits every quantizer's scale by least squared error: weights first, then activations.
+    model: nn.Module,
+    batches: Iterable[Batch],
+    forward: Callable[[Batch], object],
+    criterion: Criterion = MSE,
+) -> dict[str, float]:
+    """Fits every quantizer's scale to what it sees: weights first, then activations.
 
-    An activation quantizer refits at every batch on all values seen so far and quantizes with
-    the result, so what lies behind it is calibrated on quantized inputs.
+    Squashed weights take their unsquashed form here. An activation quantizer refits at every batch
+    on all values seen so far and quantizes with the result, so what lies behind it is calibrated on
+    quantized inputs.
 
     Args:
         batches: without padding, the same on every process.
         forward: runs ``model`` on one batch; every quantizer must be reached.
+        criterion: what makes a scale fit.
+
+    Returns:
+        by module, the share of its weights that squashing clipped.
 
     Raises:
         RuntimeError: a quantizer that ``forward`` never called.
     """
-    for module in model.modules():
-        if isinstance(module, OPERATORS) and module.weight_quantizer is not None:
-            quantizer = module.weight_quantizer
-            shape = tuple(quantizer.log_scale.shape)
-            quantizer.set_scale(fit_weight_scale(module.stored_weight(), quantizer.levels, shape))
-    activations = [q for name, q in quantizers(model) if not name.endswith("weight_quantizer")]
+    clipped = _calibrate_weights(model, criterion)
+    activations = [
+        quantizer
+        for name, quantizer in quantizers(model)
+        if isinstance(quantizer, ElasticQuantizer) and not name.endswith("weight_quantizer")
+    ]
     was_training = model.training
     model.eval()
     for quantizer in activations:
-        quantizer.start_calibration(Calibrator())
+        quantizer.start_calibration(Calibrator(criterion))
     try:
         for batch in batches:
             forward(batch)
@@ -158,3 +237,31 @@ def calibrate(
     idle = [name for name, quantizer in quantizers(model) if not quantizer.is_calibrated]
     if idle:
         raise RuntimeError(f"calibration never reached {len(idle)} quantizers, first {idle[0]}")
+    return clipped
+
+
+def _calibrate_weights(model: nn.Module, criterion: Criterion) -> dict[str, float]:
+    clipped = {}
+    for name, module in model.named_modules():
+        quantizer = module.weight_quantizer if isinstance(module, OPERATORS) else None
+        if isinstance(quantizer, ElasticQuantizer):
+            weight = module.stored_weight()
+            quantizer.set_scale(
+                fit_weight_scale(weight, quantizer.levels, quantizer.row_size, criterion)
+            )
+        elif isinstance(quantizer, SquashedQuantizer) and not quantizer.is_calibrated:
+            weight = module.stored_weight()
+            for key, value in module.weight_state(quantizer.fit(weight)).items():
+                getattr(module, key).copy_(value)
+            clipped[name] = quantizer.clipped_share(weight)
+    return clipped
+
+
+def describe_squashing(clipped: dict[str, float]) -> str:
+    """One line about what :func:`calibrate` returns."""
+    worst = max(clipped, key=clipped.get)
+    mean = sum(clipped.values()) / len(clipped)
+    return (
+        f"squashed the weights of {len(clipped)} modules, clipping {mean:.3%} of them on average "
+        f"and most in {worst} ({clipped[worst]:.3%})"
+    )

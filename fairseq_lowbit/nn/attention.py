@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq_lowbit.nn.operators import Linear
-from fairseq_lowbit.quantization import ElasticQuantizer
+from fairseq_lowbit.quantization import Quantizer
 
 OPERANDS = ("query", "key", "value", "probabilities")
 AttentionMap = Literal["probabilities", "scores"]
@@ -43,7 +43,7 @@ class SelfAttention(nn.Module):
         self.q_proj = Linear(dim, dim)
         self.out_proj = Linear(dim, dim)
         self.reference_frames: int | None = None
-        self.input_quantizer: ElasticQuantizer | None = None
+        self.input_quantizer: Quantizer | None = None
         for operand in OPERANDS:
             setattr(self, f"{operand}_quantizer", None)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fairseq_lowbit.quantization import ElasticQuantizer
+from fairseq_lowbit.quantization import Quantizer
 
 
 class Linear(nn.Linear):
@@ -27,12 +27,16 @@ class Linear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias)
         self.follows_gelu = follows_gelu
-        self.weight_quantizer: ElasticQuantizer | None = None
-        self.input_quantizer: ElasticQuantizer | None = None
+        self.weight_quantizer: Quantizer | None = None
+        self.input_quantizer: Quantizer | None = None
 
     def stored_weight(self) -> Tensor:
-        """The float weight that the weight quantizer encodes, [out, in]."""
+        """What the weight quantizer encodes, [out, in]."""
         return self.weight
+
+    def weight_state(self, weight: Tensor) -> dict[str, Tensor]:
+        """The parameters with which :meth:`stored_weight` is ``weight``."""
+        return {"weight": weight}
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -45,12 +49,16 @@ class Conv1d(nn.Conv1d):
     def __init__(self, *args, follows_gelu: bool = False, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.follows_gelu = follows_gelu
-        self.weight_quantizer: ElasticQuantizer | None = None
-        self.input_quantizer: ElasticQuantizer | None = None
+        self.weight_quantizer: Quantizer | None = None
+        self.input_quantizer: Quantizer | None = None
 
     def stored_weight(self) -> Tensor:
-        """The float weight that the weight quantizer encodes, [out, in/groups, kernel]."""
+        """What the weight quantizer encodes, [out, in/groups, kernel]."""
         return self.weight
+
+    def weight_state(self, weight: Tensor) -> dict[str, Tensor]:
+        """The parameters with which :meth:`stored_weight` is ``weight``."""
+        return {"weight": weight}
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, in, samples] -> [batch, out, frames]."""
@@ -77,12 +85,16 @@ class PositionalConv1d(nn.Module):
         self.weight_v = nn.Parameter(weight)
         self.weight_g = nn.Parameter(weight.norm(dim=(0, 1), keepdim=True))
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.weight_quantizer: ElasticQuantizer | None = None
-        self.input_quantizer: ElasticQuantizer | None = None
+        self.weight_quantizer: Quantizer | None = None
+        self.input_quantizer: Quantizer | None = None
 
     def stored_weight(self) -> Tensor:
         """g * v / |v|, [channels, channels/groups, kernel]."""
         return self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
+
+    def weight_state(self, weight: Tensor) -> dict[str, Tensor]:
+        """The parameters with which :meth:`stored_weight` is ``weight``."""
+        return {"weight_v": weight, "weight_g": weight.norm(dim=(0, 1), keepdim=True)}
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """[batch, channels, frames] -> same shape.
@@ -99,9 +111,13 @@ class PositionalConv1d(nn.Module):
         return y[..., : x.shape[-1]]
 
 
-def _quantized(x: Tensor, quantizer: ElasticQuantizer | None) -> Tensor:
+OPERATORS = (Linear, Conv1d, PositionalConv1d)
+Operator = Linear | Conv1d | PositionalConv1d
+
+
+def _quantized(x: Tensor, quantizer: Quantizer | None) -> Tensor:
     return x if quantizer is None else quantizer(x)
 
 
-def _effective_weight(operator: Linear | Conv1d | PositionalConv1d) -> Tensor:
+def _effective_weight(operator: Operator) -> Tensor:
     return _quantized(operator.stored_weight(), operator.weight_quantizer)

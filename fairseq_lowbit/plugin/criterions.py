@@ -14,11 +14,20 @@ from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.models.extractor import output_lengths
 from fairseq_lowbit.models.masking import span_mask
+from fairseq_lowbit.nn import squashed_weights
 from fairseq_lowbit.plugin.dataset import NO_LABEL
+from fairseq_lowbit.quantization import squash_penalty
 
 
 @dataclass
-class LowbitKdConfig(FairseqDataclass):
+class FrameCriterionConfig(FairseqDataclass):
+    squash_weight: float = field(
+        default=1.0, metadata={"help": "lambda_q, weight of the spread of squashed weights"}
+    )
+
+
+@dataclass
+class LowbitKdConfig(FrameCriterionConfig):
     final_weight: float = field(default=1.0, metadata={"help": "weight of the final output term"})
     layer_weight: float = field(default=1.0, metadata={"help": "weight of the layer output term"})
     attention_weight: float = field(default=1.0, metadata={"help": "weight of the attention term"})
@@ -29,7 +38,7 @@ class LowbitKdConfig(FairseqDataclass):
 
 
 @dataclass
-class LowbitHubertCriterionConfig(FairseqDataclass):
+class LowbitHubertCriterionConfig(FrameCriterionConfig):
     unmasked_weight: float = field(
         default=0.0, metadata={"help": "weight of the labels of unmasked frames"}
     )
@@ -40,6 +49,19 @@ class LowbitHubertCriterionConfig(FairseqDataclass):
 
 class _FrameCriterion(FairseqCriterion):
     """A loss that is a mean over frames, handed to fairseq as sum and number of frames."""
+
+    def __init__(self, task: Any, cfg: FrameCriterionConfig) -> None:
+        super().__init__(task)
+        self.squash_weight = cfg.squash_weight
+
+    @classmethod
+    def build_criterion(cls, cfg: FrameCriterionConfig, task: Any) -> "_FrameCriterion":
+        return cls(task, cfg)
+
+    def squash_terms(self) -> dict[str, Tensor]:
+        """The weighted regulariser of squashed weights; empty for a model without any."""
+        weights = squashed_weights(self.task.model)
+        return {"squash": self.squash_weight * squash_penalty(weights)} if weights else {}
 
     @staticmethod
     def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
@@ -61,7 +83,7 @@ class LowbitKdCriterion(_FrameCriterion):
     """L = w_y MSE(y) + w_o mean_i MSE(o_i) + w_a mean_i E(a_i); see docs/numerics.md."""
 
     def __init__(self, task: Any, cfg: LowbitKdConfig) -> None:
-        super().__init__(task)
+        super().__init__(task, cfg)
         if cfg.attention not in ("probabilities", "scores"):
             raise LowbitError(
                 f"criterion.attention {cfg.attention!r}; allowed are probabilities, scores"
@@ -73,10 +95,6 @@ class LowbitKdCriterion(_FrameCriterion):
         if not cfg.mask:
             # Without a gradient, weight decay alone would move it.
             task.model.mask_emb.requires_grad_(False)
-
-    @classmethod
-    def build_criterion(cls, cfg: LowbitKdConfig, task: Any) -> "LowbitKdCriterion":
-        return cls(task, cfg)
 
     def forward(
         self, model: torch.nn.Module, sample: dict[str, Any], reduce: bool = True
@@ -94,8 +112,13 @@ class LowbitKdCriterion(_FrameCriterion):
         weights = self.weights
         if not teacher.has_final_projection:
             weights = (0.0, *weights[1:])
-        loss = sum(weight * term for weight, term in zip(weights, terms, strict=True)) * frames
-        logged = {f"loss_{k}": (term * frames).detach() for k, term in terms._asdict().items()}
+        squash = self.squash_terms()
+        loss = sum(weight * term for weight, term in zip(weights, terms, strict=True))
+        loss = (loss + sum(squash.values())) * frames
+        logged = {
+            f"loss_{name}": (term * frames).detach()
+            for name, term in {**terms._asdict(), **squash}.items()
+        }
         return loss, frames, {"loss": loss.detach(), **logged, **counts(sample, frames)}
 
 
@@ -103,11 +126,11 @@ class LowbitKdCriterion(_FrameCriterion):
 class LowbitHubertCriterion(_FrameCriterion):
     """Cross-entropy over the labels of masked frames, plus HuBERT's feature penalty."""
 
-    def __init__(self, task: Any, unmasked_weight: float, feature_penalty: float) -> None:
-        super().__init__(task)
+    def __init__(self, task: Any, cfg: LowbitHubertCriterionConfig) -> None:
+        super().__init__(task, cfg)
         if not getattr(task, "label_classes", 0):
             raise LowbitError("criterion lowbit_hubert needs task lowbit_pretraining with labels")
-        self.unmasked_weight, self.feature_penalty = unmasked_weight, feature_penalty
+        self.unmasked_weight, self.feature_penalty = cfg.unmasked_weight, cfg.feature_penalty
 
     def forward(
         self, model: torch.nn.Module, sample: dict[str, Any], reduce: bool = True
@@ -125,6 +148,7 @@ class LowbitHubertCriterion(_FrameCriterion):
             "loss_masked": error[masked].sum(),
             "loss_unmasked": self.unmasked_weight * error[~masked].sum(),
             "loss_features": self.feature_penalty * penalty * frames,
+            **{f"loss_{name}": term * frames for name, term in self.squash_terms().items()},
         }
         loss = sum(terms.values())
         logged = {

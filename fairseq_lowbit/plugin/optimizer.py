@@ -9,7 +9,8 @@ from fairseq.optim import FairseqOptimizer, register_optimizer
 from omegaconf import II
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.quantization.elastic import SCALE_GROUP, SHIFT_GROUP
+from fairseq_lowbit.quantization.quantizer import SCALE_GROUP, SHIFT_GROUP
+from fairseq_lowbit.quantization.squashed import SQUASHED_GROUP
 
 
 @dataclass
@@ -19,7 +20,8 @@ class LowbitAdamConfig(FairseqDataclass):
     )
     adam_eps: float = field(default=1e-6, metadata={"help": "epsilon of Adam"})
     weight_decay: float = field(
-        default=0.01, metadata={"help": "decoupled decay; quantizer parameters have none"}
+        default=0.01,
+        metadata={"help": "decoupled decay; squashed weights and quantizer parameters have none"},
     )
     scale_lr_ratio: float = field(
         default=1.0, metadata={"help": "rate of log scales relative to optimization.lr"}
@@ -27,26 +29,33 @@ class LowbitAdamConfig(FairseqDataclass):
     shift_lr_ratio: float = field(
         default=1.0, metadata={"help": "rate of shifts relative to optimization.lr"}
     )
+    squashed_lr_ratio: float = field(
+        default=10.0, metadata={"help": "rate of squashed weights relative to optimization.lr"}
+    )
     lr: list[float] = II("optimization.lr")
 
 
 @register_optimizer("lowbit_adam", dataclass=LowbitAdamConfig)
 class LowbitAdam(FairseqOptimizer):
-    """AdamW over three parameter groups: weights, quantizer scales, quantizer shifts.
+    """AdamW over parameter groups: weights, quantizer scales, quantizer shifts, squashed weights.
 
     Any fairseq scheduler drives it: a rate it sets is multiplied by each group's ratio.
     """
 
     def __init__(self, cfg: LowbitAdamConfig, params: list[torch.nn.Parameter]) -> None:
         super().__init__(cfg)
-        groups: dict[str, list] = {"weights": [], SCALE_GROUP: [], SHIFT_GROUP: []}
+        ratios = {
+            SCALE_GROUP: cfg.scale_lr_ratio,
+            SHIFT_GROUP: cfg.shift_lr_ratio,
+            SQUASHED_GROUP: cfg.squashed_lr_ratio,
+        }
+        groups: dict[str, list] = {"weights": [], **{name: [] for name in ratios}}
         for param in params:
             groups[getattr(param, "param_group", "weights")].append(param)
         if len(params) == 1 and params[0].dim() == 1:
             raise LowbitError(
                 "lowbit_adam got one flat parameter: set common.fp16_no_flatten_grads=true"
             )
-        ratios = {SCALE_GROUP: cfg.scale_lr_ratio, SHIFT_GROUP: cfg.shift_lr_ratio}
         self._optimizer = torch.optim.AdamW(
             [
                 {

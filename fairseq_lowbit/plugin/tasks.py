@@ -20,9 +20,10 @@ from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.health import collapsed_layers, measure_health, refuse_collapsed
 from fairseq_lowbit.models import Hubert, LoadedModel, load_model, start_from
 from fairseq_lowbit.models.extractor import receptive_field
-from fairseq_lowbit.nn import calibrate, is_calibrated
+from fairseq_lowbit.nn import calibrate, describe_squashing, is_calibrated
 from fairseq_lowbit.plugin.dataset import AudioOptions, SpeechDataset
 from fairseq_lowbit.plugin.run_files import RunFiles
+from fairseq_lowbit.quantization import Criterion
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,12 @@ class CalibrationConfig:
     batch_size: int = field(default=4, metadata={"help": "utterances per batch"})
     max_seconds: float = field(default=10.0, metadata={"help": "longest cut of an utterance"})
     seed: int = field(default=1, metadata={"help": "which utterances"})
+    criterion: str = field(
+        default="mse", metadata={"help": "what a scale fits: mse, absmax or percentile"}
+    )
+    percentile: float = field(
+        default=99.9, metadata={"help": "percentage of magnitudes that are not clipped"}
+    )
 
 
 @dataclass
@@ -179,6 +186,7 @@ class _SpeechTask(FairseqTask):
 
     def _prepare_training(self, dataset: SpeechDataset) -> None:
         """Calibration batches are the same on every process: chosen by seed, not by rank."""
+        config = self.cfg.calibration
         parameter = next(self.model.parameters())
         batches = [
             batch.to(parameter.device, parameter.dtype) for batch in self._fixed_batches(dataset)
@@ -186,7 +194,10 @@ class _SpeechTask(FairseqTask):
         self._health_batch = batches[0]
         if not is_calibrated(self.model):
             logger.info(f"calibrating on {len(batches)} batches")
-            calibrate(self.model, batches, self.model.hidden_states)
+            criterion = Criterion(config.criterion, config.percentile)
+            clipped = calibrate(self.model, batches, self.model.final_output, criterion)
+            if clipped:
+                logger.info(describe_squashing(clipped))
 
     def _fixed_batches(self, dataset: SpeechDataset) -> list[torch.Tensor]:
         config = self.cfg.calibration

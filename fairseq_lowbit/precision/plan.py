@@ -2,17 +2,24 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.precision.grammar import FLOAT_BITS, Preset, parse_precision
+from fairseq_lowbit.precision.grammar import (
+    FLOAT_BITS,
+    SQUASHED_ACTIVATION_BITS,
+    Method,
+    Preset,
+    parse_precision,
+)
 from fairseq_lowbit.precision.rules import Precision, Rule
 
 SiteKind = Literal["linear", "conv", "operand"]
 FLOAT_BYTES = FLOAT_BITS // 8
 SCALAR_BYTES = 4
+ZERO_POINT_BYTES = 1
 ENCODER_LINEAR = re.compile(r"encoder\.layers\.\d+\.(self_attn\.([qkv]|out)_proj|fc[12])")
 
 
@@ -39,16 +46,26 @@ class Site:
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """One row of the plan; bits are 1 to 8, or 16 for float. ``bytes`` counts everything stored
-    for the module: weight at its width, bias, shifts, scales."""
+    """One row of the plan.
+
+    Attributes:
+        rule: what decided: the precision's name, or ``rule <pattern>``.
+        method: of weight and input, one of ``METHODS``.
+        weight_bits, activation_bits: 1 to 8, or 16 for float.
+        granularity: what shares a weight scale, ``-`` for a float weight.
+        group_size: of ``per_group``.
+        parameters: trained with the float model.
+        bytes: everything stored for the module: weight at its width, bias, shifts, scales.
+    """
 
     module: str
     kind: SiteKind
     rule: str
-    method: str
+    method: Method
     weight_bits: int
     activation_bits: int
     granularity: str
+    group_size: int | None
     parameters: int
     bytes: float
 
@@ -120,65 +137,130 @@ def _check_reach(rule: Rule, matched: list[Site], sites: list[Site]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """What was decided for a site."""
+
+    method: Method
+    weight_bits: int
+    activation_bits: int
+    granularity: str = "per_tensor"
+    group_size: int | None = None
+
+
 def _entry(site: Site, preset: Preset, rules: list[Rule]) -> PlanEntry:
     rule = next((r for r in reversed(rules) if fnmatchcase(site.name, r.match)), None)
-    weight_bits, activation_bits = _preset_bits(site, preset)
-    granularity = "per_tensor"
+    choice = _preset_choice(site, preset)
     if rule is not None:
-        weight_bits, activation_bits = _refined(site, rule, weight_bits, activation_bits)
-        granularity = rule.granularity or granularity
-    quantized = min(weight_bits, activation_bits) < FLOAT_BITS
+        choice = _refined(site, rule, choice)
+    if choice.method == "squashed":
+        choice = replace(choice, granularity="per_channel")
+    if choice.weight_bits == FLOAT_BITS:
+        choice = replace(choice, granularity="-", group_size=None)
+    if choice.weight_bits == choice.activation_bits == FLOAT_BITS:
+        choice = replace(choice, method="none")
     return PlanEntry(
         module=site.name,
         kind=site.kind,
         rule=f"rule {rule.match}" if rule is not None else preset.name,
-        method="elastic" if quantized else "none",
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        granularity=granularity if weight_bits < FLOAT_BITS else "-",
+        **asdict(choice),
         parameters=site.weights + site.others,
-        bytes=_bytes(site, weight_bits, activation_bits, granularity),
+        bytes=_bytes(site, choice),
     )
 
 
-def _preset_bits(site: Site, preset: Preset) -> tuple[int, int]:
+def _preset_choice(site: Site, preset: Preset) -> _Choice:
     if site.kind == "operand":
-        return FLOAT_BITS, preset.attention_bits
+        return _Choice(_operand_method(preset.method), FLOAT_BITS, preset.attention_bits)
+    weight_bits = activation_bits = FLOAT_BITS
     if ENCODER_LINEAR.fullmatch(site.name):
-        return preset.weight_bits, preset.activation_bits
-    return FLOAT_BITS, FLOAT_BITS
+        weight_bits, activation_bits = preset.weight_bits, preset.activation_bits
+    plain = preset.method in ("absmax", "minmax")
+    granularity = "per_channel" if plain else "per_tensor"
+    return _Choice(preset.method, weight_bits, activation_bits, granularity)
 
 
-def _refined(site: Site, rule: Rule, weight_bits: int, activation_bits: int) -> tuple[int, int]:
+def _operand_method(method: Method) -> Method:
+    """Operands have no weights, so what is special about a method's weights is not theirs."""
+    return "elastic" if method in ("stretched", "squashed") else method
+
+
+def _refined(site: Site, rule: Rule, choice: _Choice) -> _Choice:
     if rule.method == "none":
-        return FLOAT_BITS, FLOAT_BITS
+        return replace(choice, weight_bits=FLOAT_BITS, activation_bits=FLOAT_BITS)
+    method = rule.method or choice.method
     if site.kind == "operand":
         # A rule for a whole layer does not turn BiT-L into BiT-LA: operands that the name leaves
         # float are quantized by a rule that names them.
         last = rule.match.rsplit(".", 1)[-1]
         named = last != "*" and fnmatchcase(site.name.rsplit(".", 1)[1], last)
-        bits = rule.activation_bits if named or activation_bits < FLOAT_BITS else None
-        return FLOAT_BITS, bits or activation_bits
-    was_float = weight_bits == activation_bits == FLOAT_BITS
-    gives = (rule.weight_bits is not None) + (rule.activation_bits is not None)
-    if was_float and (gives == 1 or (gives == 0 and rule.method is not None)):
-        missing = "weight_bits" if rule.weight_bits is None else "activation_bits"
+        bits = rule.activation_bits if named or choice.activation_bits < FLOAT_BITS else None
+        bits = bits or choice.activation_bits
+        return replace(choice, method=_operand_method(method), activation_bits=bits)
+    weight_bits, activation_bits = rule.weight_bits, rule.activation_bits
+    if method == "squashed" and activation_bits is None:
+        activation_bits = SQUASHED_ACTIVATION_BITS
+    _check_complete(site, rule, choice, (weight_bits, activation_bits))
+    _check_scales(site, rule, method)
+    return _Choice(
+        method,
+        weight_bits or choice.weight_bits,
+        activation_bits or choice.activation_bits,
+        rule.granularity or choice.granularity,
+        rule.group_size,
+    )
+
+
+def _check_complete(
+    site: Site, rule: Rule, choice: _Choice, given: tuple[int | None, int | None]
+) -> None:
+    """A rule leaves nothing open for a module that the name leaves float."""
+    was_float = choice.weight_bits == choice.activation_bits == FLOAT_BITS
+    missing = [
+        key
+        for key, bits in zip(("weight_bits", "activation_bits"), given, strict=True)
+        if bits is None
+    ]
+    if was_float and (len(missing) == 1 or (missing and rule.method is not None)):
         raise LowbitError(
-            f"precision rule {rule.match!r} gives no {missing} for {site.name}, which is float by "
-            f"default: give both (16 for float)"
+            f"precision rule {rule.match!r} gives no {missing[0]} for {site.name}, which is float "
+            "by default: give both (16 for float)"
         )
-    return rule.weight_bits or weight_bits, rule.activation_bits or activation_bits
 
 
-def _bytes(site: Site, weight_bits: int, activation_bits: int, granularity: str) -> float:
-    total = site.weights * weight_bits / 8 + site.others * FLOAT_BYTES
-    if weight_bits < FLOAT_BITS:
-        per_channel = granularity == "per_channel"
-        total += site.channels * FLOAT_BYTES if per_channel else SCALAR_BYTES
-    if activation_bits < FLOAT_BITS:
+def _check_scales(site: Site, rule: Rule, method: Method) -> None:
+    where = f"precision rule {rule.match!r}"
+    if method == "squashed" and rule.granularity not in (None, "per_channel"):
+        raise LowbitError(
+            f"{where}: the squashed weight of {site.name} has one gain per channel, so drop "
+            f"granularity {rule.granularity}"
+        )
+    inputs = site.weights // site.channels
+    if rule.group_size is not None and inputs % rule.group_size:
+        raise LowbitError(
+            f"{where}: group_size {rule.group_size} does not divide the {inputs} weights of an "
+            f"output channel of {site.name}"
+        )
+
+
+def _bytes(site: Site, choice: _Choice) -> float:
+    total = site.weights * choice.weight_bits / 8 + site.others * FLOAT_BYTES
+    if choice.weight_bits < FLOAT_BITS:
+        total += _scale_bytes(site, choice)
+    # The other methods compute the scales of activations from the activations.
+    if choice.activation_bits < FLOAT_BITS and choice.method in ("elastic", "stretched"):
         shift_bytes = SCALAR_BYTES if site.shifts == 1 else site.shifts * FLOAT_BYTES
         total += SCALAR_BYTES + shift_bytes
     return total
+
+
+def _scale_bytes(site: Site, choice: _Choice) -> int:
+    """Scales, and zero points at a byte each."""
+    zero_point = ZERO_POINT_BYTES if choice.method == "minmax" else 0
+    if choice.granularity == "per_tensor":
+        return SCALAR_BYTES + zero_point
+    groups = site.weights // choice.group_size if choice.group_size else site.channels
+    return groups * (FLOAT_BYTES + zero_point)
 
 
 def _examples(sites: list[Site]) -> str:

@@ -1,13 +1,13 @@
 """The declarative precision: a name for the default and an ordered list of rules that refine it."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.precision.grammar import check_bits
+from fairseq_lowbit.precision.grammar import Method, check_bits
 
-METHODS = ("elastic", "none")
-GRANULARITIES = ("per_tensor", "per_channel")
+METHODS = get_args(Method)
+GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 
 
 @dataclass
@@ -20,9 +20,12 @@ class Rule:
 
     Attributes:
         match: shell pattern on the module name, for example ``encoder.layers.0.*``.
-        method: ``elastic``, or ``none`` to leave the module float.
+        method: how weight and input are quantized, see docs/numerics.md: ``elastic``,
+            ``stretched``, ``squashed``, ``absmax``, ``minmax``, or ``none`` to leave both float.
         weight_bits, activation_bits: 1 to 8, or 16 for float.
-        granularity: of the weight scale, ``per_tensor`` or ``per_channel`` (output channel).
+        granularity: what shares a weight scale: ``per_tensor``, ``per_channel`` (output channel)
+            or ``per_group``.
+        group_size: weights of one group, along an output channel's inputs; divides their number.
     """
 
     match: str = ""
@@ -30,6 +33,7 @@ class Rule:
     weight_bits: int | None = None
     activation_bits: int | None = None
     granularity: str | None = None
+    group_size: int | None = None
 
     def check(self) -> None:
         """Raises LowbitError when the rule contradicts itself."""
@@ -45,6 +49,13 @@ class Rule:
             check_bits(value, f"{where}: {key}")
             if self.method == "none":
                 raise LowbitError(f"{where}: method none leaves the module float, so drop {key}")
+        self._check_granularity(where)
+
+    def _check_granularity(self, where: str) -> None:
+        if (self.granularity == "per_group") != (self.group_size is not None):
+            raise LowbitError(f"{where}: granularity per_group and group_size belong together")
+        if self.group_size is not None and self.group_size < 1:
+            raise LowbitError(f"{where}: group_size {self.group_size}; want at least 1")
 
 
 @dataclass

@@ -1,15 +1,25 @@
 """The numbers: level sets, integer codes, quantizers with their gradients, calibration."""
 
+from fairseq_lowbit.quantization.calibration import Criterion
 from fairseq_lowbit.quantization.codes import Codes
-from fairseq_lowbit.quantization.elastic import ElasticQuantizer, UncalibratedError
-from fairseq_lowbit.quantization.levels import LevelSet, after_gelu, non_negative, signed
+from fairseq_lowbit.quantization.elastic import ElasticQuantizer
+from fairseq_lowbit.quantization.levels import LevelSet, after_gelu, mid_rise, non_negative, signed
+from fairseq_lowbit.quantization.quantizer import Quantizer, UncalibratedError
+from fairseq_lowbit.quantization.squashed import SquashedQuantizer, squash_penalty
+from fairseq_lowbit.quantization.uniform import UniformQuantizer
 
 __all__ = [
     "Codes",
+    "Criterion",
     "ElasticQuantizer",
     "LevelSet",
+    "Quantizer",
+    "SquashedQuantizer",
     "UncalibratedError",
+    "UniformQuantizer",
     "after_gelu",
+    "mid_rise",
     "non_negative",
     "signed",
+    "squash_penalty",
 ]

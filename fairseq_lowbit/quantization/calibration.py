@@ -1,4 +1,4 @@
-"""Calibration: the scale (and shift) of least squared error, found on a grid.
+"""Calibration: the scale (and shift) that fits given values.
 
 A pass of its own, run before the optimizer exists; a forward never initialises anything. The same
 pass alone is post-training quantization.
@@ -12,12 +12,41 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.quantization.levels import LevelSet
 
+CRITERIA = ("mse", "absmax", "percentile")
 _COARSE_SCALES = 48
 _REFINED_SCALES = 17
 _SHIFTS = 13
 _WEIGHT_SAMPLE = 131_072
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What makes a scale fit.
+
+    Attributes:
+        name: ``mse`` (least squared error), ``absmax`` (nothing clipped) or ``percentile``
+            (that percentage of the magnitudes not clipped). At one bit the sign set has
+            mean|x| in any case, the optimum of the first.
+        percentile: above 0, up to 100.
+
+    Raises:
+        LowbitError: a criterion or a percentile that does not exist.
+    """
+
+    name: str = "mse"
+    percentile: float = 99.9
+
+    def __post_init__(self) -> None:
+        if self.name not in CRITERIA:
+            raise LowbitError(f"calibration {self.name!r}; allowed are {', '.join(CRITERIA)}")
+        if not 0 < self.percentile <= 100:
+            raise LowbitError(f"calibration percentile {self.percentile}; want above 0, up to 100")
+
+
+MSE = Criterion()
 
 
 @dataclass
@@ -25,9 +54,11 @@ class Calibrator:
     """Collects an evenly spaced sample of the values a quantizer sees and fits its scale to it.
 
     Args:
+        criterion: what makes the scale fit.
         max_values: values kept of each batch, and values fitted to: every batch has its share.
     """
 
+    criterion: Criterion = MSE
     max_values: int = 16_384
     _samples: list[Tensor] = field(default_factory=list)
 
@@ -35,7 +66,7 @@ class Calibrator:
         """Adds ``x`` to the sample and returns scale () and shift () or None, fp32."""
         self._samples.append(thin(x, self.max_values))
         sample = thin(torch.cat(self._samples), self.max_values)
-        scale, shift = fit_scale(sample[None], levels, with_shift)
+        scale, shift = fit_scale(sample[None], levels, with_shift, self.criterion)
         return scale[0], None if shift is None else shift[0]
 
 
@@ -49,13 +80,14 @@ def thin(x: Tensor, max_values: int) -> Tensor:
 
 
 def fit_scale(
-    values: Tensor, levels: LevelSet, with_shift: bool = False
+    values: Tensor, levels: LevelSet, with_shift: bool = False, criterion: Criterion = MSE
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale (and shift) of least squared error of ``decode(encode(values))`` against ``values``.
+    """Scale (and shift) with which ``decode(encode(values))`` fits ``values``.
 
     Args:
         values: [rows, n] fp32, each row with a scale of its own.
-        with_shift: search a shift too (the threshold of the non-negative set).
+        with_shift: search a shift too (the threshold of the non-negative set); it stays 0 under
+            any criterion but mse.
 
     Returns:
         scale [rows] > 0 and shift [rows] or None. For the sign set scale = mean |x|, the exact
@@ -64,23 +96,40 @@ def fit_scale(
     if levels.kind == "sign":
         scale = values.abs().mean(1)
         return torch.where(scale > 0, scale, 1.0), None
-    peak = values.abs().amax(1) / levels.hi
+    peak = _peak(values, criterion) / levels.value(values.new_tensor(levels.hi))
     is_zero = peak == 0
     scale = torch.where(is_zero, 1.0, peak)
     offset = torch.zeros_like(scale)
+    if criterion.name == "mse":
+        scale, offset = _least_error(values, levels, scale, with_shift)
+    scale, shift = torch.where(is_zero, 1.0, scale), torch.where(is_zero, 0.0, offset * scale)
+    return scale, shift if with_shift else None
+
+
+def _peak(values: Tensor, criterion: Criterion) -> Tensor:
+    """The magnitude per row that the outermost level shall reach."""
+    magnitudes = values.abs()
+    if criterion.name == "percentile":
+        return magnitudes.quantile(criterion.percentile / 100, dim=1)
+    return magnitudes.amax(1)
+
+
+def _least_error(
+    values: Tensor, levels: LevelSet, peak: Tensor, with_shift: bool
+) -> tuple[Tensor, Tensor]:
+    """Scale and, in units of it, offset of least squared error: a coarse grid below the scale
+    that clips nothing, then a fine one around the best."""
     factors = torch.logspace(-2.5, 0, _COARSE_SCALES, device=values.device)
     offsets = [0.0]
     if with_shift:
         # Smallest first: among equal errors, as for nearly constant values, the first one wins, and
         # a far shift would clip everything and stop its gradient.
         offsets = sorted(torch.linspace(-1.0, 1.0, _SHIFTS).tolist(), key=abs)
-    scale, offset = _search(values, levels, scale, offset, factors, offsets)
+    scale, offset = _search(values, levels, peak, torch.zeros_like(peak), factors, offsets)
     width = 10 ** (2.5 / (_COARSE_SCALES - 1))
     factors = torch.logspace(-1, 1, _REFINED_SCALES, base=width, device=values.device)
     offsets = [o / ((_SHIFTS - 1) / 2) for o in offsets]
-    scale, offset = _search(values, levels, scale, offset, factors, offsets)
-    scale, shift = torch.where(is_zero, 1.0, scale), torch.where(is_zero, 0.0, offset * scale)
-    return scale, shift if with_shift else None
+    return _search(values, levels, scale, offset, factors, offsets)
 
 
 def _search(
@@ -97,7 +146,7 @@ def _search(
     for factor, step in itertools.product(factors, offsets):
         candidate, candidate_offset = scale * factor, offset + step
         column, shift = candidate[:, None], (candidate * candidate_offset)[:, None]
-        decoded = levels.encode((values - shift) / column) * column
+        decoded = levels.value(levels.encode((values - shift) / column)) * column
         error = (decoded - values).square().mean(1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
@@ -106,13 +155,14 @@ def _search(
     return best_scale, best_offset
 
 
-def fit_weight_scale(weight: Tensor, levels: LevelSet, scale_shape: tuple[int, ...]) -> Tensor:
-    """Scale of a weight, per tensor or, with ``scale_shape`` (out, 1, ..), per output channel."""
+def fit_weight_scale(
+    weight: Tensor, levels: LevelSet, row_size: int | None, criterion: Criterion = MSE
+) -> Tensor:
+    """Scale () of a weight, or with ``row_size`` [rows, 1] of its rows."""
     weight = weight.detach().float()
-    if scale_shape:
-        rows = weight.flatten(1)
-    elif levels.kind == "sign":
-        rows = weight.reshape(1, -1)  # a mean needs no grid, so no sample either
-    else:
-        rows = thin(weight, _WEIGHT_SAMPLE)[None]
-    return fit_scale(rows, levels)[0].reshape(scale_shape)
+    if row_size is not None:
+        return fit_scale(weight.reshape(-1, row_size), levels, criterion=criterion)[0][:, None]
+    # Neither a mean nor a maximum needs a grid, so they need no sample either.
+    is_exact = levels.kind == "sign" or criterion.name == "absmax"
+    values = weight.reshape(-1) if is_exact else thin(weight, _WEIGHT_SAMPLE)
+    return fit_scale(values[None], levels, criterion=criterion)[0].reshape(())

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fairseq_lowbit.quantization.levels import LevelSet
@@ -12,15 +13,35 @@ class Codes:
     """Integer codes of one tensor.
 
     Attributes:
-        integers: int16 tensor of the input's shape, each within [levels.lo, levels.hi].
+        integers: int16, each within [levels.lo, levels.hi]; of the tensor's shape, or where a
+            weight has several scales [scales, values of each].
         scale: fp32, broadcastable to ``integers``.
         levels: the set the integers belong to.
+        shape: of the tensor.
+        zero_point: fp32 holding integers, the code of zero; None where codes need no offset.
     """
 
     integers: Tensor
     scale: Tensor
     levels: LevelSet
+    shape: torch.Size
+    zero_point: Tensor | None = None
 
     def decode(self) -> Tensor:
-        """scale * code, fp32. The shift is not added back (docs/numerics.md)."""
-        return self.integers.to(self.scale.dtype) * self.scale
+        """scale * (level(code) - zero point), fp32, of ``shape``. An elastic quantizer's shift is
+        not added back (docs/numerics.md)."""
+        return self._decode(self.integers.to(self.scale.dtype)).reshape(self.shape)
+
+    def is_clipped(self, values: Tensor) -> Tensor:
+        """Where ``values`` (of ``shape``) lie more than half a step beyond the outermost levels;
+        bool, of the shape of ``integers``."""
+        lowest, highest = (
+            self._decode(self.scale.new_tensor(code)) for code in (self.levels.lo, self.levels.hi)
+        )
+        margin = self.scale * self.levels.step / 2
+        values = values.reshape(self.integers.shape)
+        return (values < lowest - margin) | (values > highest + margin)
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        level = self.levels.value(codes)
+        return self.scale * (level if self.zero_point is None else level - self.zero_point)

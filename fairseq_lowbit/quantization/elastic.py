@@ -1,10 +1,9 @@
 """Elastic quantization with a learned scale and threshold (BiT, arXiv 2205.13016; Yeh et al. 1.2).
 
-u = (x - shift)/scale in fp32, by division; decode = scale * code. Gradients after LSQ.
+u = (x - shift)/scale in fp32, by division; decode = scale * level(code). Gradients after LSQ.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +11,9 @@ from torch import Tensor, nn
 from fairseq_lowbit.quantization.calibration import Calibrator
 from fairseq_lowbit.quantization.codes import Codes
 from fairseq_lowbit.quantization.levels import LevelSet
+from fairseq_lowbit.quantization.quantizer import SCALE_GROUP, SHIFT_GROUP, LearnedQuantizer
 
 SCALE_FLOOR = 1e-5
-SCALE_GROUP = "quantizer_scale"
-SHIFT_GROUP = "quantizer_shift"
-
-
-class UncalibratedError(RuntimeError):
-    """A quantizer was used before calibration or before loading a calibrated checkpoint."""
 
 
 def _normalize(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
@@ -38,43 +32,41 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x, scale, shift, levels: LevelSet, gradient_scale: float):
         ctx.save_for_backward(x, scale, shift)
         ctx.levels, ctx.gradient_scale = levels, gradient_scale
-        return levels.encode(_normalize(x, scale, shift)).mul_(scale).to(x.dtype)
+        code = levels.encode(_normalize(x, scale, shift))
+        return levels.value(code).mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad_output):
         x, scale, shift = ctx.saved_tensors
         levels = ctx.levels
         u = _normalize(x, scale, shift)
-        code = levels.encode(u)
+        level = levels.value(levels.encode(u))
         grad = grad_output.float()
-        inside = (u >= levels.lo) & (u <= levels.hi)
+        lowest, highest = levels.clip_range
+        inside = (u >= lowest) & (u <= highest)
         grad_x = grad * inside
         grad_scale = grad_shift = None
         if ctx.needs_input_grad[1]:
-            slope = code if levels.kind == "sign" else torch.where(inside, code - u, code)
+            slope = level if levels.kind == "sign" else torch.where(inside, level - u, level)
             grad_scale = (grad * slope).sum_to_size(scale.shape) * ctx.gradient_scale
         if shift is not None and ctx.needs_input_grad[2]:
             grad_shift = grad_x.sum_to_size(shift.shape) * -ctx.gradient_scale
         return grad_x.to(x.dtype), grad_scale, grad_shift, None, None
 
 
-class ElasticQuantizer(nn.Module):
+class ElasticQuantizer(LearnedQuantizer):
     """Quantizer with a learned scale (alpha) and, optionally, a learned shift (beta).
 
     Args:
         levels: the codes it may produce.
         gradient_values: N of the LSQ gradient scale 1/sqrt(N * Qp): values per frame for an
             activation, values per scale for a weight.
-        scale_shape: () per tensor, or for example (out_features, 1) per output channel.
+        scales: number of scales of a weight; None for a single one.
+        row_size: values that share a scale, where there are several.
         shift_shape: None without shift, () per tensor, (features,) per channel.
 
-    Parameters (always fp32, whatever the model is cast to): ``log_scale`` of ``scale_shape``, so
-    that a learning rate is a relative change of the scale, and ``shift``. The buffer
-    ``calibrated`` travels with the state dict.
-
-    Raises:
-        UncalibratedError: in every use before :meth:`finish_calibration`, :meth:`set_scale` or
-            loading a calibrated state.
+    Parameters: ``log_scale`` () or [scales, 1], so that a learning rate is a relative change of the
+    scale, and ``shift``.
 
     >>> quantizer = ElasticQuantizer(LevelSet("signed", 2), gradient_values=4)
     >>> quantizer.set_scale(torch.tensor(0.5))
@@ -86,22 +78,20 @@ class ElasticQuantizer(nn.Module):
         self,
         levels: LevelSet,
         gradient_values: int,
-        scale_shape: tuple[int, ...] = (),
+        scales: int | None = None,
+        row_size: int | None = None,
         shift_shape: tuple[int, ...] | None = None,
     ) -> None:
-        super().__init__()
-        self.levels = levels
+        super().__init__(levels, row_size)
         self.gradient_scale = 1.0 / math.sqrt(gradient_values * levels.gradient_divisor)
-        self.log_scale = nn.Parameter(torch.zeros(scale_shape, dtype=torch.float32))
+        shape = () if scales is None else (scales, 1)
+        self.log_scale = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
         self.shift = (
             None
             if shift_shape is None
             else nn.Parameter(torch.zeros(shift_shape, dtype=torch.float32))
         )
-        self._name_groups()
-        self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
-        # Host-side copy of the flag: checking the tensor would synchronise with the device.
-        self._ready = False
+        self.name_groups()
         self._calibrator: Calibrator | None = None
 
     @property
@@ -111,27 +101,24 @@ class ElasticQuantizer(nn.Module):
         return scale + (scale.clamp_min(SCALE_FLOOR) - scale).detach()
 
     @property
-    def is_calibrated(self) -> bool:
-        return self._ready
+    def is_uniform(self) -> bool:
+        return self.log_scale.dim() == 0 and (self.shift is None or self.shift.dim() == 0)
 
     def forward(self, x: Tensor, length_ratio: Tensor | None = None) -> Tensor:
-        """Fake quantization: decode(encode(x)), same shape and dtype as ``x``.
-
-        Args:
-            length_ratio: reference length / valid length, broadcastable to ``x``; scale and shift
-                are multiplied by it (attention probabilities shrink as 1/length).
-        """
+        """See :meth:`Quantizer.forward`; scale and shift are multiplied by ``length_ratio``
+        (attention probabilities shrink as 1/length)."""
         if self._calibrator is not None:
             self._calibrate_on(x if length_ratio is None else x / length_ratio)
         scale, shift = self._parameters_for(length_ratio)
-        return _FakeQuantize.apply(x, scale, shift, self.levels, self.gradient_scale)
+        rows = self.rows(x)
+        decoded = _FakeQuantize.apply(rows, scale, shift, self.levels, self.gradient_scale)
+        return decoded if self.row_size is None else decoded.view_as(x)
 
     def codes(self, x: Tensor, length_ratio: Tensor | None = None) -> Codes:
-        """The integers that :meth:`forward` decodes; arguments as there."""
         with torch.no_grad():
             scale, shift = self._parameters_for(length_ratio)
-            integers = self.levels.encode(_normalize(x, scale, shift))
-        return Codes(integers.to(torch.int16), scale, self.levels)
+            integers = self.levels.encode(_normalize(self.rows(x), scale, shift))
+        return Codes(integers.to(torch.int16), scale, self.levels, x.shape)
 
     def set_scale(self, scale: Tensor, shift: Tensor | None = None) -> None:
         """Sets alpha (and beta), broadcast to their shapes, and marks the quantizer calibrated."""
@@ -139,62 +126,32 @@ class ElasticQuantizer(nn.Module):
             self.log_scale.copy_(scale.float().clamp_min(SCALE_FLOOR).log())
             if shift is not None and self.shift is not None:
                 self.shift.copy_(shift)
-            self.calibrated.fill_(True)
-        self._ready = True
+        self.mark_calibrated(True)
 
     def start_calibration(self, calibrator: Calibrator) -> None:
         """From now on every forward first refits the scale on all values seen so far; an earlier
         scale and shift are forgotten."""
-        self._calibrator, self._ready = calibrator, False
-        with torch.no_grad():
-            self.calibrated.fill_(False)
-            if self.shift is not None:
+        self._calibrator = calibrator
+        self.mark_calibrated(False)
+        if self.shift is not None:
+            with torch.no_grad():
                 self.shift.zero_()
 
     def finish_calibration(self) -> None:
         self._calibrator = None
 
-    def extra_repr(self) -> str:
-        return f"{self.levels.kind}, bits={self.levels.bits}, scale={tuple(self.log_scale.shape)}"
+    def name_groups(self) -> None:
+        self.log_scale.param_group = SCALE_GROUP
+        if self.shift is not None:
+            self.shift.param_group = SHIFT_GROUP
 
     def _parameters_for(self, length_ratio: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if not self._ready:
-            raise UncalibratedError(
-                "quantizer used before calibration: run calibrate(), or load a checkpoint whose "
-                "quantizers are calibrated"
-            )
+        self.check_calibrated()
         if length_ratio is None:
             return self.scale, self.shift
         shift = None if self.shift is None else self.shift * length_ratio
         return self.scale * length_ratio, shift
 
     def _calibrate_on(self, x: Tensor) -> None:
-        scale, shift = self._calibrator.fit(x, self.levels, with_shift=self._fits_shift)
-        self.set_scale(scale, shift)
-
-    @property
-    def _fits_shift(self) -> bool:
-        return self.levels.kind == "non_negative" and self.shift is not None
-
-    def _apply(self, fn, recurse=True):
-        # .half() and .bfloat16() must not touch the parameters: only the device is followed.
-        def keep_dtype(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if moved.dtype == t.dtype else t.to(device=moved.device)
-
-        return super()._apply(keep_dtype, recurse)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._name_groups()
-
-    def _name_groups(self) -> None:
-        """The optimizer gives these parameters their own rates and no weight decay. Named on the
-        parameters themselves, which a deep copy strips of it."""
-        self.log_scale.param_group = SCALE_GROUP
-        if self.shift is not None:
-            self.shift.param_group = SHIFT_GROUP
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._ready = bool(self.calibrated)
+        with_shift = self.levels.kind == "non_negative" and self.shift is not None
+        self.set_scale(*self._calibrator.fit(x, self.levels, with_shift))

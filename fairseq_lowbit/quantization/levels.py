@@ -1,7 +1,7 @@
-"""Level sets: which integers a value may become.
+"""Level sets: which integers a value may become, and which level an integer stands for.
 
-The table of ``docs/numerics.md``; training, calibration, counting and kernels all call
-:meth:`LevelSet.encode`, so a code means the same thing everywhere.
+The tables of ``docs/numerics.md``; training, calibration, counting and kernels all call
+:meth:`LevelSet.encode` and :meth:`LevelSet.value`, so a code means the same thing everywhere.
 """
 
 from dataclasses import dataclass
@@ -17,40 +17,56 @@ _GELU_NON_NEGATIVE_BITS = 4
 
 @dataclass(frozen=True)
 class LevelSet:
-    """A set of consecutive integer codes of ``bits`` bits.
+    """A set of 2**bits levels with consecutive integer codes.
 
-    ``sign`` is {-1, +1} (1 bit only), ``signed`` is two's complement, ``non_negative`` starts at 0.
+    ``sign`` is {-1, +1} (1 bit only), ``signed`` is two's complement, ``non_negative`` starts at 0;
+    in these a code is its own level. ``mid_rise`` has the codes 0 .. 2**bits - 1 for the levels
+    (2 code + 1)/2**bits - 1, which fill [-1, 1] evenly and leave out zero.
 
     >>> signed(1).encode(torch.tensor([-0.2, 0.0, 3.0]))
     tensor([-1.,  1.,  1.])
     >>> non_negative(2).encode(torch.tensor([-1.0, 0.5, 1.5, 9.0]))
     tensor([0., 0., 2., 3.])
+    >>> mid_rise(2).value(mid_rise(2).encode(torch.tensor([-2.0, -0.1, 0.1, 0.9])))
+    tensor([-0.7500, -0.2500,  0.2500,  0.7500])
     """
 
-    kind: Literal["sign", "signed", "non_negative"]
+    kind: Literal["sign", "signed", "non_negative", "mid_rise"]
     bits: int
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
             raise LowbitError(f"{self.bits} bits: quantizers have 1 to 8 bits")
-        if (self.kind == "sign") != (self.bits == 1) and self.kind != "non_negative":
+        if self.kind in ("sign", "signed") and (self.kind == "sign") != (self.bits == 1):
             raise LowbitError(
                 f"level set {self.kind!r} with {self.bits} bits: sign is the 1-bit signed set"
             )
 
     @property
     def lo(self) -> int:
-        """Lowest code, and the lower end of the clipping range of u."""
+        """Lowest code."""
         if self.kind == "sign":
             return -1
-        return 0 if self.kind == "non_negative" else -(2 ** (self.bits - 1))
+        return -(2 ** (self.bits - 1)) if self.kind == "signed" else 0
 
     @property
     def hi(self) -> int:
-        """Highest code, and the upper end of the clipping range of u (Qp in LSQ)."""
+        """Highest code."""
         if self.kind == "sign":
             return 1
-        return 2**self.bits - 1 if self.kind == "non_negative" else 2 ** (self.bits - 1) - 1
+        return 2 ** (self.bits - 1) - 1 if self.kind == "signed" else 2**self.bits - 1
+
+    @property
+    def clip_range(self) -> tuple[int, int]:
+        """Both ends of the range of u outside of which no gradient passes."""
+        return (-1, 1) if self.kind == "mid_rise" else (self.lo, self.hi)
+
+    @property
+    def step(self) -> float:
+        """Distance of two neighbouring levels."""
+        if self.kind == "sign":
+            return 2.0
+        return 2.0 ** (1 - self.bits) if self.kind == "mid_rise" else 1.0
 
     @property
     def size(self) -> int:
@@ -59,20 +75,32 @@ class LevelSet:
 
     @property
     def gradient_divisor(self) -> int:
-        """Qp of the LSQ gradient scale; 1 for the sign set, whose step is its only level."""
+        """Qp of the LSQ gradient scale: steps from 0 to the upper end of the clipping range, and 1
+        for the sign set, whose step is its only level."""
+        if self.kind == "mid_rise":
+            return 2 ** (self.bits - 1)
         return 1 if self.kind == "sign" else self.hi
 
     def encode(self, u: Tensor) -> Tensor:
         """Normalised values u = (x - shift)/scale, fp32 -> integer codes held as fp32, same shape.
 
-        ``u`` is not modified. Ties round to even, except the two documented thresholds of the
-        1-bit sets: u >= 0 is +1, u >= 0.5 is 1.
+        ``u`` is not modified. Ties round to even, except the documented thresholds: u >= 0 is +1 in
+        the sign set, u >= 0.5 is 1 in the 1-bit non-negative set, and a value between two levels of
+        the mid-rise set takes the upper one.
         """
         if self.kind == "sign":
             return torch.where(u >= 0, 1.0, -1.0)
+        if self.kind == "mid_rise":
+            return u.add(1).mul_(2 ** (self.bits - 1)).floor_().clamp_(self.lo, self.hi)
         if self.bits == 1:
             return (u >= 0.5).to(u.dtype)
         return torch.round(u).clamp_(self.lo, self.hi)
+
+    def value(self, code: Tensor) -> Tensor:
+        """The levels, in units of the scale, that codes (fp32) stand for; exact in fp32."""
+        if self.kind != "mid_rise":
+            return code
+        return code * self.step + (self.step / 2 - 1)
 
 
 def signed(bits: int) -> LevelSet:
@@ -83,6 +111,11 @@ def signed(bits: int) -> LevelSet:
 def non_negative(bits: int) -> LevelSet:
     """The set for softmax outputs: 0 .. 2**bits - 1."""
     return LevelSet("non_negative", bits)
+
+
+def mid_rise(bits: int) -> LevelSet:
+    """The balanced set: as many levels below zero as above, none at zero."""
+    return LevelSet("mid_rise", bits)
 
 
 def after_gelu(bits: int) -> LevelSet:

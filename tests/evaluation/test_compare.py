@@ -23,6 +23,7 @@ from fairseq_lowbit.evaluation.masked import MaskedAccuracy
 from fairseq_lowbit.evaluation.probe import Probe
 from fairseq_lowbit.evaluation.ptq import post_training_quantized
 from fairseq_lowbit.models import Hubert, LoadedModel, load_model
+from fairseq_lowbit.precision import Precision
 
 PNG = b"\x89PNG"
 
@@ -41,7 +42,9 @@ def run(teacher: LoadedModel, data: Path, *candidates: Candidate) -> Comparison:
 def test_a_copy_of_the_teacher_and_a_quantized_one(
     teacher: LoadedModel, model: Hubert, data: Path
 ) -> None:
-    quantized = post_training_quantized(teacher, "bitla_w1a1", read_manifest(data / "train.tsv"))
+    quantized = post_training_quantized(
+        teacher, Precision("bitla_w1a1"), read_manifest(data / "train.tsv")
+    ).model
     candidates = [Candidate("copy", model), Candidate("PTQ", quantized, is_calibrated_only=True)]
     comparison = run(teacher, data, *candidates)
     first, copy, ptq = comparison.rows
@@ -141,7 +144,9 @@ def test_the_command_writes_a_figure_and_numbers(
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    student = post_training_quantized(teacher, "bitla_w2a2", read_manifest(data / "train.tsv"))
+    student = post_training_quantized(
+        teacher, Precision("bitla_w2a2"), read_manifest(data / "train.tsv")
+    ).model
     path, out = save("student", student), tmp_path / "new" / "results"
     options = ("--ptq=bitla_w1a1", "--ptq=bitla_w2a2", f"--student=mine={path}")
     assert evaluate(teacher, data, out, *options) == 0

@@ -73,7 +73,7 @@ def test_the_length_ratio_scales_with_the_probabilities() -> None:
 
 
 def test_per_channel_scales() -> None:
-    model = OneQuantizer(signed(2), 1.0, scale_shape=(2, 1))
+    model = OneQuantizer(signed(2), 1.0, scales=2)
     model.quantizer.set_scale(torch.tensor([[1.0], [10.0]]))
     (health,) = measure_health(model, torch.tensor([[1.0, -2.0], [10.0, -19.0]])).quantizers
     # Exact but for the last value: -2 times 10.

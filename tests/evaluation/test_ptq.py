@@ -12,6 +12,9 @@ from fairseq_lowbit.evaluation.ptq import post_training_quantized
 from fairseq_lowbit.evaluation.utterances import Utterances
 from fairseq_lowbit.models import LoadedModel
 from fairseq_lowbit.nn import is_calibrated
+from fairseq_lowbit.precision import Precision
+
+W2A2 = Precision("bitla_w2a2")
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def test_more_bits_are_closer(
     reference = valid_frames(teacher.model, batches)
     close = {}
     for name in ("float", "bitl_w8a16", "bitla_w8a8", "bitla_w4a4", "bitla_w1a1"):
-        model = post_training_quantized(teacher, name, manifest)
+        model = post_training_quantized(teacher, Precision(name), manifest).model
         assert model.plan.precision.name == name
         assert is_calibrated(model)
         assert not model.training
@@ -39,9 +42,9 @@ def test_weights_stay_and_the_result_is_the_same_each_time(
     teacher: LoadedModel, manifest: Manifest
 ) -> None:
     before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
-    first = post_training_quantized(teacher, "bitla_w2a2", manifest).state_dict()
+    first = post_training_quantized(teacher, W2A2, manifest).model.state_dict()
     torch.manual_seed(99)
-    second = post_training_quantized(teacher, "bitla_w2a2", manifest).state_dict()
+    second = post_training_quantized(teacher, W2A2, manifest).model.state_dict()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
         if name in before:
@@ -51,11 +54,11 @@ def test_weights_stay_and_the_result_is_the_same_each_time(
 
 def test_unusable_files_are_left_out(teacher: LoadedModel, manifest: Manifest) -> None:
     (manifest.root / manifest.names[0]).write_bytes(b"no audio")
-    assert is_calibrated(post_training_quantized(teacher, "bitla_w2a2", manifest))
+    assert is_calibrated(post_training_quantized(teacher, W2A2, manifest).model)
 
 
 def test_nothing_to_calibrate_on(teacher: LoadedModel, manifest: Manifest) -> None:
     for path in manifest.files():
         path.write_bytes(b"no audio")
     with pytest.raises(LowbitError, match=r"train\.tsv"):
-        post_training_quantized(teacher, "bitla_w2a2", manifest)
+        post_training_quantized(teacher, W2A2, manifest)

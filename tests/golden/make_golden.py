@@ -17,7 +17,7 @@ import json
 import math
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 SETS = [("sign", 1)]
 SETS += [("signed", bits) for bits in range(2, 9)]
 SETS += [("non_negative", bits) for bits in range(1, 9)]
+SETS += [("mid_rise", bits) for bits in range(1, 9)]
 REFERENCE_FRAMES = 500
 Rows = list[list[Fraction]]
 
@@ -37,7 +38,7 @@ def exact(value: Fraction) -> Fraction:
     return value
 
 
-def clip_range(kind: str, bits: int) -> tuple[int, int]:
+def code_range(kind: str, bits: int) -> tuple[int, int]:
     if kind == "sign":
         return -1, 1
     if kind == "signed":
@@ -45,17 +46,38 @@ def clip_range(kind: str, bits: int) -> tuple[int, int]:
     return 0, 2**bits - 1
 
 
+def clip_range(kind: str, bits: int) -> tuple[int, int]:
+    """Of u; outside no gradient passes."""
+    return (-1, 1) if kind == "mid_rise" else code_range(kind, bits)
+
+
+def level(code: int, kind: str, bits: int) -> Fraction:
+    """What a code stands for, in units of alpha."""
+    return Fraction(2 * code + 1, 2**bits) - 1 if kind == "mid_rise" else Fraction(code)
+
+
+def divisor(kind: str, bits: int) -> int:
+    """Qp."""
+    if kind == "mid_rise":
+        return 2 ** (bits - 1)
+    return 1 if kind == "sign" else code_range(kind, bits)[1]
+
+
 def encode(u: Fraction, kind: str, bits: int) -> int:
     if kind == "sign":
         return 1 if u >= 0 else -1
     if kind == "non_negative" and bits == 1:
         return 1 if u >= Fraction(1, 2) else 0
-    lo, hi = clip_range(kind, bits)
+    lo, hi = code_range(kind, bits)
+    if kind == "mid_rise":
+        return min(max(math.floor((u + 1) * 2 ** (bits - 1)), lo), hi)
     return min(max(round(u), lo), hi)  # round() of a fraction rounds ties to even
 
 
 def interesting(kind: str, bits: int) -> list[Fraction]:
     """Normalised inputs: zeros, ties, clip edges and both their sides, the inside, far beyond."""
+    if kind == "mid_rise":
+        return interesting_mid_rise(bits)
     lo, hi = clip_range(kind, bits)
     half, step = Fraction(1, 2), Fraction(1, 16)
     middle = Fraction(lo + hi + 1, 2)
@@ -64,6 +86,18 @@ def interesting(kind: str, bits: int) -> list[Fraction]:
     us += [-half, -half - step, half - step, half + step]
     us += [edge + side for edge in (lo, hi) for side in (0, -step, step, -half - step, half + step)]
     us += [middle + 5 * step, middle - 3 * step, Fraction(lo) - 1000, Fraction(hi) + 1000]
+    return list(dict.fromkeys(us))
+
+
+def interesting_mid_rise(bits: int) -> list[Fraction]:
+    """Thresholds, levels, edges and both their sides; here u's grid is finer than 1/16."""
+    width, near = Fraction(2, 2**bits), Fraction(1, 2 ** (bits + 3))
+    codes = {0, 1, 2**bits // 2, 2**bits - 1} & set(range(2**bits))
+    centers = [Fraction(0), Fraction(-1), Fraction(1)]
+    for code in sorted(codes):
+        centers += [code * width - 1, level(code, "mid_rise", bits)]
+    us = [center + side for center in centers for side in (0, -near, near)]
+    us += [Fraction(-9, 8), Fraction(9, 8), Fraction(-1000), Fraction(1000)]
     return list(dict.fromkeys(us))
 
 
@@ -107,13 +141,14 @@ def case(
             code = encode(u, kind, bits)
             inside = lo <= u <= hi
             codes[r].append(code)
-            decoded[r].append(exact(scale * code))
+            value = level(code, kind, bits)
+            decoded[r].append(exact(scale * value))
             dx[r].append(gradient if inside else Fraction(0))
-            slope = code - u if inside and kind != "sign" else code
+            slope = value - u if inside and kind != "sign" else value
             dalpha[a] += gradient * slope * scale_ratio
             if beta:
                 dbeta[b] -= dx[r][c] * scale_ratio
-    factor = 1 / math.sqrt(gradient_values * (1 if kind == "sign" else hi))
+    factor = 1 / math.sqrt(gradient_values * divisor(kind, bits))
     result = {
         "name": name,
         "x": numbers(x),
@@ -131,7 +166,7 @@ def case(
         "dbeta_sum": numbers(dbeta) if beta else None,
         "dbeta": [float(d) * factor for d in dbeta] if beta else None,
     }
-    if beta is None:
+    if beta is None and any(0 in row for row in us):
         # The first zero becomes -0.0, whose code is that of 0.
         row = next(r for r in range(rows) if 0 in us[r])
         result["x"][row][us[row].index(0)] = -0.0
@@ -167,21 +202,101 @@ def cases(kind: str, bits: int) -> Iterator[dict[str, Any]]:
 
 
 def dump(kind: str, bits: int) -> str:
-    """JSON with one array per line, so that a change shows in a diff."""
-    lo, hi = clip_range(kind, bits)
-    blocks = []
-    for values in cases(kind, bits):
-        lines = [f"   {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
-        blocks.append("  {\n" + ",\n".join(lines) + "\n  }")
+    """The golden file of one level set."""
+    lo, hi = code_range(kind, bits)
     head = f' "kind": "{kind}", "bits": {bits}, "lo": {lo}, "hi": {hi},\n'
-    return "{\n" + head + ' "cases": [\n' + ",\n".join(blocks) + "\n ]\n}\n"
+    return "{\n" + head + ' "cases": ' + listed(cases(kind, bits)) + "\n}\n"
+
+
+def listed(blocks: Iterable[dict[str, Any]]) -> str:
+    """JSON with one array per line, so that a change shows in a diff."""
+    texts = []
+    for values in blocks:
+        lines = [f"   {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
+        texts.append("  {\n" + ",\n".join(lines) + "\n  }")
+    return "[\n" + ",\n".join(texts) + "\n ]"
+
+
+def squashed_case(bits: int) -> dict[str, Any]:
+    """Squashed weights: tanh in float64, at inputs whose tanh no fp32 rounding carries over a
+    threshold; two channels with their gains."""
+    log_gains = [-1.5, 0.25]
+    x = [[(7 * c + 3 * r - 40) / 16 for c in range(12)] for r in range(2)]
+    g = [[float(value) for value in gradients(24)[r * 12 : (r + 1) * 12]] for r in range(2)]
+    codes, decoded, dx = ([[] for _ in range(2)] for _ in range(3))
+    dlog_gain = [0.0, 0.0]
+    for r, log_gain in enumerate(log_gains):
+        gain = math.exp(log_gain)
+        for value, gradient in zip(x[r], g[r], strict=True):
+            squashed = math.tanh(value)
+            position = (squashed + 1) * 2 ** (bits - 1)
+            if value and abs(position - round(position)) < 1e-4 < 2**bits - position:
+                raise ValueError(f"tanh({value}) is too close to a threshold of {bits} bits")
+            code = min(math.floor(position), 2**bits - 1)
+            codes[r].append(code)
+            decoded[r].append(gain * float(level(code, "mid_rise", bits)))
+            dx[r].append(gradient * gain * (1 - squashed**2))
+            dlog_gain[r] += gradient * decoded[r][-1]
+    return {
+        "bits": bits,
+        "x": x,
+        "log_gain": log_gains,
+        "g": g,
+        "codes": codes,
+        "decoded": decoded,
+        "dx": dx,
+        "dlog_gain": dlog_gain,
+    }
+
+
+def uniform_case(kind: str, bits: int) -> dict[str, Any]:
+    """Plain quantizers with a range of their own per row. The ranges are multiples of the levels,
+    so that scales are fp32 numbers and ties are met exactly."""
+    steps = 2 ** (bits - 1) - 1 if kind == "absmax" else 2**bits - 1
+    units = [0, 1, -1, steps] if kind == "absmax" else [0, 1, steps - steps // 3, -(steps // 3)]
+    rows = []
+    for scale in (Fraction(3, 16), Fraction(5, 4)):
+        ties = [Fraction(unit) + Fraction(side, 8) for unit in units[:3] for side in (4, 3, 5)]
+        inside = [u for u in ties if min(units) <= u <= max(units)]
+        rows.append([exact(scale * u) for u in [*map(Fraction, units), *inside]])
+    width = min(map(len, rows))
+    x = [row[:width] for row in rows]
+    codes, decoded, scales, zeros = [], [], [], []
+    for row in x:
+        if kind == "absmax":
+            scale, zero = max(map(abs, row)) / steps, 0
+        else:
+            low, high = min(*row, Fraction(0)), max(*row, Fraction(0))
+            scale = exact((high - low) / steps)
+            zero = round(-low / scale)
+        lo, hi = code_range("signed" if kind == "absmax" else "non_negative", bits)
+        row_codes = [min(max(round(value / scale) + zero, lo), hi) for value in row]
+        codes.append(row_codes)
+        decoded.append([exact(scale * (code - zero)) for code in row_codes])
+        scales.append(scale)
+        zeros.append(zero)
+    return {
+        "kind": kind,
+        "bits": bits,
+        "x": numbers(x),
+        "scale": numbers(scales),
+        "zero_point": zeros,
+        "codes": codes,
+        "decoded": numbers(decoded),
+    }
 
 
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
-    for kind, bits in SETS:
-        name = "sign.json" if kind == "sign" else f"{kind}_{bits}.json"
-        (folder / name).write_bytes(dump(kind, bits).encode("ascii"))
+    files = {
+        "sign.json" if kind == "sign" else f"{kind}_{bits}.json": dump(kind, bits)
+        for kind, bits in SETS
+    }
+    files["squashed.json"] = listed(map(squashed_case, range(1, 9))) + "\n"
+    plain = [("absmax", bits) for bits in range(2, 9)] + [("minmax", b) for b in range(2, 9)]
+    files["uniform.json"] = listed(uniform_case(*case) for case in plain) + "\n"
+    for name, text in files.items():
+        (folder / name).write_bytes(text.encode("ascii"))
 
 
 if __name__ == "__main__":

@@ -17,15 +17,16 @@ ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("bitl", "bitla")
 PRECISIONS = ("w1a1", "w1a2", "w2a2", "w4a4", "w8a8")
 CONFIGS = [f"{method}_{precision}" for method in METHODS for precision in PRECISIONS]
+CONFIGS += [f"sqwq_w{bits}" for bits in (8, 4, 2, 1)]
 # 6 linears with weight and input quantizers, of which q, k and v share the input's; 4 operands.
 QUANTIZERS_PER_LAYER = 6 + 4 + 4
 KNOBS = {
     "task": "data teacher normalize pad_audio random_crop min_sample_size max_keep_size "
     "max_sample_size max_unusable init_from health_interval calibration",
-    "criterion": "final_weight layer_weight attention_weight attention mask",
+    "criterion": "final_weight layer_weight attention_weight attention mask squash_weight",
     "model": "encoder_layers encoder_embed_dim dropout attention_dropout activation_dropout "
     "dropout_input encoder_layerdrop feature_grad_mult precision",
-    "optimizer": "adam_betas adam_eps weight_decay scale_lr_ratio shift_lr_ratio",
+    "optimizer": "adam_betas adam_eps weight_decay scale_lr_ratio shift_lr_ratio squashed_lr_ratio",
     "optimization": "lr max_update update_freq clip_norm",
 }
 

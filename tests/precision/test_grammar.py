@@ -18,22 +18,24 @@ def test_examples_in_the_docstrings_run() -> None:
 @pytest.mark.parametrize("activation", BITS)
 def test_every_name_of_the_grammar(weight: int, activation: int) -> None:
     name = f"bitl_w{weight}a{activation}"
-    assert parse_precision(name) == Preset(name, weight, activation, 16)
+    assert parse_precision(name) == Preset(name, "elastic", weight, activation, 16)
     name = f"bitla_w{weight}a{activation}"
-    assert parse_precision(name) == Preset(name, weight, activation, activation)
+    assert parse_precision(name) == Preset(name, "elastic", weight, activation, activation)
 
 
 def test_float_leaves_everything_at_16_bits() -> None:
-    assert parse_precision("float") == Preset("float", 16, 16, 16)
+    assert parse_precision("float") == Preset("float", "elastic", 16, 16, 16)
 
 
 def test_sixteen_leaves_one_side_float() -> None:
-    assert parse_precision("bitl_w2a16") == Preset("bitl_w2a16", 2, 16, 16)
-    assert parse_precision("bitla_w16a4") == Preset("bitla_w16a4", 16, 4, 4)
+    assert parse_precision("bitl_w2a16") == Preset("bitl_w2a16", "elastic", 2, 16, 16)
+    assert parse_precision("bitla_w16a4") == Preset("bitla_w16a4", "elastic", 16, 4, 4)
 
 
 @pytest.mark.parametrize("bits", ["0", "3.5", "9", "12", "32"])
-@pytest.mark.parametrize("name", ["bitl_w{}a2", "bitl_w2a{}", "bitla_w{}a2", "sqwq_w{}"])
+@pytest.mark.parametrize(
+    "name", ["bitl_w{}a2", "bitl_w2a{}", "bitla_w{}a2", "sqwq_w{}", "absmax_w8a{}"]
+)
 def test_bits_that_do_not_exist_are_named(name: str, bits: str) -> None:
     name = name.format(bits)
     with pytest.raises(LowbitError) as error:
@@ -48,9 +50,21 @@ def test_activation_bits_of_a_weight_only_method_are_refused() -> None:
         parse_precision("sqwq_w4a4")
 
 
-def test_squashed_weights_are_not_available_yet() -> None:
-    with pytest.raises(LowbitError, match=r"'sqwq_w4'.*not available yet"):
-        parse_precision("sqwq_w4")
+@pytest.mark.parametrize("weight", BITS)
+def test_squashed_weights_come_with_8_bit_inputs(weight: int) -> None:
+    name = f"sqwq_w{weight}"
+    assert parse_precision(name) == Preset(name, "squashed", weight, 8, 16)
+
+
+def test_squashed_weights_cannot_be_float() -> None:
+    with pytest.raises(LowbitError, match="'sqwq_w16': sqwq has 1 to 8 weight bits"):
+        parse_precision("sqwq_w16")
+
+
+@pytest.mark.parametrize("method", ["absmax", "minmax"])
+def test_plain_quantizers_of_the_linears(method: str) -> None:
+    name = f"{method}_w4a8"
+    assert parse_precision(name) == Preset(name, method, 4, 8, 16)
 
 
 def test_missing_activation_bits_are_asked_for() -> None:

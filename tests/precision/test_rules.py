@@ -110,7 +110,10 @@ def test_granularity_alone_does_not_quantize() -> None:
     [
         (Rule("*.fc1", method="none", weight_bits=2), "method none.*drop weight_bits"),
         (Rule("*.fc1", method="none", activation_bits=2), "method none.*drop activation_bits"),
-        (Rule("*.fc1", method="elastc"), "method 'elastc'; allowed are elastic, none"),
+        (
+            Rule("*.fc1", method="elastc"),
+            "method 'elastc'; allowed are elastic, stretched, squashed, absmax, minmax, none",
+        ),
         (Rule("*.fc1", granularity="per_row"), "'per_row'; allowed are per_tensor, per_channel"),
         (Rule("*.fc1", weight_bits=9), "weight_bits: 9 bits"),
         (Rule("*.fc1", activation_bits=0), "activation_bits: 0 bits"),

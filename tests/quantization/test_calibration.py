@@ -89,15 +89,15 @@ def test_rows_are_fitted_each_for_itself() -> None:
 @pytest.mark.parametrize("bits", [1, 2])
 def test_weights_per_channel_equal_row_by_row(bits: int) -> None:
     weight = normal(5, 4, 3) * torch.arange(1, 6)[:, None, None]
-    scale = fit_weight_scale(weight, signed(bits), (5, 1, 1))
-    assert scale.shape == (5, 1, 1)
+    scale = fit_weight_scale(weight, signed(bits), row_size=12)
+    assert scale.shape == (5, 1)
     for row, value in zip(weight, scale.flatten(), strict=True):
-        assert fit_weight_scale(row, signed(bits), ()).item() == value.item()
+        assert fit_weight_scale(row, signed(bits), None).item() == value.item()
 
 
 def test_half_weights_are_fitted_in_fp32() -> None:
     weight = normal(6, 7).bfloat16()
-    scale = fit_weight_scale(weight, signed(1), ())
+    scale = fit_weight_scale(weight, signed(1), None)
     assert scale.dtype == torch.float32
     assert scale.item() == weight.float().abs().mean().item()
 

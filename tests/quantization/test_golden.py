@@ -1,4 +1,5 @@
-"""The implementation against tests/golden: exact codes and decoded values, gradients to 1e-5."""
+"""The implementation against tests/golden: exact codes, decoded values exact where they are fp32
+numbers, gradients to 1e-5."""
 
 import json
 import subprocess
@@ -10,10 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fairseq_lowbit.quantization import ElasticQuantizer, LevelSet
+from fairseq_lowbit.quantization import (
+    ElasticQuantizer,
+    LevelSet,
+    SquashedQuantizer,
+    UniformQuantizer,
+)
 
 FOLDER = Path(__file__).resolve().parents[1] / "golden"
-SETS = sorted(path.stem for path in FOLDER.glob("*.json"))
+OTHERS = {"squashed", "uniform"}
+SETS = sorted({path.stem for path in FOLDER.glob("*.json")} - OTHERS)
 CASES = [
     pytest.param(stem, index, id=f"{stem}-{case['name']}")
     for stem in SETS
@@ -25,7 +32,7 @@ class GivenScale(ElasticQuantizer):
     """Takes alpha as it stands: exp(log(alpha)) would miss the ties by a rounding."""
 
     def __init__(self, alpha: Tensor, **kwargs: Any) -> None:
-        super().__init__(**kwargs, scale_shape=tuple(alpha.shape))
+        super().__init__(**kwargs, scales=len(alpha) if alpha.dim() else None)
         self.set_scale(alpha)
         self.alpha = nn.Parameter(alpha)
 
@@ -68,7 +75,8 @@ def assert_close(actual: Tensor, expected: list[float]) -> None:
 
 def test_golden_files_cover_every_level_set() -> None:
     expected = ["sign", *(f"signed_{n}" for n in range(2, 9))]
-    assert sorted(SETS) == sorted(expected + [f"non_negative_{n}" for n in range(1, 9)])
+    expected += [f"{kind}_{n}" for kind in ("non_negative", "mid_rise") for n in range(1, 9)]
+    assert sorted(SETS) == sorted(expected)
 
 
 def test_generator_alone_writes_the_committed_files(tmp_path: Path) -> None:
@@ -115,3 +123,45 @@ def test_quantizer_with_its_own_scale_agrees(stem: str) -> None:
     assert torch.equal(quantizer.codes(x).integers.long(), torch.tensor(case["codes"]))
     quantizer(x).backward(torch.tensor(case["g"]))
     assert_close(quantizer.log_scale.grad, case["dalpha"])
+
+
+SQUASHED = json.loads((FOLDER / "squashed.json").read_text())
+UNIFORM = json.loads((FOLDER / "uniform.json").read_text())
+
+
+@pytest.mark.parametrize("case", SQUASHED, ids=lambda case: f"{case['bits']} bits")
+def test_squashed_weights(case: dict[str, Any]) -> None:
+    x = torch.tensor(case["x"], requires_grad=True)
+    quantizer = SquashedQuantizer(case["bits"], *x.shape)
+    with torch.no_grad():
+        quantizer.log_gain.copy_(torch.tensor(case["log_gain"])[:, None])
+    quantizer.mark_calibrated(True)
+    codes = quantizer.codes(x)
+    assert torch.equal(codes.integers.long(), torch.tensor(case["codes"]))
+    decoded = quantizer(x)
+    assert torch.equal(codes.decode(), decoded)
+    assert_close(decoded, case["decoded"])
+    decoded.backward(torch.tensor(case["g"]))
+    assert_close(x.grad, case["dx"])
+    assert_close(quantizer.log_gain.grad, case["dlog_gain"])
+
+
+def test_squashed_golden_covers_every_width() -> None:
+    assert [case["bits"] for case in SQUASHED] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("case", UNIFORM, ids=lambda case: f"{case['kind']}_{case['bits']}")
+def test_plain_quantizers(case: dict[str, Any]) -> None:
+    x = torch.tensor(case["x"], requires_grad=True)
+    codes = UniformQuantizer(case["kind"], case["bits"], frame_dim=-1).codes(x)
+    assert codes.scale.flatten().tolist() == case["scale"]
+    if case["kind"] == "minmax":
+        assert codes.zero_point.flatten().tolist() == case["zero_point"]
+    assert torch.equal(codes.integers.long(), torch.tensor(case["codes"]))
+    decoded = torch.tensor(case["decoded"])
+    assert torch.equal(codes.decode(), decoded)
+    per_row = UniformQuantizer(case["kind"], case["bits"], row_size=x.shape[1])
+    assert torch.equal(per_row(x), decoded)
+    # Feature dimension first, as in a convolution's input.
+    columns = UniformQuantizer(case["kind"], case["bits"], frame_dim=0)
+    assert torch.equal(columns(x.T), decoded.T)

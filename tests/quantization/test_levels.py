@@ -6,16 +6,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.quantization import LevelSet, elastic, levels, non_negative, signed
+from fairseq_lowbit.quantization import (
+    LevelSet,
+    elastic,
+    levels,
+    mid_rise,
+    non_negative,
+    signed,
+    squashed,
+    uniform,
+)
 
-ALL_SETS = [signed(n) for n in range(1, 9)] + [non_negative(n) for n in range(1, 9)]
+ALL_SETS = [make(n) for make in (signed, non_negative, mid_rise) for n in range(1, 9)]
 SETS = pytest.mark.parametrize("level_set", ALL_SETS, ids=lambda s: f"{s.kind}_{s.bits}")
 # Timing and chance stay out: no deadline, the same examples every time.
 STEADY = settings(deadline=None, derandomize=True, database=None)
+# Finely around zero too, where the mid-rise set has all its levels.
+EVERYWHERE = torch.cat([torch.linspace(-300, 300, 9601), torch.linspace(-1.5, 1.5, 2001)])
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-@pytest.mark.parametrize("module", [levels, elastic], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [levels, elastic, squashed, uniform], ids=lambda m: m.__name__)
 def test_examples_in_the_docstrings_run(module) -> None:
     results = doctest.testmod(module)
     assert results.attempted > 0
@@ -32,6 +43,9 @@ def test_examples_in_the_docstrings_run(module) -> None:
         (non_negative(1), 0, 1, 1),
         (non_negative(2), 0, 3, 3),
         (non_negative(8), 0, 255, 255),
+        (mid_rise(1), 0, 1, 1),
+        (mid_rise(2), 0, 3, 2),
+        (mid_rise(8), 0, 255, 128),
     ],
 )
 def test_range_and_gradient_divisor(level_set: LevelSet, lo: int, hi: int, divisor: int) -> None:
@@ -40,7 +54,7 @@ def test_range_and_gradient_divisor(level_set: LevelSet, lo: int, hi: int, divis
 
 @SETS
 def test_reaches_each_of_its_levels_and_no_other(level_set: LevelSet) -> None:
-    codes = level_set.encode(torch.linspace(-300, 300, 9601)).unique()
+    codes = level_set.encode(EVERYWHERE).unique()
     assert len(codes) == level_set.size == 2**level_set.bits
     assert codes.min() == level_set.lo
     assert codes.max() == level_set.hi
@@ -80,9 +94,26 @@ def test_codes_are_integers_in_range_and_in_order(level_set: LevelSet, values: l
 
 
 @SETS
-def test_codes_are_their_own_codes(level_set: LevelSet) -> None:
-    codes = level_set.encode(torch.linspace(-300, 300, 9601))
-    assert torch.equal(level_set.encode(codes), codes)
+def test_a_level_has_the_code_it_came_from(level_set: LevelSet) -> None:
+    codes = level_set.encode(EVERYWHERE)
+    assert torch.equal(level_set.encode(level_set.value(codes)), codes)
+
+
+@SETS
+def test_levels_are_a_step_apart(level_set: LevelSet) -> None:
+    codes = level_set.encode(EVERYWHERE).unique()
+    assert level_set.value(codes).diff().unique().tolist() == [level_set.step]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_mid_rise_levels_fill_the_range_evenly_without_zero(bits: int) -> None:
+    level_set = mid_rise(bits)
+    u = torch.linspace(-1, 1, 2049)
+    values = level_set.value(level_set.encode(u))
+    assert torch.equal(values.unique(), -values.unique().flip(0))
+    # No value of the range is further than half a step from its level.
+    assert (values - u).abs().max() <= level_set.step / 2
+    assert level_set.encode(torch.zeros(1)).item() == 2 ** (bits - 1)
 
 
 @pytest.mark.parametrize("kind, bits", [("signed", 1), ("sign", 2), ("signed", 0), ("sign", 9)])

@@ -1,0 +1,113 @@
+"""What every quantizer offers, and what those with learned parameters share."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_lowbit.quantization.codes import Codes
+from fairseq_lowbit.quantization.levels import LevelSet
+
+SCALE_GROUP = "quantizer_scale"
+SHIFT_GROUP = "quantizer_shift"
+
+
+class UncalibratedError(RuntimeError):
+    """A quantizer was used before calibration or before loading a calibrated checkpoint."""
+
+
+class Quantizer(nn.Module):
+    """Turns a tensor into codes and back.
+
+    Args:
+        levels: the codes it may produce.
+        row_size: for a weight with several scales: it is seen as rows of this many values, each
+            with a scale of its own (a whole output channel, or a group of its inputs).
+    """
+
+    is_calibrated = True
+
+    def __init__(self, levels: LevelSet, row_size: int | None = None) -> None:
+        super().__init__()
+        self.levels, self.row_size = levels, row_size
+
+    def forward(self, x: Tensor, length_ratio: Tensor | None = None) -> Tensor:
+        """Fake quantization: the decoded codes of ``x``, in its shape and dtype.
+
+        Args:
+            length_ratio: reference length / valid length, broadcastable to ``x``, for attention
+                probabilities; only a learned scale makes use of it.
+        """
+        raise NotImplementedError
+
+    def codes(self, x: Tensor, length_ratio: Tensor | None = None) -> Codes:
+        """The integers that :meth:`forward` decodes; arguments as there."""
+        raise NotImplementedError
+
+    def target(self, x: Tensor) -> Tensor:
+        """The float values that the codes of ``x`` approximate, fp32."""
+        return x.float()
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether one scale serves all values, so that any sample of them can be encoded."""
+        return False
+
+    def rows(self, x: Tensor) -> Tensor:
+        """``x``, or [rows, row_size] where each row has a scale of its own."""
+        return x if self.row_size is None else x.reshape(-1, self.row_size)
+
+    def extra_repr(self) -> str:
+        rows = "" if self.row_size is None else f", rows of {self.row_size}"
+        return f"{self.levels.kind}, bits={self.levels.bits}{rows}"
+
+
+class LearnedQuantizer(Quantizer):
+    """A quantizer with trained fp32 parameters and the flag, saved with them, that they were set.
+
+    Its parameters stay fp32 whatever the model is cast to.
+
+    Raises:
+        UncalibratedError: in every use before calibration or loading a calibrated state.
+    """
+
+    def __init__(self, levels: LevelSet, row_size: int | None = None) -> None:
+        super().__init__(levels, row_size)
+        self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
+        # Host-side copy of the flag: checking the tensor would synchronise with the device.
+        self._ready = False
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self._ready
+
+    def mark_calibrated(self, is_calibrated: bool) -> None:
+        self.calibrated.fill_(is_calibrated)
+        self._ready = is_calibrated
+
+    def name_groups(self) -> None:
+        """Gives the parameters' groups in the optimizer, by an attribute of theirs."""
+        raise NotImplementedError
+
+    def check_calibrated(self) -> None:
+        if not self._ready:
+            raise UncalibratedError(
+                "quantizer used before calibration: run calibrate(), or load a checkpoint whose "
+                "quantizers are calibrated"
+            )
+
+    def _apply(self, fn, recurse=True):
+        # .half() and .bfloat16() must not touch the parameters: only the device is followed.
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(device=moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.name_groups()  # a deep copy strips parameters of their attributes
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._ready = bool(self.calibrated)

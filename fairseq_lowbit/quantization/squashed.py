@@ -1,0 +1,122 @@
+"""Squashed weight quantization (SqWQ; Strom, Khan and Hamza, Interspeech 2022; Yeh et al. 1.2).
+
+W = tanh(P): a Gaussian P gives a nearly uniform W on [-1, 1], which evenly spaced levels serve
+well. The stored weight of the operator is P; the effective one is exp(g) Q(tanh(P)), with one
+learned log-gain g per output channel.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_lowbit.quantization.codes import Codes
+from fairseq_lowbit.quantization.levels import LevelSet, mid_rise
+from fairseq_lowbit.quantization.quantizer import SCALE_GROUP, LearnedQuantizer
+
+SQUASHED_GROUP = "squashed_weight"
+# tanh(N(0, s^2)) is closest to U(-1, 1), in Kolmogorov's distance, at this s.
+TARGET_STD = 0.84
+_LIMIT = 0.999
+_BISECTIONS = 30
+
+
+class _FakeSquash(torch.autograd.Function):
+    """gain * level(encode(tanh(P))) forward; backward dQ/dW = 1 and dW/dP = 1 - W^2."""
+
+    @staticmethod
+    def forward(ctx, unsquashed, gain, levels: LevelSet):
+        ctx.save_for_backward(unsquashed, gain)
+        ctx.levels = levels
+        code = levels.encode(unsquashed.float().tanh())
+        return levels.value(code).mul_(gain).to(unsquashed.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        unsquashed, gain = ctx.saved_tensors
+        squashed = unsquashed.float().tanh()
+        grad = grad_output.float()
+        level = ctx.levels.value(ctx.levels.encode(squashed))
+        grad_gain = (grad * level).sum_to_size(gain.shape)
+        grad_unsquashed = (1 - squashed.square()).mul_(gain).mul_(grad)
+        return grad_unsquashed.to(unsquashed.dtype), grad_gain, None
+
+
+class SquashedQuantizer(LearnedQuantizer):
+    """Weight quantizer on mid-rise levels of the squashed weight.
+
+    Args:
+        bits: 1 to 8.
+        channels: output channels, each with a gain.
+        row_size: weights of one output channel.
+
+    Parameter: ``log_gain`` [channels, 1].
+
+    >>> quantizer = SquashedQuantizer(bits=2, channels=1, row_size=3)
+    >>> unsquashed = quantizer.fit(torch.tensor([[-0.02, 0.01, 0.04]]))
+    >>> quantizer.target(unsquashed)
+    tensor([[-0.0200,  0.0100,  0.0400]])
+    """
+
+    def __init__(self, bits: int, channels: int, row_size: int) -> None:
+        super().__init__(mid_rise(bits), row_size)
+        self.log_gain = nn.Parameter(torch.zeros(channels, 1, dtype=torch.float32))
+        self.name_groups()
+
+    @property
+    def gain(self) -> Tensor:
+        """exp(log_gain), [channels, 1]."""
+        return self.log_gain.exp()
+
+    def forward(self, x: Tensor, length_ratio: Tensor | None = None) -> Tensor:
+        self.check_calibrated()
+        return _FakeSquash.apply(self.rows(x), self.gain, self.levels).view_as(x)
+
+    def codes(self, x: Tensor, length_ratio: Tensor | None = None) -> Codes:
+        self.check_calibrated()
+        with torch.no_grad():
+            integers = self.levels.encode(self.rows(x).float().tanh()).to(torch.int16)
+            return Codes(integers, self.gain, self.levels, x.shape)
+
+    @torch.no_grad()
+    def target(self, x: Tensor) -> Tensor:
+        """exp(g) tanh(P), the float weight that ``x`` = P stands for."""
+        return (self.rows(x).float().tanh() * self.gain).view_as(x)
+
+    @torch.no_grad()
+    def fit(self, weight: Tensor) -> Tensor:
+        """Sets the gains for a float ``weight`` and returns its P, of the same shape.
+
+        Per channel exp(g) is the value for which the standard deviation of
+        atanh(clip(weight/exp(g), +-0.999)) is ``TARGET_STD``.
+        """
+        rows = self.rows(weight).float()
+        rms = rows.square().mean(1, keepdim=True).sqrt().clamp_min(1e-8)
+        low, high = rms.log() - 4, rms.log() + 4
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            is_wide = _unsquash(rows, middle).std(1, correction=0, keepdim=True) > TARGET_STD
+            low, high = torch.where(is_wide, middle, low), torch.where(is_wide, high, middle)
+        self.log_gain.copy_((low + high) / 2)
+        self.mark_calibrated(True)
+        return _unsquash(rows, self.log_gain).view_as(weight)
+
+    def clipped_share(self, weight: Tensor) -> float:
+        """Share of a float ``weight`` that :meth:`fit` clipped."""
+        return float((self.rows(weight).abs() > _LIMIT * self.gain).float().mean())
+
+    def name_groups(self) -> None:
+        self.log_gain.param_group = SCALE_GROUP
+
+
+def _unsquash(rows: Tensor, log_gain: Tensor) -> Tensor:
+    return torch.atanh((rows / log_gain.exp()).clamp_(-_LIMIT, _LIMIT))
+
+
+def squash_penalty(unsquashed: Iterable[Tensor]) -> Tensor:
+    """Mean over tensors P of (std(P) - 0.84)^2 + mean(P)^2, () fp32: keeps tanh(P) uniform."""
+    terms = [
+        (p.float().std(correction=0) - TARGET_STD).square() + p.float().mean().square()
+        for p in unsquashed
+    ]
+    return torch.stack(terms).mean()
