@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fairseq_lowbit"
 
-# Room -> rooms it may import. Besides these: itself and errors.py.
+# Room -> rooms it may import. Besides these: itself, errors.py and files.py.
 MAY_IMPORT = {
     "quantization": set(),
     "precision": {"quantization"},

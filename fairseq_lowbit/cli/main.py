@@ -22,6 +22,7 @@ COMMANDS = (
     ("synthesize", "make a small speech corpus without a download"),
     ("prepare", "write fairseq's manifests for a folder of audio"),
     ("labels", "make the k-means labels that HuBERT is trained on"),
+    ("ptq", "quantize a checkpoint by calibration, without training"),
     ("evaluate", "measure a checkpoint"),
 )
 

@@ -18,7 +18,7 @@ HELP = "print which module gets how many bits, and what it stores"
 
 
 @dataclass
-class _Model(Architecture):
+class ModelConfig(Architecture):
     """The part of a configuration that a plan depends on; its types check what a user wrote."""
 
     precision: Precision = field(default_factory=Precision)
@@ -47,14 +47,23 @@ def plan_for(name: str, overrides: list[str]) -> Plan:
     Raises:
         LowbitError: see :func:`fairseq_lowbit.precision.resolve_plan`.
     """
+    model = model_config(name, overrides)
+    with torch.device("meta"):
+        return Hubert(model, precision=model.precision).plan
+
+
+def model_config(name: str, overrides: list[str]) -> ModelConfig:
+    """Shape and precision of a configuration name, or of a precision name at base size.
+
+    Raises:
+        LowbitError: an override, a key or a value that does not fit.
+    """
     if name not in config_names():
         overrides = [f"model.precision.name={name}", *overrides]
         name = "hubert_fastconv"
     config = compose_config(name, overrides).model
     given = {key: value for key, value in config.items() if key != "_name"}
     try:
-        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_Model), given))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), given))
     except OmegaConfBaseException as error:
         raise LowbitError(f"model: {error}") from error
-    with torch.device("meta"):
-        return Hubert(model, precision=model.precision).plan

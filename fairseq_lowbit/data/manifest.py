@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from fairseq_lowbit.data.audio import UnusableAudio, audio_info
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.files import atomic_write
 
 # A few damaged files in a corpus are normal and fairseq survives them; more point to a wrong root.
 MAX_UNREADABLE_SHARE = 0.1
@@ -72,19 +70,6 @@ def write_manifest(path: str | Path, root: str | Path, items: Iterable[tuple[str
     with atomic_write(path) as file:
         file.write(f"{Path(root).resolve()}\n")
         file.writelines(f"{name}\t{size}\n" for name, size in items)
-
-
-@contextmanager
-def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
-    """Opens a temporary neighbour of `path`, which replaces it when the block ends well."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_manifest(manifest: Manifest, sample_rate: int, *, probe: int = 64) -> list[str]:

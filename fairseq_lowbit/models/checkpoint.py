@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.files import atomic_write
 from fairseq_lowbit.models.architecture import Architecture
 from fairseq_lowbit.models.model import Hubert
 from fairseq_lowbit.nn import float_state
@@ -103,6 +104,36 @@ def start_from(model: Hubert, source: LoadedModel, role: str = "init_from") -> N
     if labels is not None and model.state_dict().get(_LABELS, labels[:0]).shape == labels.shape:
         weights[_LABELS] = labels
     model.load_state_dict(weights, strict=False)
+
+
+def write_model(path: str | Path, model: Hubert, source: LoadedModel) -> None:
+    """Writes ``model``, made from ``source`` without training, as a checkpoint that everything here
+    reads: a teacher, a start for training, a row of a comparison. Replaces ``path`` at once or not
+    at all.
+
+    Raises:
+        LowbitError: ``path`` cannot be written.
+    """
+    state = read_checkpoint(source.path)
+    config = dict(state["cfg"])
+    config["model"] = {
+        **config["model"],
+        "_name": "lowbit_hubert",
+        "precision": model.plan.precision.to_mapping(),
+    }
+    config["task"] = {"_name": "lowbit_distillation", "normalize": source.normalize}
+    # What fairseq wants to find in any checkpoint, here of no training.
+    history = {"optimizer_name": "", "lr_scheduler_state": {}, "num_updates": source.updates}
+    training = {"args": None, "optimizer_history": [history], "extra_state": {}}
+    training["extra_state"]["train_iterator"] = {"epoch": 1}
+    weights = model.state_dict()
+    if not source.has_final_projection:
+        weights = {k: v for k, v in weights.items() if not k.startswith("final_proj.")}
+    try:
+        with atomic_write(path, "wb") as file:
+            torch.save({**training, "cfg": config, "model": weights}, file)
+    except OSError as error:
+        raise LowbitError(f"cannot write {path}: {error.strerror}") from error
 
 
 def check_same_shapes(model: nn.Module, weights: StateDict, path: str | Path) -> None:

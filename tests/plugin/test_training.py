@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fairseq import checkpoint_utils
 from omegaconf import OmegaConf
 
+from fairseq_lowbit.cli.main import main
 from fairseq_lowbit.models import load_model
 from fairseq_lowbit.nn import quantizers
+from fairseq_lowbit.plugin import register
 from fairseq_lowbit.plugin.configs import compose_config, config_names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -303,3 +306,18 @@ def test_one_run_from_a_checkout(trainer, teacher: Path, tmp_path: Path) -> None
     )
     assert run.status == 0, run.output
     assert load_model(run.last).updates == 5
+
+
+def test_a_calibrated_checkpoint_serves_fairseq_and_training(
+    train, teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "ptq.pt"
+    command = ["ptq", str(teacher), "--precision", "sqwq_w4", "--data", str(corpus)]
+    assert main([*command, "--out", str(out)]) == 0
+    own = load_model(out).model
+    register()
+    (loaded,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(out)])
+    waveform = torch.randn(1, 4000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded.eval().final_output(waveform), own.final_output(waveform))
+    run = train("bitla_w1a1", f"task.teacher={teacher}", f"task.init_from={out}")
+    assert run.logged("loss")
