@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("teacher", type=Path, help="checkpoint to quantize")
     parser.add_argument("--precision", required=True, help="for example bitl_w8a8, absmax_w4a8")
     parser.add_argument("--data", type=Path, required=True, help="folder with the manifest")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint to write")
+    parser.add_argument("--out", type=Path, help="checkpoint to write (default ptq_<precision>.pt)")
     parser.add_argument("--split", default="train", help="manifest to calibrate on (train)")
     parser.add_argument(
         "--calibration", choices=CRITERIA, default="mse", help="what a scale fits (mse)"
@@ -40,17 +40,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     precision = model_config(args.precision, [f"model.precision.rules={args.rules}"]).precision
     criterion = Criterion(args.calibration, args.percentile)
-    if not args.out.parent.is_dir():
-        raise LowbitError(f"--out: there is no folder {args.out.parent}")
+    out = args.out or Path(f"ptq_{args.precision}.pt")
+    if not out.parent.is_dir():
+        raise LowbitError(f"--out: there is no folder {out.parent}")
     teacher = load_model(args.teacher)
     manifest = read_manifest(args.data / f"{args.split}.tsv")
     started = time.monotonic()
     calibrated = post_training_quantized(teacher, precision, manifest, criterion)
     seconds = time.monotonic() - started
-    write_model(args.out, calibrated.model, teacher)
+    write_model(out, calibrated.model, teacher)
     print_table(plan_table(calibrated.model.plan))
     if calibrated.clipped:
         print(describe_squashing(calibrated.clipped))
-    print(f"calibrated in {seconds:.1f} s on files of {manifest.path}; wrote {args.out}")
+    print(f"calibrated in {seconds:.1f} s on files of {manifest.path}; wrote {out}")
     print("measure it: fairseq-lowbit evaluate TEACHER --data DIR --out DIR --student NAME=FILE")
     return 0
