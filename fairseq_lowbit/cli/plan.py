@@ -2,26 +2,12 @@
 
 import argparse
 import json
-from dataclasses import dataclass, field
 
-import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.tables import plan_table, print_table
-from fairseq_lowbit.models import Architecture, Hubert
-from fairseq_lowbit.plugin.configs import compose_config, config_names
-from fairseq_lowbit.precision import Plan, Precision
+from fairseq_lowbit.plugin.configs import compose_config, config_names, resolve_model_plan
+from fairseq_lowbit.precision import Plan
 
 HELP = "print which module gets how many bits, and what it stores"
-
-
-@dataclass
-class _Model(Architecture):
-    """The part of a configuration that a plan depends on; its types check what a user wrote."""
-
-    precision: Precision = field(default_factory=Precision)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,11 +36,4 @@ def plan_for(name: str, overrides: list[str]) -> Plan:
     if name not in config_names():
         overrides = [f"model.precision.name={name}", *overrides]
         name = "hubert_fastconv"
-    config = compose_config(name, overrides).model
-    given = {key: value for key, value in config.items() if key != "_name"}
-    try:
-        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_Model), given))
-    except OmegaConfBaseException as error:
-        raise LowbitError(f"model: {error}") from error
-    with torch.device("meta"):
-        return Hubert(model, precision=model.precision).plan
+    return resolve_model_plan(compose_config(name, overrides).model)

@@ -1,8 +1,10 @@
-"""Composing this package's configurations outside of a training run."""
+"""This package's configurations outside of training: composing them, and what they ask for."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -11,8 +13,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 import fairseq_lowbit
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.models import Architecture, Hubert
+from fairseq_lowbit.precision import Plan, Precision
 
 _PACKAGE = Path(fairseq_lowbit.__file__).parent
+
+
+@dataclass
+class _Model(Architecture):
+    """The part of a configuration that a plan depends on; its types check what a user wrote."""
+
+    precision: Precision = field(default_factory=Precision)
 
 
 def config_dir() -> Path:
@@ -38,6 +49,21 @@ def compose_config(name: str, overrides: list[str]) -> DictConfig:
             return compose(name, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise LowbitError(f"configuration {name}: {error}") from error
+
+
+def resolve_model_plan(config: DictConfig) -> Plan:
+    """The plan of the ``model`` section of a configuration.
+
+    Raises:
+        LowbitError: an impossible shape or precision, or a value of another type.
+    """
+    given = {key: value for key, value in config.items() if key != "_name"}
+    try:
+        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_Model), given))
+    except OmegaConfBaseException as error:
+        raise LowbitError(f"model: {error}") from error
+    with torch.device("meta"):
+        return Hubert(model, precision=model.precision).plan
 
 
 def model_group(name: str) -> dict[str, Any]:
