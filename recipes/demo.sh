@@ -63,7 +63,7 @@ distil() {
     local precision="$1"
     shift
     OMP_NUM_THREADS="$half" train "$precision" "$work/$precision.log" \
-        --config-name "bitla_$precision" run=demo_distillation "task.data=$data" \
+        --config-name "bitla_$precision" run=demo_student "task.data=$data" \
         "task.teacher=$teacher" "$@"
 }
 

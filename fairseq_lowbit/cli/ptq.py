@@ -4,13 +4,13 @@ import argparse
 import time
 from pathlib import Path
 
-from fairseq_lowbit.cli.plan import model_config
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.ptq import post_training_quantized
 from fairseq_lowbit.evaluation.tables import plan_table, print_table
 from fairseq_lowbit.models import load_model, write_model
 from fairseq_lowbit.nn import describe_squashing
+from fairseq_lowbit.plugin.configs import model_config
 from fairseq_lowbit.quantization import Criterion
 from fairseq_lowbit.quantization.calibration import CRITERIA
 

@@ -9,8 +9,10 @@ from typing import Any
 from fairseq import checkpoint_utils
 from fairseq.logging import progress_bar
 from fairseq_cli import train
+from fairseq_cli.hydra_train import _hydra_main
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
+from hydra.types import TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 from torch.multiprocessing import ProcessRaisedException
@@ -19,6 +21,7 @@ import fairseq_lowbit
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.plugin import register
 from fairseq_lowbit.plugin.run_files import print_summary
+from fairseq_lowbit.plugin.stages import Schedule, stage_configs, stops_early
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +48,14 @@ class FairseqJob(Callback):
                 _absolute_override(override) for override in config.hydra.overrides.task
             ]
 
-    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_job_start(
+        self, config: DictConfig, *, task_function: TaskFunction, **kwargs: Any
+    ) -> None:
         register()
         _forget_last_job()
+        # By this name fairseq's hydra_main calls what trains. Launchers hand a copy of hydra_main
+        # to their processes, with globals of its own.
+        task_function.__globals__["_hydra_main"] = train_in_stages
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         # fairseq's hydra_main returns None; sweepers need the best validation loss.
@@ -62,6 +70,35 @@ class FairseqJob(Callback):
         if mistake is not None:
             logger.error(mistake)
             sys.exit(2)
+
+
+def train_in_stages(config: DictConfig) -> None:
+    """fairseq's training, once or stage by stage, in one process and one job of a sweep.
+
+    Stages share their process: replacing it for each would part the ranks of torchrun, which meet
+    once by the addresses they leave in its store, and would end launchers that run several jobs.
+    """
+    schedule = Schedule.from_config(config)
+    if not schedule.stages:
+        schedule.refuse_other_stages()
+        _hydra_main(config)
+        return
+    configs = stage_configs(config, schedule)
+    for index in range(schedule.first_unfinished(), len(configs)):
+        own = configs[index]
+        logger.info(
+            f"{schedule.describe(index)}: {own.optimization.max_update} updates from "
+            f"{own.task.init_from or own.task.teacher}, teacher {own.task.teacher}"
+        )
+        _forget_last_job()
+        _hydra_main(own)
+        if own is configs[-1]:
+            break
+        made = schedule.made_updates(index)
+        if made < own.optimization.max_update and not stops_early(own):
+            logger.warning(f"{schedule.describe(index)} was interrupted after {made} updates")
+            break
+        schedule.mark_finished(index, made)
 
 
 def absolute(key: str, value: str) -> str:

@@ -1,8 +1,10 @@
-"""Composing this package's configurations outside of a training run."""
+"""This package's configurations outside of training: composing them, and what they ask for."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -11,8 +13,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 import fairseq_lowbit
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.models import Architecture, Hubert
+from fairseq_lowbit.precision import Precision
 
 _PACKAGE = Path(fairseq_lowbit.__file__).parent
+
+
+@dataclass
+class ModelConfig(Architecture):
+    """The part of a configuration that a plan depends on; its types check what a user wrote."""
+
+    precision: Precision = field(default_factory=Precision)
 
 
 def config_dir() -> Path:
@@ -38,6 +49,41 @@ def compose_config(name: str, overrides: list[str]) -> DictConfig:
             return compose(name, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise LowbitError(f"configuration {name}: {error}") from error
+
+
+def model_config(name: str, overrides: list[str]) -> ModelConfig:
+    """Shape and precision of a configuration name, or of a precision name at base size.
+
+    Raises:
+        LowbitError: an override, a key or a value that does not fit.
+    """
+    if name not in config_names():
+        overrides = [f"model.precision.name={name}", *overrides]
+        name = "hubert_fastconv"
+    return read_model_config(compose_config(name, overrides).model)
+
+
+def read_model_config(config: DictConfig) -> ModelConfig:
+    """The ``model`` section of a configuration.
+
+    Raises:
+        LowbitError: an unknown key, or a value of another type.
+    """
+    given = {key: value for key, value in config.items() if key != "_name"}
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), given))
+    except OmegaConfBaseException as error:
+        raise LowbitError(f"model: {error}") from error
+
+
+def meta_model(config: ModelConfig) -> Hubert:
+    """The model without its weights.
+
+    Raises:
+        LowbitError: an impossible shape or precision.
+    """
+    with torch.device("meta"):
+        return Hubert(config, precision=config.precision)
 
 
 def model_group(name: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from fairseq_lowbit.models.extractor import receptive_field
 from fairseq_lowbit.nn import calibrate, describe_squashing, is_calibrated
 from fairseq_lowbit.plugin.dataset import AudioOptions, SpeechDataset
 from fairseq_lowbit.plugin.run_files import RunFiles
+from fairseq_lowbit.plugin.stages import Stage
 from fairseq_lowbit.quantization import Criterion
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,9 @@ class SpeechTaskConfig(FairseqDataclass):
         default=200, metadata={"help": "updates between health records; 0: none"}
     )
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    stages: list[Stage] = field(
+        default_factory=list, metadata={"help": "precisions on the way; see config/schedule"}
+    )
     output_dir: str = II("checkpoint.save_dir")
     tensorboard_logdir: Optional[str] = II("common.tensorboard_logdir")
     train_subset: str = II("dataset.train_subset")
@@ -83,7 +87,12 @@ class LowbitPretrainingConfig(SpeechTaskConfig):
     )
     label_dir: Optional[str] = field(default=None, metadata={"help": "default: the data folder"})
     label_rate: float = field(default=50.0, metadata={"help": "labels per second"})
-    init_from: Optional[str] = field(default=None, metadata={"help": "checkpoint to start from"})
+    teacher: Optional[str] = field(
+        default=None, metadata={"help": "checkpoint a student starts from, trained on these labels"}
+    )
+    init_from: Optional[str] = field(
+        default=None, metadata={"help": "checkpoint to start from; default: the teacher"}
+    )
 
 
 @dataclass
@@ -278,9 +287,30 @@ class LowbitPretrainingTask(_SpeechTask):
     def label_classes(self) -> int:
         return self.state.label_classes
 
+    def _dictionary(self) -> Path:
+        return self._label_folder() / f"dict.{self.cfg.labels[0]}.txt"
+
     def _count_classes(self) -> int:
-        dictionary = self._label_folder() / f"dict.{self.cfg.labels[0]}.txt"
-        return count_classes(read_dictionary(dictionary))
+        return count_classes(read_dictionary(self._dictionary()))
+
+    def _initialize(self, model: Hubert) -> None:
+        if self.cfg.teacher:
+            teacher = load_model(self.cfg.teacher)
+            self._refuse_other_labels(teacher)
+            start_from(model, teacher, role="teacher")
+        super()._initialize(model)
+
+    def _refuse_other_labels(self, teacher: LoadedModel) -> None:
+        """Label embeddings learned anew would throw away what a teacher knows of its labels."""
+        embeddings = getattr(teacher.model, "label_embs_concat", None)
+        if embeddings is None:
+            logger.warning(f"teacher {teacher.path} has no label embeddings: they start at random")
+        elif len(embeddings) != self.label_classes:
+            raise LowbitError(
+                f"{self._dictionary()} has {self.label_classes} label classes and the teacher "
+                f"{teacher.path} {len(embeddings)}: name the labels it was trained on "
+                "(task.label_dir, task.labels), or start from it by task.init_from to learn others"
+            )
 
     @property
     def label_ratio(self) -> float:
@@ -322,8 +352,7 @@ class LowbitDistillationTask(_SpeechTask):
 
     def _initialize(self, model: Hubert) -> None:
         start_from(model, self.teacher, role="teacher")
-        if self.cfg.init_from:
-            start_from(model, load_model(self.cfg.init_from))
+        super()._initialize(model)
         if not model.plan.quantizes("feature_extractor."):
             model.feature_extractor.requires_grad_(False)
 

@@ -1,0 +1,264 @@
+"""Which stages a schedule has, which of them comes next, and what contradicts what."""
+
+import copy
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.plugin.configs import compose_config
+from fairseq_lowbit.plugin.stages import Schedule, read_stages, stage_configs, stops_early
+
+THREE = [
+    {"precision": "w8a8", "updates": 30},
+    {"precision": "w4a4", "teacher": "previous", "lr": 0.001},
+    {"precision": "w2a2"},
+]
+
+
+@cache
+def _composed() -> DictConfig:
+    given = ["task.data=/data", "task.teacher=/t.pt", "optimization.max_update=100"]
+    return compose_config("bitla_w2a2", ["model=fastconv_tiny", *given])
+
+
+def config(stages: object, **changes: Any) -> DictConfig:
+    """A run of BiT-LA W2A2 of 100 updates. ``changes`` have ``__`` for the dots of their keys."""
+    made = copy.deepcopy(_composed())
+    OmegaConf.set_struct(made, False)
+    made.task.stages = stages
+    for key, value in changes.items():
+        OmegaConf.update(made, key.replace("__", "."), value)
+    return made
+
+
+def at(folder: Path, stages: list[dict] = THREE) -> Schedule:
+    return Schedule.from_config(config(stages, checkpoint__save_dir=str(folder)))
+
+
+def make_checkpoint(schedule: Schedule, index: int, updates: int = 1) -> None:
+    path = schedule.checkpoint(index)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {"cfg": {"model": {}}, "model": {}, "optimizer_history": [{"num_updates": updates}]}
+    torch.save(state, path)
+
+
+def finish(schedule: Schedule, *indices: int) -> None:
+    for index in indices:
+        make_checkpoint(schedule, index, updates=5)
+        schedule.mark_finished(index, schedule.made_updates(index))
+
+
+@pytest.fixture
+def schedule(tmp_path: Path) -> Schedule:
+    return at(tmp_path)
+
+
+def test_names_are_completed_by_the_method_of_the_run() -> None:
+    assert [stage.precision for stage in read_stages(config(THREE))] == [
+        "bitla_w8a8",
+        "bitla_w4a4",
+        "bitla_w2a2",
+    ]
+    mixed = [{"precision": "bitl_w2a2"}, {"precision": "w2a2"}]
+    assert [stage.precision for stage in read_stages(config(mixed))] == ["bitl_w2a2", "bitla_w2a2"]
+
+
+def test_no_stages_without_a_schedule() -> None:
+    assert read_stages(config([])) == []
+    assert read_stages(compose_config("hubert_fastconv", ["task.data=/data"])) == []
+
+
+@pytest.mark.parametrize("name", ["w8a8_w4a4_w2a2_w1a1", "w1a2_w1a1"])
+@pytest.mark.parametrize("method", ["bitl", "bitla"])
+def test_schedules_that_come_with_the_package(name: str, method: str) -> None:
+    given = ["task.data=/data", "task.teacher=/t.pt", f"schedule={name}"]
+    composed = compose_config(f"{method}_w1a1", [*given, "task.stages.1.teacher=previous"])
+    stages = read_stages(composed)
+    assert [stage.precision for stage in stages] == [f"{method}_{bits}" for bits in name.split("_")]
+    assert [stage.teacher for stage in stages][:2] == ["original", "previous"]
+
+
+def test_the_configuration_of_each_stage(tmp_path: Path) -> None:
+    run = config(THREE, checkpoint__save_dir=str(tmp_path), optimization__lr=[0.5])
+    first, second, third = stage_configs(run, Schedule.from_config(run))
+    assert [c.model.precision.name for c in (first, second, third)] == [
+        "bitla_w8a8",
+        "bitla_w4a4",
+        "bitla_w2a2",
+    ]
+    assert [c.optimization.max_update for c in (first, second, third)] == [30, 100, 100]
+    assert [c.lr_scheduler.total_num_update for c in (first, second, third)] == [30, 100, 100]
+    assert [list(c.optimization.lr) for c in (first, second, third)] == [[0.5], [0.001], [0.5]]
+    one, two = tmp_path / "stage1_bitla_w8a8", tmp_path / "stage2_bitla_w4a4"
+    assert [c.checkpoint.save_dir for c in (first, second, third)] == [
+        *map(str, (one, two, tmp_path))
+    ]
+    assert second.common.tensorboard_logdir == "tensorboard/stage2_bitla_w4a4"
+    assert third.common.tensorboard_logdir == "tensorboard"
+    assert first.task.init_from is None
+    assert second.task.init_from == str(one / "checkpoint_last.pt")
+    assert third.task.init_from == str(two / "checkpoint_last.pt")
+    assert [c.task.teacher for c in (first, second, third)] == [
+        "/t.pt",
+        second.task.init_from,
+        "/t.pt",
+    ]
+    assert run.model.precision.name == "bitla_w2a2"
+
+
+def test_a_start_of_its_own_is_the_first_stages(tmp_path: Path) -> None:
+    run = config(THREE, checkpoint__save_dir=str(tmp_path), task__init_from="/start.pt")
+    first, second, _ = stage_configs(run, Schedule.from_config(run))
+    assert first.task.init_from == "/start.pt"
+    assert second.task.init_from != "/start.pt"
+
+
+def test_rules_hold_in_every_stage() -> None:
+    rules = [{"match": "encoder.layers.0.*", "weight_bits": 8}]
+    run = config(THREE, model__precision__rules=rules)
+    for own in stage_configs(run, Schedule.from_config(run)):
+        assert own.model.precision.rules == rules
+    run = config(THREE, model__precision__rules=[{"match": "encoder.layer.*", "weight_bits": 8}])
+    with pytest.raises(LowbitError, match=r"stage 1 of 3 \(bitla_w8a8\).*encoder\.layer\.\*"):
+        stage_configs(run, Schedule.from_config(run))
+
+
+W2 = {"precision": "w2a2"}
+
+
+@pytest.mark.parametrize(
+    "stages, named",
+    [
+        ([{"precision": "w9a9"}, W2], ["task.stages.0.precision", "bitla_w9a9", "9 bits"]),
+        ([{"precision": "int8"}, W2], ["task.stages.0.precision", "int8", "bitla_wNaM"]),
+        ([{"updates": 5}, W2], ["task.stages.0.precision", "mandatory"]),
+        ([{"precision": "w8a8", "updates": 0}, W2], ["task.stages.0.updates 0", "at least one"]),
+        ([{"precision": "w8a8"}, {**W2, "updates": -3}], ["task.stages.1.updates -3"]),
+        ([{"precision": "w8a8", "updates": "many"}, W2], ["task.stages.0.updates", "many"]),
+        ([{"precision": "w8a8", "lr": 0.0}, W2], ["task.stages.0.lr 0.0", "positive"]),
+        ([{"precision": "w8a8", "steps": 5}, W2], ["task.stages.0.steps", "precision, updates"]),
+        ([{"precision": "w8a8"}, {**W2, "teacher": "last"}], ["stages.1.teacher", "'last'"]),
+        ([{"precision": "w8a8", "teacher": "previous"}, W2], ["stages.0.teacher", "original"]),
+        ([W2, W2], ["task.stages.1.precision", "bitla_w2a2"]),
+        ([{"precision": "w4a4"}, {"precision": "w1a1"}], ["this is a run of bitla_w2a2"]),
+        ("w8a8", ["task.stages", "w8a8"]),
+        (["w8a8", "w2a2"], ["task.stages", "w8a8"]),
+    ],
+)  # fmt: skip
+def test_contradictory_stages(stages: object, named: list[str]) -> None:
+    with pytest.raises(LowbitError) as refused:
+        read_stages(config(stages))
+    for part in named:
+        assert part in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("checkpoint.no_save", True),
+        ("checkpoint.no_last_checkpoints", True),
+        ("checkpoint.restore_file", "/other.pt"),
+        ("checkpoint.finetune_from_model", "/other.pt"),
+    ],
+)
+def test_settings_that_stages_rule_out(key: str, value: object) -> None:
+    with pytest.raises(LowbitError, match=key):
+        read_stages(config(THREE, **{key.replace(".", "__"): value}))
+
+
+def test_stages_follow_each_other(schedule: Schedule, tmp_path: Path) -> None:
+    assert schedule.first_unfinished() == 0
+    make_checkpoint(schedule, 0)
+    assert schedule.first_unfinished() == 0
+    finish(schedule, 0)
+    assert schedule.first_unfinished() == 1
+    finish(schedule, 1)
+    assert schedule.first_unfinished() == 2
+    make_checkpoint(schedule, 2)
+    assert schedule.first_unfinished() == 2
+    assert schedule.checkpoint(2) == tmp_path / "checkpoint_last.pt"
+    mark = json.loads((tmp_path / "stage1_bitla_w8a8" / "finished.json").read_text())
+    assert mark == {
+        "precision": "bitla_w8a8",
+        "updates": 30,
+        "teacher": "original",
+        "lr": None,
+        "made_updates": 5,
+    }
+
+
+def test_what_no_later_stage_needs_may_be_deleted(schedule: Schedule) -> None:
+    finish(schedule, 0, 1)
+    schedule.checkpoint(0).unlink()
+    assert schedule.first_unfinished() == 2
+
+
+def test_a_stage_whose_checkpoint_is_gone(schedule: Schedule, tmp_path: Path) -> None:
+    finish(schedule, 0, 1)
+    make_checkpoint(schedule, 2)
+    schedule.checkpoint(1).unlink()
+    with pytest.raises(LowbitError) as refused:
+        schedule.first_unfinished()
+    for part in (
+        str(schedule.checkpoint(1)),
+        "restore it",
+        f"delete {tmp_path / 'stage2_bitla_w4a4'}, {tmp_path / 'checkpoint*.pt'}",
+    ):
+        assert part in str(refused.value)
+
+
+def test_a_stage_that_is_gone_as_a_whole(schedule: Schedule, tmp_path: Path) -> None:
+    finish(schedule, 0, 1)
+    for path in (tmp_path / "stage1_bitla_w8a8").iterdir():
+        path.unlink()
+    with pytest.raises(LowbitError) as refused:
+        schedule.first_unfinished()
+    for part in (
+        "stage 1 of 3 (bitla_w8a8)",
+        "restore",
+        f"delete {tmp_path / 'stage2_bitla_w4a4'}",
+    ):
+        assert part in str(refused.value)
+    assert "checkpoint*.pt" not in str(refused.value)
+
+
+def test_a_folder_with_other_stages(schedule: Schedule, tmp_path: Path) -> None:
+    finish(schedule, 0, 1)
+    for stages in ([THREE[1] | {"teacher": "original"}, THREE[2]], []):
+        with pytest.raises(LowbitError, match=r"stage1_bitla_w8a8.*hydra\.run\.dir"):
+            at(tmp_path, stages).refuse_other_stages()
+    changed = [THREE[0] | {"updates": 60}, *THREE[1:]]
+    with pytest.raises(LowbitError, match=r"stage 1 of 3.*updates 30.*not with 60"):
+        at(tmp_path, changed).first_unfinished()
+    # What is yet to be trained may change, as in any run.
+    assert at(tmp_path, [*THREE[:2], THREE[2] | {"updates": 500}]).first_unfinished() == 2
+
+
+def test_a_folder_of_a_run_without_stages(schedule: Schedule, tmp_path: Path) -> None:
+    make_checkpoint(schedule, 2)
+    with pytest.raises(LowbitError, match=r"hydra\.run\.dir"):
+        schedule.first_unfinished()
+
+
+def test_stopping_before_the_last_update() -> None:
+    structured = {
+        "checkpoint": {"patience": -1},
+        "optimization": {"max_epoch": 0, "stop_time_hours": 0, "stop_min_lr": -1.0},
+    }
+    assert not stops_early(OmegaConf.create(structured))
+    for section, key in (
+        ("checkpoint", "patience"),
+        ("optimization", "max_epoch"),
+        ("optimization", "stop_time_hours"),
+        ("optimization", "stop_min_lr"),
+    ):
+        own = OmegaConf.create(structured)
+        own[section][key] = 1
+        assert stops_early(own), key
