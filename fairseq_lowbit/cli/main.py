@@ -23,6 +23,7 @@ COMMANDS = (
     ("prepare", "write fairseq's manifests for a folder of audio"),
     ("labels", "make the k-means labels that HuBERT is trained on"),
     ("evaluate", "measure a checkpoint"),
+    ("sweep-table", "collect runs into one table"),
 )
 
 
@@ -38,7 +39,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     for name, line in COMMANDS:
         subparser = subparsers.add_parser(name, help=line)
         if name == chosen:
-            module = import_module(f"fairseq_lowbit.cli.{name}")
+            module = import_module(f"fairseq_lowbit.cli.{name.replace('-', '_')}")
             subparser.description = module.HELP
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)

@@ -7,6 +7,7 @@ from fairseq_lowbit.models.checkpoint import (
     load_model,
     read_checkpoint,
     start_from,
+    updates_of,
 )
 from fairseq_lowbit.models.model import Hubert
 
@@ -19,4 +20,5 @@ __all__ = [
     "parse_conv_layers",
     "read_checkpoint",
     "start_from",
+    "updates_of",
 ]
