@@ -8,8 +8,9 @@ import torch
 
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.compare import Candidate, compare, comparison_table, read_held_out
+from fairseq_lowbit.evaluation.compare import compare, comparison_table
 from fairseq_lowbit.evaluation.figures import draw_comparison
+from fairseq_lowbit.evaluation.measure import SECONDS, Candidate, read_held_out
 from fairseq_lowbit.evaluation.ptq import post_training_quantized
 from fairseq_lowbit.evaluation.tables import print_table
 from fairseq_lowbit.models import LoadedModel, load_model
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with test.tsv")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument(
-        "--seconds", type=float, default=300.0, help="held-out audio to measure on (default 300)"
+        "--seconds", type=float, default=SECONDS, help="audio to measure on (default %(default)g)"
     )
     parser.add_argument(
         "--ptq",

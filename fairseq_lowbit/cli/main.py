@@ -24,6 +24,7 @@ COMMANDS = (
     ("labels", "make the k-means labels that HuBERT is trained on"),
     ("ptq", "quantize a checkpoint by calibration, without training"),
     ("evaluate", "measure a checkpoint"),
+    ("sweep-table", "collect runs into one table"),
 )
 
 
@@ -39,7 +40,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     for name, line in COMMANDS:
         subparser = subparsers.add_parser(name, help=line)
         if name == chosen:
-            module = import_module(f"fairseq_lowbit.cli.{name}")
+            module = import_module(f"fairseq_lowbit.cli.{name.replace('-', '_')}")
             subparser.description = module.HELP
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)

@@ -1,50 +1,21 @@
 """The comparison table: a teacher, post-training quantization and trained students side by side."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.table import Table
 
-from fairseq_lowbit.data.label_file import LabelFile
-from fairseq_lowbit.data.manifest import atomic_write, read_manifest
-from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.agreement import Agreement, agreement, valid_frames
-from fairseq_lowbit.evaluation.masked import MaskedAccuracy, masked_accuracy
-from fairseq_lowbit.evaluation.probe import Probe, pooled, word_probe
-from fairseq_lowbit.evaluation.utterances import Utterances, chosen_lines, read_batches
-from fairseq_lowbit.models import Hubert, LoadedModel
+from fairseq_lowbit.data.manifest import atomic_write
+from fairseq_lowbit.evaluation.measure import Candidate, HeldOut, Reference, Row
+from fairseq_lowbit.evaluation.probe import Probe
+from fairseq_lowbit.models import LoadedModel
 
 TRAINED_FACTOR = 3.0
 _SCORES = ("last-layer cosine", "SNR dB", "masked accuracy %")
-# Shares of the audio that words to train and to test the probe on may take, of --seconds.
-_WORD_SHARES = {"train": 0.8, "test": 0.5}
-WordSets = tuple[tuple[list[Utterances], list[str]], tuple[list[Utterances], list[str]]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model of the comparison.
-
-    Attributes:
-        is_calibrated_only: post-training quantization, no training.
-        storage_mb: stored bytes of all parameters in 1e6, float ones at 16 bits.
-        agreement: with the teacher; None for the teacher itself.
-        masked: None without labels.
-        probe: None without word sets.
-    """
-
-    name: str
-    is_calibrated_only: bool
-    storage_mb: float
-    agreement: Agreement | None
-    masked: MaskedAccuracy | None
-    probe: Probe | None
 
 
 @dataclass(frozen=True)
@@ -93,46 +64,6 @@ class Comparison:
             json.dump({**asdict(self), "findings": self.findings()}, file, indent=1)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A model to compare with the teacher."""
-
-    name: str
-    model: Hubert
-    is_calibrated_only: bool = False
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What every model is measured on.
-
-    Attributes:
-        labels: None when the folder has none, or the teacher no label embeddings.
-        words: batches and words to train and to test the probe on; None without word sets.
-    """
-
-    audio: list[Utterances]
-    labels: LabelFile | None
-    words: WordSets | None
-
-
-def read_held_out(data: Path, teacher: LoadedModel, seconds: float) -> HeldOut:
-    """Reads a seeded choice of a data folder's held-out files.
-
-    Args:
-        data: folder with ``test.tsv``, ``test.km`` (masked accuracy; optional) and the word sets
-            ``words_{train,test}.{tsv,wrd}`` (probe; optional).
-        seconds: audio to measure on.
-
-    Raises:
-        LowbitError: missing or unusable data; labels of another kind than the teacher's.
-    """
-    manifest = read_manifest(data / "test.tsv")
-    audio = list(read_batches(manifest, chosen_lines(manifest, seconds), teacher.normalize))
-    labels = _labels(data, getattr(teacher.model, "label_embs_concat", None))
-    return HeldOut(audio, labels, _words(data, seconds, teacher.normalize))
-
-
 def compare(
     teacher: LoadedModel,
     candidates: Sequence[Candidate],
@@ -147,38 +78,16 @@ def compare(
     Raises:
         LowbitError: a candidate whose layers are not those of the teacher.
     """
+    reference = Reference(teacher, held_out)
     for candidate in candidates:
-        _check_comparable(candidate, teacher.model)
-    reference = valid_frames(teacher.model, held_out.audio)
+        reference.check_comparable(candidate)
     progress("FP teacher")
-    rows = [_row(Candidate("FP teacher", teacher.model), None, teacher.model, held_out)]
+    rows = [reference.measure_teacher("FP teacher")]
     for candidate in candidates:
         progress(candidate.name)
-        close = agreement(valid_frames(candidate.model, held_out.audio), reference)
-        rows.append(_row(candidate, close, teacher.model, held_out))
+        rows.append(reference.measure(candidate))
     progress("untrained network")
-    return Comparison(tuple(rows), _probe(_untrained(teacher), held_out.words))
-
-
-def _check_comparable(candidate: Candidate, teacher: Hubert) -> None:
-    own, wanted = (
-        f"{m.shape.encoder_layers} layers of {m.shape.encoder_embed_dim} features, one frame in "
-        f"{math.prod(stride for _, _, stride in m.conv_layers)} samples"
-        for m in (candidate.model, teacher)
-    )
-    if own != wanted:
-        raise LowbitError(
-            f"{candidate.name} has {own}, the teacher {wanted}: they are compared layer by layer"
-        )
-
-
-def _row(candidate: Candidate, close: Agreement | None, teacher: Hubert, held_out: HeldOut) -> Row:
-    masked, model = None, candidate.model
-    if held_out.labels is not None:
-        masked = masked_accuracy(model, teacher, held_out.audio, held_out.labels)
-    probe = _probe(model, held_out.words)
-    megabytes = model.plan.bytes / 1e6
-    return Row(candidate.name, candidate.is_calibrated_only, megabytes, close, masked, probe)
+    return Comparison(tuple(rows), reference.measure_untrained())
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -238,50 +147,3 @@ def _probe_findings(rows: Sequence[Row]) -> list[str]:
     if not alike:
         return []
     return [f"At the last layer the word probe does not separate {'; '.join(alike)}."]
-
-
-def _labels(data: Path, embeddings: torch.Tensor | None) -> LabelFile | None:
-    path = data / "test.km"
-    if embeddings is None or not path.is_file():
-        return None
-    labels = LabelFile(path, data / "dict.km.txt")
-    if len(embeddings) != labels.classes:
-        raise LowbitError(
-            f"{data} has {labels.classes} label classes and the teacher {len(embeddings)}: "
-            "evaluate on the labels the teacher was trained on"
-        )
-    return labels
-
-
-def _words(data: Path, seconds: float, normalize: bool) -> WordSets | None:
-    if not (data / "words_test.tsv").is_file():
-        return None
-    return tuple(
-        _word_set(data, split, share * seconds, normalize) for split, share in _WORD_SHARES.items()
-    )
-
-
-def _word_set(
-    data: Path, split: str, seconds: float, normalize: bool
-) -> tuple[list[Utterances], list[str]]:
-    manifest = read_manifest(data / f"words_{split}.tsv")
-    words = (data / f"words_{split}.wrd").read_text().split()
-    if len(words) != len(manifest):
-        raise LowbitError(f"{data}/words_{split}.wrd: {len(words)} words, {len(manifest)} files")
-    return list(read_batches(manifest, chosen_lines(manifest, seconds), normalize)), words
-
-
-def _probe(model: Hubert, words: WordSets | None) -> Probe | None:
-    if words is None:
-        return None
-    sets = []
-    for batches, names in words:
-        features, lines = pooled(model, batches)
-        sets.append((features, [names[line] for line in lines]))
-    return word_probe(*sets)
-
-
-def _untrained(teacher: LoadedModel) -> Hubert:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Hubert(teacher.model.shape).eval()

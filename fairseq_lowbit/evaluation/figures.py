@@ -9,7 +9,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from fairseq_lowbit.evaluation.compare import Comparison, Row
+from fairseq_lowbit.evaluation.compare import Comparison
+from fairseq_lowbit.evaluation.measure import Row
 
 
 def draw_comparison(comparison: Comparison, path: Path) -> None:

@@ -36,10 +36,12 @@ def masked_accuracy(
     """Masks the same frames for every model that is given the same teacher and batches.
 
     Args:
-        teacher: its masks and its label embeddings are used; a student has none of its own.
+        model: predicts with its own label embeddings if it has them (the HuBERT loss trains
+            them), else with those of the teacher.
+        teacher: its masks are used.
         labels: at the model's frame rate, lines as in the manifest of ``batches``.
     """
-    shape, label_embeddings = teacher.shape, teacher.label_embs_concat
+    shape, label_embeddings = teacher.shape, _label_embeddings(model, teacher)
     correct = total = 0
     counts: Counter[int] = Counter()
     with torch.random.fork_rng(devices=[]):
@@ -56,6 +58,11 @@ def masked_accuracy(
     if not total:
         raise LowbitError(f"{labels.path} has no label for any masked frame")
     return MaskedAccuracy(correct / total, counts.most_common(1)[0][1] / total)
+
+
+def _label_embeddings(model: Hubert, teacher: Hubert) -> Tensor:
+    own, theirs = getattr(model, "label_embs_concat", None), teacher.label_embs_concat
+    return theirs if own is None or own.shape != theirs.shape else own
 
 
 def _targets(lines: list[int], mask: Tensor, labels: LabelFile) -> tuple[Tensor, Tensor]:

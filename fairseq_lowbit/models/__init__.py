@@ -7,6 +7,7 @@ from fairseq_lowbit.models.checkpoint import (
     load_model,
     read_checkpoint,
     start_from,
+    updates_of,
     write_model,
 )
 from fairseq_lowbit.models.model import Hubert
@@ -20,5 +21,6 @@ __all__ = [
     "parse_conv_layers",
     "read_checkpoint",
     "start_from",
+    "updates_of",
     "write_model",
 ]

@@ -38,8 +38,12 @@ class LoadedModel:
     normalize: bool
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """A fairseq checkpoint as plain data, read without executing anything in it.
+
+    Args:
+        mmap: leave tensors on disk until they are used, for who only wants what stands beside
+            them.
 
     Raises:
         LowbitError: the file is missing, truncated, of another kind, or holds objects that are
@@ -50,7 +54,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise LowbitError(f"checkpoint {path} does not exist")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # what torch.load raises for a file of noise is of many kinds
         raise LowbitError(f"checkpoint {path} {_what_is_wrong(error)}") from error
     if not _is_fairseq(state):
@@ -80,10 +84,15 @@ def load_model(path: str | Path) -> LoadedModel:
         weights = {**weights, **own}
     check_same_shapes(model, weights, path)
     model.load_state_dict(weights)
-    history = state.get("optimizer_history") or [{}]
-    updates = int(history[-1].get("num_updates", 0))
     normalize = bool((state["cfg"].get("task") or {}).get("normalize", False))
+    updates = updates_of(state)
     return LoadedModel(model.eval(), Path(path), updates, has_final_projection, normalize)
+
+
+def updates_of(state: dict[str, Any]) -> int:
+    """Training updates behind what :func:`read_checkpoint` read."""
+    history = state.get("optimizer_history") or [{}]
+    return int(history[-1].get("num_updates", 0))
 
 
 def start_from(model: Hubert, source: LoadedModel, role: str = "init_from") -> None:

@@ -12,16 +12,18 @@ from fairseq_cli import train
 from fairseq_cli.hydra_train import _hydra_main
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
-from hydra.types import TaskFunction
+from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 from torch.multiprocessing import ProcessRaisedException
 
 import fairseq_lowbit
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.evaluation.runs import forget_failure, write_failure
 from fairseq_lowbit.plugin import register
 from fairseq_lowbit.plugin.run_files import print_summary
 from fairseq_lowbit.plugin.stages import Schedule, stage_configs, stops_early
+from fairseq_lowbit.plugin.sweeps import leave_out_of_names, report_failed_job
 
 logger = logging.getLogger(__name__)
 
@@ -43,26 +45,36 @@ class FairseqJob(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         # Jobs are composed again from their overrides, so the overrides themselves are rewritten.
+        given = config.hydra.overrides
         with read_write(config):
-            config.hydra.overrides.task = [
-                _absolute_override(override) for override in config.hydra.overrides.task
-            ]
+            given.hydra = [*given.hydra, leave_out_of_names(given.task)]
+            given.task = [_absolute_override(override) for override in given.task]
 
     def on_job_start(
         self, config: DictConfig, *, task_function: TaskFunction, **kwargs: Any
     ) -> None:
         register()
         _forget_last_job()
+        forget_failure(Path(config.hydra.runtime.output_dir))
         # By this name fairseq's hydra_main calls what trains. Launchers hand a copy of hydra_main
         # to their processes, with globals of its own.
         task_function.__globals__["_hydra_main"] = train_in_stages
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        error = job_return._return_value
+        folder = Path(config.hydra.runtime.output_dir)
+        if isinstance(error, BaseException):
+            mistake = user_mistake(error)
+            message = mistake or f"{type(error).__name__}: {error}"
+            write_failure(folder, message)
+            if config.hydra.mode == RunMode.MULTIRUN:
+                surprise = None if mistake else error
+                job_return.return_value = report_failed_job(message, folder, surprise)
+            return
         # fairseq's hydra_main returns None; sweepers need the best validation loss.
-        if not isinstance(job_return._return_value, BaseException):
-            job_return.return_value = getattr(checkpoint_utils.save_checkpoint, "best", None)
-            if int(os.environ.get("RANK", "0")) == 0:
-                print_summary(Path(config.checkpoint.save_dir))
+        job_return.return_value = getattr(checkpoint_utils.save_checkpoint, "best", None)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print_summary(Path(config.checkpoint.save_dir))
 
     def on_run_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         # A user's mistake deserves its one message, not a traceback through Hydra and fairseq.

@@ -10,13 +10,12 @@ import torch
 from fairseq_lowbit.data.manifest import atomic_write
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.health import Health
+from fairseq_lowbit.evaluation.runs import LAST_CHECKPOINT, PLAN_FILE
 from fairseq_lowbit.evaluation.tables import health_table, plan_table, print_table
 from fairseq_lowbit.precision import Plan
 
-PLAN_FILE = "precision_plan.json"
 HEALTH_FILE = "health.jsonl"
 UNUSABLE_FILE = "skipped_files.tsv"
-LAST_CHECKPOINT = "checkpoint_last.pt"
 
 
 class RunFiles:

@@ -11,15 +11,9 @@ import pytest
 from fairseq_lowbit.cli.main import main
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.compare import (
-    Candidate,
-    Comparison,
-    Row,
-    compare,
-    comparison_table,
-    read_held_out,
-)
+from fairseq_lowbit.evaluation.compare import Comparison, compare, comparison_table
 from fairseq_lowbit.evaluation.masked import MaskedAccuracy
+from fairseq_lowbit.evaluation.measure import Candidate, Row, read_held_out
 from fairseq_lowbit.evaluation.probe import Probe
 from fairseq_lowbit.evaluation.ptq import post_training_quantized
 from fairseq_lowbit.models import Hubert, LoadedModel, load_model

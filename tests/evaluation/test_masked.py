@@ -48,6 +48,17 @@ def test_an_oracle_is_always_right(
     assert masked_accuracy(liar, model, batches, labels).accuracy == 0.0
 
 
+def test_a_model_with_label_embeddings_answers_with_its_own(
+    model: Hubert, batches: list[Utterances], labels: LabelFile
+) -> None:
+    oracle = Oracle(model, batches[0], labels, wrong=False)
+    oracle.label_embs_concat = nn.Parameter(-model.label_embs_concat)
+    assert masked_accuracy(oracle, model, batches, labels).accuracy < 0.5
+    # Those of other labels than the teacher's answer nothing.
+    oracle.label_embs_concat = nn.Parameter(-model.label_embs_concat[:-1])
+    assert masked_accuracy(oracle, model, batches, labels).accuracy == 1.0
+
+
 def test_every_model_sees_the_same_masks(
     model: Hubert, batches: list[Utterances], labels: LabelFile
 ) -> None:

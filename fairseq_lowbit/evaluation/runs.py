@@ -1,0 +1,216 @@
+"""Training runs on disk: where they are, what they were asked for and how far they came."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fairseq_lowbit.data.manifest import atomic_write
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.models import read_checkpoint, updates_of
+
+CONFIG_FILE = Path(".hydra", "config.yaml")
+OVERRIDES_FILE = Path(".hydra", "overrides.yaml")
+FAILURE_FILE = "failure.txt"
+PLAN_FILE = "precision_plan.json"
+LAST_CHECKPOINT = "checkpoint_last.pt"
+LOSSES = {"lowbit_kd": "distillation", "lowbit_hubert": "hubert"}
+_FOLDER_LENGTH = 100
+_NOT_RUNS = {"tensorboard", ".hydra", ".submitit"}
+# Ten times as fast as the loader in Python, where libyaml was at hand when PyYAML was built.
+_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, or a stage of one, as its files tell.
+
+    Attributes:
+        precision: name of the precision; ``rules`` refine it.
+        loss: ``distillation``, ``hubert``, or the name of another criterion.
+        data: None when the configuration names none.
+        teacher: or else the checkpoint it started from; None for neither.
+        planned: how many updates it was to make.
+        saves: whether it keeps checkpoints at all (``checkpoint.no_save``).
+        updates: of ``checkpoint``; None without a readable one.
+        best_loss: best value of the validation metric; None before the first validation.
+        storage_mb: planned size of the stored model; None before the model was built.
+        overrides: what its command line added to the configuration, ``key=value`` each.
+        failure: why the job failed, or why its checkpoint cannot be read; None for neither.
+    """
+
+    folder: Path
+    checkpoint: Path
+    precision: str
+    rules: int
+    loss: str
+    data: Path | None
+    teacher: Path | None
+    planned: int
+    saves: bool
+    updates: int | None
+    best_loss: float | None
+    storage_mb: float | None
+    overrides: tuple[str, ...] = ()
+    failure: str | None = None
+
+
+def folder_name(overrides: Iterable[str], leave_out: Iterable[str] = ()) -> str:
+    """A folder for one job of a sweep: its overrides, without those of the keys ``leave_out``.
+
+    Equal overrides give equal names and different ones different names, so a job finds its folder
+    again and no other's. Characters that a shell or Hydra would read otherwise are replaced; a hash
+    tells apart what that, or the cut of a long name, made alike.
+
+    >>> folder_name(["task.data=/data", "quant=bitla_w1a1", "common.seed=2"], ["task.data"])
+    'common.seed-2+quant-bitla_w1a1'
+    """
+    left_out = set(leave_out)
+    pairs = [override.lstrip("+").partition("=") for override in overrides]
+    told = sorted(f"{key}-{value}" for key, _, value in pairs if key not in left_out)
+    exact = "+".join(told)
+    name = "+".join(re.sub(r"-*[^\w.-]+-*", "-", text).strip("-") for text in told)
+    if name != exact or len(name) > _FOLDER_LENGTH:
+        digest = hashlib.sha256("\n".join(told).encode()).hexdigest()[:8]
+        name = f"{name[:_FOLDER_LENGTH]}-{digest}"
+    return name or "job"
+
+
+def write_failure(folder: Path, message: str) -> None:
+    """Leaves word of why the job in ``folder`` failed."""
+    with atomic_write(folder / FAILURE_FILE) as file:
+        file.write(f"{message}\n")
+
+
+def forget_failure(folder: Path) -> None:
+    """For a job that starts, perhaps anew."""
+    (folder / FAILURE_FILE).unlink(missing_ok=True)
+
+
+def find_runs(root: Path) -> list[Path]:
+    """Folders of runs, and of their stages, at and below ``root``, in the order of their names."""
+    return [folder for folder in _folders(root) if is_run(folder) or _is_stage(folder)]
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    for name, children, _ in os.walk(root):
+        children[:] = sorted(set(children) - _NOT_RUNS)
+        yield Path(name)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether training was started in this folder."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def _is_stage(folder: Path) -> bool:
+    return folder.name.startswith("stage") and (folder / LAST_CHECKPOINT).is_file()
+
+
+def read_run(folder: Path) -> Run:
+    """A run, or a stage of one, as its configuration and the header of its last checkpoint tell.
+
+    Raises:
+        LowbitError: the configuration is unreadable, or not that of a training run.
+    """
+    if is_run(folder):
+        return _read_run(folder)
+    state = read_checkpoint(folder / LAST_CHECKPOINT, mmap=True)
+    return Run(
+        folder=folder,
+        checkpoint=folder / LAST_CHECKPOINT,
+        updates=updates_of(state),
+        best_loss=_best_loss(state),
+        storage_mb=_stored_mb(folder),
+        **_settings(OmegaConf.create(state["cfg"]), folder),
+    )
+
+
+def _read_run(folder: Path) -> Run:
+    path = folder / CONFIG_FILE
+    try:
+        config = OmegaConf.create(yaml.load(path.read_text(), _YAML_LOADER))
+    except (OSError, yaml.YAMLError) as error:
+        raise LowbitError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    settings = _settings(config, path)
+    # The last stage of a schedule is the run's own.
+    stages = OmegaConf.select(config, "task.stages") or [{}]
+    settings["planned"] = stages[-1].get("updates") or settings["planned"]
+    checkpoints = folder / config.checkpoint.save_dir
+    updates, best_loss, problem = _progress(checkpoints / LAST_CHECKPOINT)
+    return Run(
+        folder=folder,
+        overrides=tuple(_overrides(folder / OVERRIDES_FILE)),
+        checkpoint=checkpoints / LAST_CHECKPOINT,
+        updates=updates,
+        best_loss=best_loss,
+        storage_mb=_stored_mb(checkpoints),
+        failure=_read(folder / FAILURE_FILE).strip() or problem,
+        **settings,
+    )
+
+
+def _settings(config: DictConfig, path: Path) -> dict[str, Any]:
+    """The fields of :class:`Run` that the configuration in ``path`` decides."""
+
+    def select(key: str) -> Any:
+        return OmegaConf.select(config, key, throw_on_missing=True)
+
+    try:
+        teacher = select("task.teacher") or select("task.init_from")
+        data, criterion = select("task.data"), str(select("criterion._name"))
+        return {
+            "precision": str(select("model.precision.name")),
+            "rules": len(select("model.precision.rules") or ()),
+            "loss": LOSSES.get(criterion, criterion),
+            "data": Path(data) if data else None,
+            "teacher": Path(teacher) if teacher else None,
+            "planned": int(select("optimization.max_update")),
+            "saves": not select("checkpoint.no_save"),
+        }
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise LowbitError(f"{path} is not the configuration of a training run: {reason}") from error
+
+
+def _progress(path: Path) -> tuple[int | None, float | None, str | None]:
+    """Updates and best validation loss of a checkpoint, and why it cannot be read."""
+    if not path.is_file():
+        return None, None, None
+    try:
+        state = read_checkpoint(path, mmap=True)
+    except LowbitError as error:
+        return None, None, str(error)
+    return updates_of(state), _best_loss(state), None
+
+
+def _best_loss(state: dict[str, Any]) -> float | None:
+    return (state.get("extra_state") or {}).get("best")
+
+
+def _stored_mb(folder: Path) -> float | None:
+    with suppress(ValueError, KeyError):
+        return json.loads(_read(folder / PLAN_FILE))["bytes"] / 1e6
+    return None
+
+
+def _overrides(path: Path) -> list[str]:
+    with suppress(yaml.YAMLError):
+        return [str(override) for override in yaml.safe_load(_read(path)) or ()]
+    return []
+
+
+def _read(path: Path) -> str:
+    """Empty for a file that is not there."""
+    with suppress(OSError):
+        return path.read_text()
+    return ""
