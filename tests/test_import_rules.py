@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "nn": {"quantization", "precision"},
     "models": {"quantization", "precision", "nn"},
     "distillation": {"quantization", "precision", "nn", "models"},
+    "profiling": {"quantization", "precision", "nn", "models", "evaluation"},
     "evaluation": {"quantization", "precision", "nn", "models", "distillation", "data"},
     "data": set(),
 }

@@ -19,6 +19,7 @@ from fairseq_lowbit.errors import LowbitError
 COMMANDS = (
     ("doctor", "check the installation and say how to mend it"),
     ("plan", "show which module gets which precision, and what that costs"),
+    ("profile", "count storage, operations and memory of models"),
     ("synthesize", "make a small speech corpus without a download"),
     ("prepare", "write fairseq's manifests for a folder of audio"),
     ("labels", "make the k-means labels that HuBERT is trained on"),

@@ -2,9 +2,10 @@
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +16,7 @@ from fairseq_lowbit.precision.grammar import FLOAT_BITS
 from fairseq_lowbit.precision.plan import FLOAT_BYTES
 
 _LOG_WIDTH = 150
+Item = TypeVar("Item")
 
 
 def print_table(table: Table) -> None:
@@ -30,7 +32,7 @@ def plan_table(plan: Plan) -> Table:
         table.add_column(column, overflow="fold")
     for column in ("weight", "activation", "parameters", "kB"):
         table.add_column(column, justify="right")
-    for names, entries in _folded(plan.entries):
+    for names, entries in fold_layers(plan.entries, lambda e: e.module, _decision):
         first = entries[0]
         table.add_row(
             names,
@@ -94,31 +96,37 @@ def _bits(bits: int) -> str:
     return "float" if bits == FLOAT_BITS else str(bits)
 
 
-def _folded(entries: Iterable[PlanEntry]) -> list[tuple[str, list[PlanEntry]]]:
-    """Entries that differ in their layer number only, together, in the order of the first."""
-    groups: dict[tuple, list[PlanEntry]] = {}
-    for entry in entries:
-        pattern = re.sub(r"\.\d+\.", ".{}.", entry.module, count=1)
-        key = (
-            pattern,
-            entry.rule,
-            entry.method,
-            entry.weight_bits,
-            entry.activation_bits,
-            entry.granularity,
-            entry.group_size,
-        )
-        groups.setdefault(key, []).append(entry)
-    return [(_range_name(members), members) for members in groups.values()]
+def fold_layers(
+    items: Iterable[Item], name: Callable[[Item], str], alike: Callable[[Item], object]
+) -> list[tuple[str, list[Item]]]:
+    """Items that differ in their layer number only, together, in the order of the first.
+
+    Args:
+        name: of an item's module.
+        alike: hashable, equal for items that may share a row.
+
+    Returns:
+        for each row its name, with the layer numbers in braces, and its items.
+    """
+    groups: dict[tuple, list[Item]] = {}
+    for item in items:
+        pattern = re.sub(r"\.\d+\.", ".{}.", name(item), count=1)
+        groups.setdefault((pattern, alike(item)), []).append(item)
+    return [(_range_name([name(item) for item in members]), members) for members in groups.values()]
 
 
-def _range_name(members: list[PlanEntry]) -> str:
-    if len(members) == 1:
-        return members[0].module
-    numbers = sorted(int(re.search(r"\.(\d+)\.", e.module)[1]) for e in members)
+def _decision(entry: PlanEntry) -> PlanEntry:
+    """What two entries have to share to be told in one row."""
+    return replace(entry, module="", parameters=0, bytes=0)
+
+
+def _range_name(names: list[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    numbers = sorted(int(re.search(r"\.(\d+)\.", name)[1]) for name in names)
     runs = [
         [number for _, number in run]
         for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
     ]
     spans = ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
-    return re.sub(r"\.\d+\.", f".{{{spans}}}.", members[0].module, count=1)
+    return re.sub(r"\.\d+\.", f".{{{spans}}}.", names[0], count=1)

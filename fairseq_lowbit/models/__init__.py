@@ -10,12 +10,13 @@ from fairseq_lowbit.models.checkpoint import (
     updates_of,
     write_model,
 )
-from fairseq_lowbit.models.model import Hubert
+from fairseq_lowbit.models.model import Hubert, WithoutWeights
 
 __all__ = [
     "Architecture",
     "Hubert",
     "LoadedModel",
+    "WithoutWeights",
     "check_same_shapes",
     "load_model",
     "parse_conv_layers",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from fairseq_lowbit.models.architecture import Architecture, parse_conv_layers
 from fairseq_lowbit.models.encoder import Encoder
@@ -116,6 +117,27 @@ class Hubert(nn.Module):
         """Cosine similarity to the label embeddings over the temperature: [..., dim] encoder
         outputs -> [..., classes], fp32."""
         return cosine_logits(self.final_proj(x), self.label_embs_concat, self.shape.logit_temp)
+
+
+class WithoutWeights(TorchFunctionMode):
+    """Models made in this context have shapes and a plan, but no weights: on the meta device, and
+    without drawing numbers, which there would take seconds."""
+
+    _DRAWING = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.kaiming_normal_)
+
+    def __enter__(self):
+        self._device = torch.device("meta")
+        self._device.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        self._device.__exit__(*exception)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self._DRAWING:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def cosine_logits(projected: Tensor, label_embeddings: Tensor, temperature: float) -> Tensor:

@@ -45,10 +45,10 @@ def _operand_site(name: str, attention: SelfAttention, operand: str) -> Site:
 
 def _operator_site(name: str, module: Operator) -> Site:
     total = sum(p.numel() for p in module.parameters())
-    weight = module.stored_weight()
+    shape = module.weight_shape
     kind = "linear" if isinstance(module, Linear) else "conv"
-    others = total - weight.numel()
-    return Site(name, kind, weight.numel(), others, channels=weight.shape[0], shifts=1)
+    weights = shape.numel()
+    return Site(name, kind, weights, total - weights, channels=shape[0], shifts=1)
 
 
 def attach(model: nn.Module, precision: Precision) -> Plan:
@@ -84,7 +84,7 @@ def _attach_operator(module: Operator, entry: PlanEntry) -> None:
 
 
 def _weight_quantizer(module: Operator, entry: PlanEntry) -> Quantizer:
-    shape = module.stored_weight().shape
+    shape = module.weight_shape
     channels, inputs = shape[0], shape[1:].numel()
     row_size = {"per_tensor": None, "per_channel": inputs, "per_group": entry.group_size}[
         entry.granularity

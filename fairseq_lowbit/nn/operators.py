@@ -30,6 +30,10 @@ class Linear(nn.Linear):
         self.weight_quantizer: Quantizer | None = None
         self.input_quantizer: Quantizer | None = None
 
+    @property
+    def weight_shape(self) -> torch.Size:
+        return self.weight.shape
+
     def stored_weight(self) -> Tensor:
         """What the weight quantizer encodes, [out, in]."""
         return self.weight
@@ -51,6 +55,10 @@ class Conv1d(nn.Conv1d):
         self.follows_gelu = follows_gelu
         self.weight_quantizer: Quantizer | None = None
         self.input_quantizer: Quantizer | None = None
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        return self.weight.shape
 
     def stored_weight(self) -> Tensor:
         """What the weight quantizer encodes, [out, in/groups, kernel]."""
@@ -83,10 +91,18 @@ class PositionalConv1d(nn.Module):
         weight = torch.empty(channels, channels // groups, kernel)
         nn.init.normal_(weight, std=math.sqrt(4 / (kernel * channels)))
         self.weight_v = nn.Parameter(weight)
-        self.weight_g = nn.Parameter(weight.norm(dim=(0, 1), keepdim=True))
+        # Any arithmetic on the meta device loads seconds' worth of torch.
+        gain = torch.empty(1, 1, kernel)
+        self.weight_g = nn.Parameter(
+            gain if weight.is_meta else weight.norm(dim=(0, 1), keepdim=True)
+        )
         self.bias = nn.Parameter(torch.zeros(channels))
         self.weight_quantizer: Quantizer | None = None
         self.input_quantizer: Quantizer | None = None
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        return self.weight_v.shape
 
     def stored_weight(self) -> Tensor:
         """g * v / |v|, [channels, channels/groups, kernel]."""

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -13,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import fairseq_lowbit
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.models import Architecture, Hubert
+from fairseq_lowbit.models import Architecture, Hubert, WithoutWeights
 from fairseq_lowbit.precision import Precision
 
 _PACKAGE = Path(fairseq_lowbit.__file__).parent
@@ -82,7 +81,7 @@ def meta_model(config: ModelConfig) -> Hubert:
     Raises:
         LowbitError: an impossible shape or precision.
     """
-    with torch.device("meta"):
+    with WithoutWeights():
         return Hubert(config, precision=config.precision)
 
 
