@@ -16,6 +16,7 @@ from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.nn import quantizers
 from fairseq_lowbit.quantization import ElasticQuantizer
 from fairseq_lowbit.quantization.calibration import thin
+from fairseq_lowbit.quantization.elastic import SCALE_FLOOR
 
 COLLAPSED = 0.05
 _SAMPLE = 8192
@@ -29,6 +30,7 @@ class QuantizerHealth:
         sqnr_db: signal-to-quantization-noise ratio, 10 log10(sum x^2 / sum (x - decode)^2).
         clipped: share of values more than half a step beyond the outermost decoded level.
         levels_used: share of the 2^bits levels that occur.
+        at_floor: share of its scales at the smallest value a scale may have.
     """
 
     name: str
@@ -36,6 +38,7 @@ class QuantizerHealth:
     sqnr_db: float
     clipped: float
     levels_used: float
+    at_floor: float = 0.0
 
     @property
     def layer(self) -> int | None:
@@ -132,4 +135,5 @@ def _health(
     clipped = ((steps < levels.lo - 0.5) | (steps > levels.hi + 0.5)).float().mean()
     used = levels.encode(u).unique().numel() / levels.size
     sqnr = 10 * torch.log10(signal / noise)
-    return QuantizerHealth(name, levels.bits, float(sqnr), float(clipped), used)
+    at_floor = (quantizer.scale < 1.01 * SCALE_FLOOR).float().mean()
+    return QuantizerHealth(name, levels.bits, float(sqnr), float(clipped), used, float(at_floor))

@@ -1,8 +1,9 @@
 """The Hydra callback that makes fairseq-hydra-train know this package and behave in sweeps."""
 
 import logging
-import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from torch.multiprocessing import ProcessRaisedException
 import fairseq_lowbit
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.plugin import register
+from fairseq_lowbit.plugin.processes import SharedError, is_first, rank
 from fairseq_lowbit.plugin.run_files import print_summary
 
 logger = logging.getLogger(__name__)
 
 PACKAGE_DIR = Path(fairseq_lowbit.__file__).parent
 USER_DIR = "common.user_dir"
+# How the last line of a traceback begins that came as text.
+_MISTAKE = re.compile(r"^fairseq_lowbit\.[\w.]+\.(LowbitError|SharedError): ", re.MULTILINE)
 PATHS = (USER_DIR, "task.data", "task.label_dir", "task.teacher", "task.init_from")
 
 
@@ -37,6 +41,11 @@ class FairseqJob(Callback):
                 value = OmegaConf.select(config, key)
                 if value:
                     OmegaConf.update(config, key, absolute(key, value))
+            if not is_first():
+                # Every process that torchrun starts would write the first one's files again.
+                config.hydra.output_subdir = None
+                config.hydra.job_logging.root.handlers = ["console"]
+                config.hydra.job_logging.root.level = "WARNING"
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         # Jobs are composed again from their overrides, so the overrides themselves are rewritten.
@@ -53,14 +62,17 @@ class FairseqJob(Callback):
         # fairseq's hydra_main returns None; sweepers need the best validation loss.
         if not isinstance(job_return._return_value, BaseException):
             job_return.return_value = getattr(checkpoint_utils.save_checkpoint, "best", None)
-            if int(os.environ.get("RANK", "0")) == 0:
+            if is_first():
                 print_summary(Path(config.checkpoint.save_dir))
 
     def on_run_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         # A user's mistake deserves its one message, not a traceback through Hydra and fairseq.
         mistake = user_mistake(job_return._return_value)
         if mistake is not None:
-            logger.error(mistake)
+            if is_first():
+                logger.error(mistake)
+            elif not any(isinstance(e, SharedError) for e in _chain(job_return._return_value)):
+                logger.error(f"rank {rank()}: {mistake}")
             sys.exit(2)
 
 
@@ -95,16 +107,22 @@ def user_mistake(error: Any) -> str | None:
     fairseq wraps what loading raises; processes it spawned and data workers hand over a traceback
     as text, whose last line is the message.
     """
-    while isinstance(error, BaseException):
-        if isinstance(error, (LowbitError, OmegaConfBaseException)):
-            return _without_traceback(str(error))
-        if isinstance(error, ProcessRaisedException) and LowbitError.__name__ in str(error):
-            return _without_traceback(str(error))
-        error = error.__cause__ or error.__context__
+    for cause in _chain(error):
+        if isinstance(cause, (LowbitError, OmegaConfBaseException)):
+            return _without_traceback(str(cause))
+        if isinstance(cause, ProcessRaisedException) and _MISTAKE.search(str(cause)):
+            return _without_traceback(str(cause))
     return None
+
+
+def _chain(error: Any) -> Iterator[BaseException]:
+    """An exception, what it was raised from, and so on."""
+    while isinstance(error, BaseException):
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _without_traceback(message: str) -> str:
     if "Traceback (most recent call last)" not in message:
         return message
-    return message.strip().splitlines()[-1].removeprefix(f"{LowbitError.__module__}.LowbitError: ")
+    return _MISTAKE.sub("", message.strip().splitlines()[-1])
