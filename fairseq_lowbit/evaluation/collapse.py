@@ -6,14 +6,19 @@ from fairseq_lowbit.evaluation.health import QuantizerHealth
 
 _CLIPPED = 0.99
 _AT_FLOOR = 0.5
+_FAITHFUL_DB = 10.0
 _NAMED = 5
 
 
 def collapse(quantizer: QuantizerHealth) -> str | None:
     """What is wrong with a quantizer that has collapsed, in words; None for one that has not.
 
-    The scale at its floor is named first, since it clips everything too.
+    A quantizer that says its input faithfully has not, whatever its levels: one level does for even
+    attention, and a scale at its floor for tiny inputs. The floor is named first, since it clips
+    everything too.
     """
+    if quantizer.sqnr_db >= _FAITHFUL_DB:
+        return None
     if quantizer.at_floor >= _AT_FLOOR:
         return "scale at its floor"
     if quantizer.clipped >= _CLIPPED:

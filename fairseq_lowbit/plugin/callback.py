@@ -10,6 +10,7 @@ from typing import Any
 from fairseq import checkpoint_utils
 from fairseq.logging import progress_bar
 from fairseq_cli import train
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -17,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.multiprocessing import ProcessRaisedException
 
 import fairseq_lowbit
-from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.errors import LowbitError, writing
 from fairseq_lowbit.plugin import register
 from fairseq_lowbit.plugin.processes import SharedError, is_first, rank
 from fairseq_lowbit.plugin.run_files import print_summary
@@ -46,6 +47,7 @@ class FairseqJob(Callback):
                 config.hydra.output_subdir = None
                 config.hydra.job_logging.root.handlers = ["console"]
                 config.hydra.job_logging.root.level = "WARNING"
+        _make_folder(config, "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         # Jobs are composed again from their overrides, so the overrides themselves are rewritten.
@@ -53,6 +55,7 @@ class FairseqJob(Callback):
             config.hydra.overrides.task = [
                 _absolute_override(override) for override in config.hydra.overrides.task
             ]
+        _make_folder(config, "hydra.sweep.dir")
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         register()
@@ -74,6 +77,18 @@ class FairseqJob(Callback):
             elif not any(isinstance(e, SharedError) for e in _chain(job_return._return_value)):
                 logger.error(f"rank {rank()}: {mistake}")
             sys.exit(2)
+
+
+def _make_folder(config: DictConfig, key: str) -> None:
+    """Makes a run's folder before Hydra does, which would answer with a traceback if it cannot."""
+    HydraConfig.instance().set_config(config)  # a folder's name may ask for it
+    folder = OmegaConf.select(config, key)
+    try:
+        with writing(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+    except LowbitError as mistake:
+        logger.error(mistake)
+        sys.exit(2)
 
 
 def absolute(key: str, value: str) -> str:

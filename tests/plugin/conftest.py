@@ -185,14 +185,24 @@ class Trainer:
         config: str,
         *overrides: object,
         accidents: tuple[tuple | None, ...] = (None, None),
+        each: tuple[tuple[object, ...], ...] = ((), ()),
     ) -> list[Run]:
-        """Processes of one run, as torchrun starts them: by their environment."""
-        arguments = self.arguments(folder, config, *overrides)
+        """Processes of one run, as torchrun starts them: by their environment.
+
+        Args:
+            accidents: one for each process, or None.
+            each: more overrides for each.
+        """
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         size = {"WORLD_SIZE": str(len(accidents))}
         started = [
-            _start(folder, arguments, accident, {**address, **size, "RANK": str(rank)})
-            for rank, accident in enumerate(accidents)
+            _start(
+                folder,
+                self.arguments(folder, config, *overrides, *own),
+                accident,
+                {**address, **size, "RANK": str(rank)},
+            )
+            for rank, (accident, own) in enumerate(zip(accidents, each, strict=True))
         ]
         return [_finish(*process) for process in started]
 
@@ -207,8 +217,8 @@ def _start(
     log = folder.with_name(f"{folder.name}{environment.get('RANK', '')}.log")
     log.unlink(missing_ok=True)
     job = {
-        # A forked process would not flush tensorboardX's threads.
-        "arguments": [*arguments, "common.tensorboard_logdir=null"],
+        # Unless it is what is tested, tensorboardX only costs time.
+        "arguments": ["common.tensorboard_logdir=null", *arguments],
         "folder": str(folder.parent),
         "log": str(log),
         "accident": accident,

@@ -5,13 +5,13 @@ file with ``JOB`` as a global: the arguments, the working folder, the log, more 
 ``accident`` that happens to it: the name of a function here and the count of the moment at which.
 """
 
-import builtins
 import multiprocessing
 import os
 import resource
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 
 import torch
 from fairseq_cli.hydra_train import cli_main
@@ -26,7 +26,7 @@ def kill_while_copying(count: int) -> None:
     """Dies with half of a file copied, at the ``count``-th copy to checkpoint_last.pt."""
     copies = []
 
-    def copy(source: builtins.object, target: builtins.object) -> None:
+    def copy(source: object, target: object) -> None:
         copies.extend([target] if "checkpoint_last" in target.name else [])
         if len(copies) == count:
             target.write(source.read(HALF_OF_A_FILE))
@@ -41,7 +41,7 @@ def kill_while_saving(count: int) -> None:
     """Dies with half of a checkpoint written, at the ``count``-th one."""
     saves = []
 
-    def save(state: dict, file: builtins.object) -> None:
+    def save(state: dict, file: object) -> None:
         saves.append(file)
         if len(saves) == count:
             file.write(b"PK" * (HALF_OF_A_FILE // 2))
@@ -97,21 +97,32 @@ def signal_in_validation(count: int) -> None:
 
 
 def fill_disk(count: int) -> None:
-    """No more room for files beyond ``HALF_OF_A_FILE`` from the ``count``-th checkpoint on."""
-    saves = []
+    """No room for the ``count``-th checkpoint."""
+    torch.save = _without_room(torch.save, count, lambda state, file: True)
 
-    def save(state: dict, file: builtins.object) -> None:
-        saves.append(file)
-        if len(saves) == count:
-            limit = (HALF_OF_A_FILE, resource.RLIM_INFINITY)
-            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+def fill_disk_while_copying(count: int) -> None:
+    """No room for the ``count``-th copy to checkpoint_last.pt."""
+    shutil.copyfileobj = _without_room(
+        shutil.copyfileobj, count, lambda source, file: "checkpoint_last" in file.name
+    )
+
+
+def _without_room(write: Callable, count: int, counts: Callable) -> Callable:
+    calls = []
+
+    def limited(source: object, file: object) -> None:
+        calls.extend([file] if counts(source, file) else [])
+        room = HALF_OF_A_FILE if len(calls) == count else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
         try:
-            torch_save(state, file)
+            write(source, file)
+            file.flush()
         finally:
-            # Or the log, which is longer, could not tell.
+            # Else the log, which is longer, could not tell.
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
-    torch_save, torch.save = torch.save, save
+    return limited
 
 
 def poison_update(count: int) -> None:
