@@ -15,7 +15,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 import fairseq_lowbit
 from fairseq_lowbit.errors import LowbitError, writing
@@ -29,6 +29,7 @@ PACKAGE_DIR = Path(fairseq_lowbit.__file__).parent
 USER_DIR = "common.user_dir"
 # How the last line of a traceback begins that came as text.
 _MISTAKE = re.compile(r"^fairseq_lowbit\.[\w.]+\.(LowbitError|SharedError): ", re.MULTILINE)
+_LOST_PEER = re.compile(r"Connection (closed|reset) by peer")
 PATHS = (USER_DIR, "task.data", "task.label_dir", "task.teacher", "task.init_from")
 
 
@@ -77,6 +78,10 @@ class FairseqJob(Callback):
             elif not any(isinstance(e, SharedError) for e in _chain(job_return._return_value)):
                 logger.error(f"rank {rank()}: {mistake}")
             sys.exit(2)
+        loss = lost_process(job_return._return_value)
+        if loss is not None:
+            logger.error(loss)
+            sys.exit(1)
 
 
 def _make_folder(config: DictConfig, key: str) -> None:
@@ -127,6 +132,17 @@ def user_mistake(error: Any) -> str | None:
             return _without_traceback(str(cause))
         if isinstance(cause, ProcessRaisedException) and _MISTAKE.search(str(cause)):
             return _without_traceback(str(cause))
+    return None
+
+
+def lost_process(error: Any) -> str | None:
+    """What to say when a process has ended without a word, for example for lack of memory; None
+    for any other failure."""
+    for cause in _chain(error):
+        if isinstance(cause, ProcessExitedException):
+            return f"{cause}. The same command resumes from the last checkpoint"
+        if isinstance(cause, RuntimeError) and _LOST_PEER.search(str(cause)):
+            return f"rank {rank()}: another process of this run has ended; see what it said"
     return None
 
 

@@ -18,10 +18,8 @@ _received: signal.Signals | None = None
 
 def listen() -> None:
     """From now on the signals only leave a note. A program that handles one itself keeps it."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-    for number in _SIGNALS:
-        if signal.getsignal(number) in (signal.SIG_DFL, _forward):
+    for number in _handled():
+        if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _note)
 
 
@@ -33,7 +31,7 @@ def received() -> str | None:
 @contextmanager
 def forwarding() -> Iterator[None]:
     """Around waiting for processes that this one has spawned: hands the signals on to them."""
-    before = {number: signal.signal(number, _forward) for number in _SIGNALS}
+    before = {number: signal.signal(number, _forward) for number in _handled()}
     try:
         yield
     finally:
@@ -47,6 +45,11 @@ def detach_data_worker() -> None:
     same."""
     if get_worker_info() is not None and os.getpgrp() != os.getpid():
         os.setpgid(0, 0)
+
+
+def _handled() -> tuple[signal.Signals, ...]:
+    """Python lets nothing but the main thread set handlers."""
+    return _SIGNALS if threading.current_thread() is threading.main_thread() else ()
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -40,6 +40,9 @@ class LowbitTrainer(Trainer):
         self.stopping = False
         self.missed_validation = False
         self._signalled: Tensor | float = 0.0
+        # With several GPUs fairseq moves the model to its own when it is first asked for: too late
+        # for the task, which calibrates it there.
+        _ = self.model
         interruption.listen()
 
     # Stopping
@@ -155,7 +158,9 @@ class LowbitTrainer(Trainer):
         if weights and self._optimizer is not None:
             for name, master in self._masters():
                 master.data.copy_(weights[name])
-        self.missed_validation = bool((extra_state or {}).get(_MISSED))
+        # A model to start from is not this run's own.
+        goes_on = extra_state is not None and self.get_num_updates() > 0
+        self.missed_validation = goes_on and bool(extra_state.get(_MISSED))
         return extra_state
 
     def save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> str | None:
@@ -182,4 +187,4 @@ def _describe(sample: dict[str, Any], terms: dict[str, Any]) -> str:
     losses = [f"{key} {float(v):.4g}" for key, v in terms.items() if key.startswith("loss")]
     names = sample.get("names", [])
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"{', '.join(losses)}; files of the batch: {', '.join(names[:_NAMED])}{more}"
+    return ", ".join([*losses, f"files of the batch {', '.join(names[:_NAMED])}{more}"])
