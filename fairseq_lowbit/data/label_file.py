@@ -1,5 +1,6 @@
 """Frame labels in fairseq's format: ``<split>.<ext>`` lines of symbols and ``dict.<ext>.txt``."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,13 @@ class LabelFile:
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
+
+    def digest(self) -> str:
+        """Equal for the same labels with the same dictionary."""
+        with open(self.path, "rb") as file:
+            labels = hashlib.file_digest(file, "sha256")
+        labels.update(repr(self._index).encode())
+        return labels.hexdigest()
 
     def __getitem__(self, line: int) -> np.ndarray:
         """Class numbers of one line, int64 [labels]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,11 @@ class Manifest:
     def files(self) -> Iterator[Path]:
         """Absolute paths, in the order of the lines."""
         return (self.root / name for name in self.names)
+
+    def digest(self) -> str:
+        """Equal for the same files in the same order, wherever their root is."""
+        lines = (f"{name}\t{size}\n" for name, size in zip(self.names, self.sizes, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def read_manifest(path: str | Path) -> Manifest:

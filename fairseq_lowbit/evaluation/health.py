@@ -29,6 +29,7 @@ class QuantizerHealth:
         sqnr_db: signal-to-quantization-noise ratio, 10 log10(sum x^2 / sum (x - decode)^2).
         clipped: share of values more than half a step beyond the outermost decoded level.
         levels_used: share of the 2^bits levels that occur.
+        at_floor: share of its scales at the smallest value a scale may have.
     """
 
     name: str
@@ -36,6 +37,7 @@ class QuantizerHealth:
     sqnr_db: float
     clipped: float
     levels_used: float
+    at_floor: float = 0.0
 
     @property
     def layer(self) -> int | None:
@@ -108,12 +110,12 @@ def _observer(name: str, measured: list[QuantizerHealth]):
         ratio = [r.reshape(-1)[:1] for r in ratio if r is not None]
         values = thin(x, _SAMPLE) if quantizer.is_uniform else x
         codes = quantizer.codes(values, *ratio)
-        measured.append(_health(name, codes, quantizer.target(values)))
+        measured.append(_health(name, quantizer, codes, quantizer.target(values)))
 
     return observe
 
 
-def _health(name: str, codes: Codes, values: Tensor) -> QuantizerHealth:
+def _health(name: str, quantizer: Quantizer, codes: Codes, values: Tensor) -> QuantizerHealth:
     noise = (values - codes.decode()).square().sum().clamp_min(1e-20)
     signal = values.square().sum().clamp_min(1e-20)
     return QuantizerHealth(
@@ -122,4 +124,5 @@ def _health(name: str, codes: Codes, values: Tensor) -> QuantizerHealth:
         sqnr_db=float(10 * torch.log10(signal / noise)),
         clipped=float(codes.is_clipped(values).float().mean()),
         levels_used=codes.integers.unique().numel() / codes.levels.size,
+        at_floor=quantizer.share_at_floor(),
     )

@@ -13,7 +13,8 @@ def register() -> None:
     if _registered:
         return
     _registered = True
-    from fairseq_lowbit.plugin import compat
+    from fairseq_lowbit.plugin import compat, loop
 
     compat.apply()
+    loop.apply()
     from fairseq_lowbit.plugin import criterions, models, optimizer, tasks  # noqa: F401

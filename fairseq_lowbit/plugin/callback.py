@@ -1,8 +1,9 @@
 """The Hydra callback that makes fairseq-hydra-train know this package and behave in sweeps."""
 
 import logging
-import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,19 @@ from fairseq import checkpoint_utils
 from fairseq.logging import progress_bar
 from fairseq_cli import train
 from fairseq_cli.hydra_train import _hydra_main
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 import fairseq_lowbit
-from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.errors import LowbitError, writing
 from fairseq_lowbit.evaluation.runs import forget_failure, write_failure
 from fairseq_lowbit.plugin import register
+from fairseq_lowbit.plugin.processes import SharedError, is_first, rank
 from fairseq_lowbit.plugin.run_files import print_summary
 from fairseq_lowbit.plugin.stages import Schedule, stage_configs, stops_early
 from fairseq_lowbit.plugin.sweeps import leave_out_of_names, report_failed_job
@@ -29,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 PACKAGE_DIR = Path(fairseq_lowbit.__file__).parent
 USER_DIR = "common.user_dir"
+# How the last line of a traceback begins that came as text.
+_MISTAKE = re.compile(r"^fairseq_lowbit\.[\w.]+\.(LowbitError|SharedError): ", re.MULTILINE)
+_LOST_PEER = re.compile(r"Connection (closed|reset) by peer")
 PATHS = (USER_DIR, "task.data", "task.label_dir", "task.teacher", "task.init_from")
 
 
@@ -42,6 +48,12 @@ class FairseqJob(Callback):
                 value = OmegaConf.select(config, key)
                 if value:
                     OmegaConf.update(config, key, absolute(key, value))
+            if not is_first():
+                # Every process that torchrun starts would write the first one's files again.
+                config.hydra.output_subdir = None
+                config.hydra.job_logging.root.handlers = ["console"]
+                config.hydra.job_logging.root.level = "WARNING"
+        _make_folder(config, "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         # Jobs are composed again from their overrides, so the overrides themselves are rewritten.
@@ -49,13 +61,15 @@ class FairseqJob(Callback):
         with read_write(config):
             given.hydra = [*given.hydra, leave_out_of_names(given.task)]
             given.task = [_absolute_override(override) for override in given.task]
+        _make_folder(config, "hydra.sweep.dir")
 
     def on_job_start(
         self, config: DictConfig, *, task_function: TaskFunction, **kwargs: Any
     ) -> None:
         register()
         _forget_last_job()
-        forget_failure(Path(config.hydra.runtime.output_dir))
+        if is_first():
+            forget_failure(Path(config.hydra.runtime.output_dir))
         # By this name fairseq's hydra_main calls what trains. Launchers hand a copy of hydra_main
         # to their processes, with globals of its own.
         task_function.__globals__["_hydra_main"] = train_in_stages
@@ -66,22 +80,42 @@ class FairseqJob(Callback):
         if isinstance(error, BaseException):
             mistake = user_mistake(error)
             message = mistake or f"{type(error).__name__}: {error}"
-            write_failure(folder, message)
+            if is_first():
+                write_failure(folder, message)
             if config.hydra.mode == RunMode.MULTIRUN:
                 surprise = None if mistake else error
                 job_return.return_value = report_failed_job(message, folder, surprise)
             return
         # fairseq's hydra_main returns None; sweepers need the best validation loss.
         job_return.return_value = getattr(checkpoint_utils.save_checkpoint, "best", None)
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_first():
             print_summary(Path(config.checkpoint.save_dir))
 
     def on_run_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         # A user's mistake deserves its one message, not a traceback through Hydra and fairseq.
         mistake = user_mistake(job_return._return_value)
         if mistake is not None:
-            logger.error(mistake)
+            if is_first():
+                logger.error(mistake)
+            elif not any(isinstance(e, SharedError) for e in _chain(job_return._return_value)):
+                logger.error(f"rank {rank()}: {mistake}")
             sys.exit(2)
+        loss = lost_process(job_return._return_value)
+        if loss is not None:
+            logger.error(loss)
+            sys.exit(1)
+
+
+def _make_folder(config: DictConfig, key: str) -> None:
+    """Makes a run's folder before Hydra does, which would answer with a traceback if it cannot."""
+    HydraConfig.instance().set_config(config)  # a folder's name may ask for it
+    folder = OmegaConf.select(config, key)
+    try:
+        with writing(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+    except LowbitError as mistake:
+        logger.error(mistake)
+        sys.exit(2)
 
 
 def train_in_stages(config: DictConfig) -> None:
@@ -144,16 +178,33 @@ def user_mistake(error: Any) -> str | None:
     fairseq wraps what loading raises; processes it spawned and data workers hand over a traceback
     as text, whose last line is the message.
     """
-    while isinstance(error, BaseException):
-        if isinstance(error, (LowbitError, OmegaConfBaseException)):
-            return _without_traceback(str(error))
-        if isinstance(error, ProcessRaisedException) and LowbitError.__name__ in str(error):
-            return _without_traceback(str(error))
-        error = error.__cause__ or error.__context__
+    for cause in _chain(error):
+        if isinstance(cause, (LowbitError, OmegaConfBaseException)):
+            return _without_traceback(str(cause))
+        if isinstance(cause, ProcessRaisedException) and _MISTAKE.search(str(cause)):
+            return _without_traceback(str(cause))
     return None
+
+
+def lost_process(error: Any) -> str | None:
+    """What to say when a process has ended without a word, for example for lack of memory; None
+    for any other failure."""
+    for cause in _chain(error):
+        if isinstance(cause, ProcessExitedException):
+            return f"{cause}. The same command resumes from the last checkpoint"
+        if isinstance(cause, RuntimeError) and _LOST_PEER.search(str(cause)):
+            return f"rank {rank()}: another process of this run has ended; see what it said"
+    return None
+
+
+def _chain(error: Any) -> Iterator[BaseException]:
+    """An exception, what it was raised from, and so on."""
+    while isinstance(error, BaseException):
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _without_traceback(message: str) -> str:
     if "Traceback (most recent call last)" not in message:
         return message
-    return message.strip().splitlines()[-1].removeprefix(f"{LowbitError.__module__}.LowbitError: ")
+    return _MISTAKE.sub("", message.strip().splitlines()[-1])

@@ -1,34 +1,44 @@
 """What fairseq needs on today's torch. Each mend says which failure it answers."""
 
 import argparse
-import logging
+import multiprocessing.util
 import os
 import pickle
 import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
-from typing import Any
+from typing import IO, Any
 
 import torch
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
-from fairseq_cli import train as fairseq_train
+from fairseq.logging import progress_bar
+from torch.multiprocessing import ProcessExitedException
 
-from fairseq_lowbit.errors import LowbitError
-
-logger = logging.getLogger(__name__)
+from fairseq_lowbit.errors import LowbitError, writing
+from fairseq_lowbit.plugin import interruption
 
 _BUFFER_BYTES = 16384
+_CPU_BACKENDS = ("legacy_ddp", "no_c10d")
+# What torchrun leaves for the processes it starts.
+_LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 
 
 def apply() -> None:
     """Applies every mend once."""
     _allow_checkpoint_classes()
-    _copy_atomically()
+    _save_whole_files()
     _explain_broken_checkpoints()
-    _leave_finished_runs_alone()
+    _explain_tensorboard_failures()
+    _close_tensorboard_writers()
+    _launch_processes()
     if not torch.cuda.is_available():
+        _count_processes_on_cpu()
         _gather_on_cpu()
 
 
@@ -37,18 +47,44 @@ def _allow_checkpoint_classes() -> None:
     torch.serialization.add_safe_globals([Dictionary, argparse.Namespace])
 
 
-def _copy_atomically() -> None:
-    # fairseq writes one checkpoint atomically, then copies it over checkpoint_last.pt in place:
-    # killed there, a run could not resume.
+def _save_whole_files() -> None:
+    # fairseq tries a failed write again behind the half that it wrote, and copies one checkpoint
+    # over checkpoint_last.pt in place: a full disk or a kill there would leave neither.
+    save_in_place = checkpoint_utils.torch_persistent_save
+
+    def save(state: Any, filename: str, async_write: bool = False) -> None:
+        if async_write or not PathManager.supports_rename(filename):
+            save_in_place(state, filename, async_write)
+            return
+        with _replacing(filename) as file:
+            torch.save(state, file)
+
     def copy(src: str, dst: str, overwrite: bool = False) -> bool:
         if os.path.exists(dst) and not overwrite:
             return False
-        temporary = f"{dst}.tmp"
-        shutil.copyfile(src, temporary)
-        os.replace(temporary, dst)
+        with open(src, "rb") as source, _replacing(dst) as file:
+            shutil.copyfileobj(source, file)
         return True
 
+    checkpoint_utils.torch_persistent_save = save
     PathManager.copy = staticmethod(copy)
+
+
+@contextmanager
+def _replacing(path: str) -> Iterator[IO[bytes]]:
+    """A neighbour of ``path`` that takes its place once it is on the disk."""
+    temporary = f"{path}.tmp"
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+            raise
 
 
 def _explain_broken_checkpoints() -> None:
@@ -69,19 +105,93 @@ def _explain_broken_checkpoints() -> None:
     checkpoint_utils.load_checkpoint_to_cpu = explain
 
 
-def _leave_finished_runs_alone() -> None:
-    # Started again, a finished run would make one more update and save it.
-    train_epoch = fairseq_train.train
+def _explain_tensorboard_failures() -> None:
+    # On a full disk the writer's thread dies, and the next events wait for it for ever.
+    log = progress_bar.TensorboardProgressBarWrapper._log_to_tensorboard
 
-    @wraps(train_epoch)
-    def train(cfg: Any, trainer: Any, *args: Any) -> tuple[list[float | None], bool]:
-        last = cfg.optimization.max_update
-        if last and trainer.get_num_updates() >= last:
-            logger.info(f"this run has made its {last} updates; raise optimization.max_update")
-            return [None], True
-        return train_epoch(cfg, trainer, *args)
+    @wraps(log)
+    def explained(self: Any, *args: Any, **kwargs: Any) -> None:
+        with writing(self.tensorboard_logdir):
+            log(self, *args, **kwargs)
 
-    fairseq_train.train = train
+    progress_bar.TensorboardProgressBarWrapper._log_to_tensorboard = explained
+
+
+def _close_tensorboard_writers() -> None:
+    # fairseq closes them when the interpreter ends, which spawned processes end without: their
+    # threads would lose the last events and print tracebacks.
+    multiprocessing.util.Finalize(None, progress_bar._close_writers, exitpriority=100)
+
+
+def _launch_processes() -> None:
+    # fairseq spawns a process per device and waits. The signal of a cluster, sent to the one that
+    # waits, would end it and with it the others before they have saved. On CPUs it spawns none.
+    call_main = distributed_utils.call_main
+    spawn = call_main if torch.cuda.is_available() else _spawn_on_cpu
+
+    @wraps(call_main)
+    def launch(cfg: Any, main: Any, **kwargs: Any) -> None:
+        training = cfg.distributed_training
+        if training.distributed_init_method is None:
+            distributed_utils.infer_init_method(training)
+        if training.distributed_init_method is None or training.distributed_no_spawn:
+            call_main(cfg, main, **kwargs)
+            return
+        try:
+            with interruption.forwarding():
+                spawn(cfg, main, **kwargs)
+        except ProcessExitedException as error:
+            if error.exit_code != interruption.STOPPED:
+                raise
+            sys.exit(interruption.STOPPED)
+
+    distributed_utils.call_main = launch
+
+
+def _spawn_on_cpu(cfg: Any, main: Any, **kwargs: Any) -> None:
+    training = cfg.distributed_training
+    count, first = training.distributed_world_size, training.distributed_rank
+    training.distributed_rank = None  # distributed_main counts on from the first
+    # As torchrun does: with all cores for each, the processes would be in each other's way.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    arguments = (main, cfg, {**kwargs, "start_rank": first})
+    torch.multiprocessing.spawn(distributed_utils.distributed_main, arguments, nprocs=count)
+
+
+def _count_processes_on_cpu() -> None:
+    # fairseq divides the ranks among GPUs: by zero, where there are none.
+    @wraps(distributed_utils.infer_init_method)
+    def infer(training: Any, force_distributed: bool = False) -> None:
+        if training.distributed_init_method is not None or training.distributed_world_size == 1:
+            return
+        if training.ddp_backend not in _CPU_BACKENDS:
+            raise LowbitError(
+                f"distributed_training.ddp_backend {training.ddp_backend} needs GPUs; on CPUs set "
+                f"{_CPU_BACKENDS[0]}"
+            )
+        training.distributed_backend = "gloo"
+        if all(key in os.environ for key in _LAUNCHER):
+            training.distributed_init_method = "env://"
+            training.distributed_world_size = int(os.environ["WORLD_SIZE"])
+            training.distributed_rank = int(os.environ["RANK"])
+            training.distributed_no_spawn = True
+        elif training.distributed_port > 0 and distributed_utils._infer_slurm_init(training, None):
+            if not training.distributed_no_spawn:
+                raise LowbitError(
+                    "on CPUs SLURM has to start every process: give sbatch or srun "
+                    "--ntasks-per-node with the number of processes of each node"
+                )
+        else:
+            training.distributed_init_method = f"tcp://127.0.0.1:{_free_port()}"
+        training.device_id = 0
+
+    distributed_utils.infer_init_method = infer
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _gather_on_cpu() -> None:

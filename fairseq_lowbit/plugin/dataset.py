@@ -13,6 +13,7 @@ from fairseq_lowbit.data.audio import UnusableAudio, read_audio
 from fairseq_lowbit.data.label_file import LabelFile
 from fairseq_lowbit.data.manifest import Manifest
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.plugin.interruption import detach_data_worker
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ class SpeechDataset(FairseqDataset):
         return np.lexsort([np.random.permutation(len(self)), self.sizes])[::-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        detach_data_worker()
         unusable = []
         for step in range(min(_MAX_SUBSTITUTES, len(self))):
             candidate = int(self._by_size[(self._place[index] + step) % len(self)])

@@ -5,13 +5,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
+from fairseq.logging import progress_bar
 
 from fairseq_lowbit.data.manifest import atomic_write
-from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.errors import LowbitError, writing
 from fairseq_lowbit.evaluation.health import Health
 from fairseq_lowbit.evaluation.runs import LAST_CHECKPOINT, PLAN_FILE
 from fairseq_lowbit.evaluation.tables import health_table, plan_table, print_table
+from fairseq_lowbit.plugin.processes import is_first
 from fairseq_lowbit.precision import Plan
 
 HEALTH_FILE = "health.jsonl"
@@ -23,10 +24,9 @@ class RunFiles:
 
     def __init__(self, folder: Path, tensorboard_logdir: str | None) -> None:
         self.folder = folder
-        self._writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        self.last_health: int | None = None
+        self._writes = is_first()
+        self._records_health = False
         self._tensorboard_logdir = tensorboard_logdir
-        self._writer = None
 
     @property
     def unusable_path(self) -> Path:
@@ -52,24 +52,34 @@ class RunFiles:
             "a hydra.run.dir of its own"
         )
 
+    def refuse_unwritable(self) -> None:
+        """Raises LowbitError when a folder that training will write into cannot be made."""
+        for folder in (self.folder, self._tensorboard_logdir):
+            if self._writes and folder:
+                with writing(folder):
+                    Path(folder).mkdir(parents=True, exist_ok=True)
+
     def write_plan(self, plan: Plan) -> None:
         if not self._writes:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(self.folder / PLAN_FILE) as file:
+        path = self.folder / PLAN_FILE
+        with writing(path), atomic_write(path) as file:
             json.dump(plan.to_mapping(), file, indent=1)
         print_table(plan_table(plan))
 
     def write_health(self, update: int, health: Health) -> None:
-        if self._writes and self.last_health is None:
-            self._forget_from(update)
-        self.last_health = update
         if not self._writes:
             return
-        with open(self.folder / HEALTH_FILE, "a") as file:
-            file.write(json.dumps({"update": update, **health.to_mapping()}) + "\n")
+        path = self.folder / HEALTH_FILE
+        with writing(path):
+            if not self._records_health:
+                self._forget_from(update)
+            self._records_health = True
+            with open(path, "a") as file:
+                file.write(json.dumps({"update": update, **health.to_mapping()}) + "\n")
         if self._tensorboard_logdir:
-            self._write_tensorboard(update, health)
+            with writing(self._tensorboard_logdir):
+                self._write_tensorboard(update, health)
 
     def _forget_from(self, update: int) -> None:
         """Drops what a killed run recorded after the checkpoint that this run starts from."""
@@ -87,20 +97,22 @@ class RunFiles:
     def write_unusable(self, unusable: dict[str, str]) -> None:
         if not self._writes:
             return
-        with atomic_write(self.unusable_path) as file:
+        with writing(self.unusable_path), atomic_write(self.unusable_path) as file:
             file.writelines(f"{name}\t{reason}\n" for name, reason in unusable.items())
 
     def _write_tensorboard(self, update: int, health: Health) -> None:
-        if self._writer is None:
-            from tensorboardX import SummaryWriter
-
-            self._writer = SummaryWriter(str(Path(self._tensorboard_logdir) / "health"))
+        # Among fairseq's own, which are closed in time.
+        writers = progress_bar._tensorboard_writers
+        if "health" not in writers:
+            folder = Path(self._tensorboard_logdir) / "health"
+            writers["health"] = progress_bar.SummaryWriter(str(folder))
+        writer = writers["health"]
         for layer, value in enumerate(health.centered_std, 1):
-            self._writer.add_scalar(f"centered_std/layer{layer}", value, update)
+            writer.add_scalar(f"centered_std/layer{layer}", value, update)
         for entry in health.quantizers:
             for key in ("sqnr_db", "clipped", "levels_used"):
-                self._writer.add_scalar(f"{key}/{entry.name}", getattr(entry, key), update)
-        self._writer.flush()
+                writer.add_scalar(f"{key}/{entry.name}", getattr(entry, key), update)
+        writer.flush()
 
 
 def read_health(folder: Path) -> list[dict[str, Any]]:

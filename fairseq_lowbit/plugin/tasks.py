@@ -17,11 +17,19 @@ from fairseq_lowbit.data.label_file import LabelFile, count_classes, read_dictio
 from fairseq_lowbit.data.manifest import check_manifest, read_manifest
 from fairseq_lowbit.distillation import same_front_end
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.evaluation.collapse import CollapseWatch
 from fairseq_lowbit.evaluation.health import collapsed_layers, measure_health, refuse_collapsed
 from fairseq_lowbit.models import Hubert, LoadedModel, load_model, start_from
 from fairseq_lowbit.models.extractor import receptive_field
 from fairseq_lowbit.nn import calibrate, describe_squashing, is_calibrated
 from fairseq_lowbit.plugin.dataset import AudioOptions, SpeechDataset
+from fairseq_lowbit.plugin.processes import (
+    gather,
+    is_first,
+    refuse_different_data,
+    share_weights,
+    together,
+)
 from fairseq_lowbit.plugin.run_files import RunFiles
 from fairseq_lowbit.plugin.stages import Stage
 from fairseq_lowbit.quantization import Criterion
@@ -125,6 +133,8 @@ class _SpeechTask(FairseqTask):
         self.files = RunFiles(Path(cfg.output_dir), cfg.tensorboard_logdir)
         self.unusable = self.files.read_unusable()
         self._health_batch: torch.Tensor | None = None
+        self._health_update: int | None = None
+        self._collapse_watch = CollapseWatch()
 
     @property
     def source_dictionary(self) -> None:
@@ -142,8 +152,10 @@ class _SpeechTask(FairseqTask):
         self.model = super().build_model(cfg, from_checkpoint)
         if not from_checkpoint:
             self._initialize(self.model)
-            self.files.refuse_other_plan(self.model.plan)
-            self.files.write_plan(self.model.plan)
+            with together():
+                self.files.refuse_other_plan(self.model.plan)
+                self.files.refuse_unwritable()
+                self.files.write_plan(self.model.plan)
         return self.model
 
     def _initialize(self, model: Hubert) -> None:
@@ -152,6 +164,19 @@ class _SpeechTask(FairseqTask):
             start_from(model, load_model(self.cfg.init_from))
 
     def load_dataset(self, split: str, **kwargs: Any) -> None:
+        with together():
+            dataset = self._read_dataset(split)
+        refuse_different_data(split, dataset)
+        self.datasets[split] = dataset
+        # fairseq loads the training split after the checkpoint and before the optimizer: here, and
+        # only here, a new run calibrates and a resumed one does not.
+        if split == self.cfg.train_subset and self.model is not None:
+            with together():
+                self._prepare_training(dataset)
+            # Other hardware may round otherwise, and nothing would even it out again.
+            share_weights(self.model)
+
+    def _read_dataset(self, split: str) -> SpeechDataset:
         manifest = read_manifest(Path(self.cfg.data) / f"{split}.tsv")
         for message in check_manifest(manifest, self.cfg.sample_rate):
             logger.warning(f"{manifest.path}: {message}")
@@ -164,11 +189,7 @@ class _SpeechTask(FairseqTask):
                 f"dataset.max_tokens {self.cfg.max_tokens} is less than one utterance of {longest} "
                 f"samples: raise it, or lower task.max_sample_size ({self.cfg.max_sample_size})"
             )
-        self.datasets[split] = dataset
-        # fairseq loads the training split after the checkpoint and before the optimizer: here, and
-        # only here, a new run calibrates and a resumed one does not.
-        if split == self.cfg.train_subset and self.model is not None:
-            self._prepare_training(dataset)
+        return dataset
 
     def get_batch_iterator(self, *args: Any, **kwargs: Any) -> EpochBatchIterator:
         iterator = super().get_batch_iterator(*args, **kwargs)
@@ -225,16 +246,20 @@ class _SpeechTask(FairseqTask):
         loss, size, logged = super().train_step(
             sample, model, criterion, optimizer, update_num, ignore_grad
         )
-        if not math.isfinite(float(loss)):
-            raise LowbitError(self._describe_divergence(sample, logged, update_num))
         if self.cfg.health_interval and update_num % self.cfg.health_interval == 0:
             self._record_health(update_num)
         return loss, size, logged
 
     def _record_health(self, update_num: int) -> None:
         # Once per update, although micro-batches of one update share its number.
-        if update_num == self.files.last_health:
+        if update_num == self._health_update:
             return
+        self._health_update = update_num
+        with together():
+            if is_first():
+                self._measure_health(update_num)
+
+    def _measure_health(self, update_num: int) -> None:
         health = measure_health(self.model, self._health_batch)
         self.files.write_health(update_num, health)
         dead = collapsed_layers(health.centered_std)
@@ -243,6 +268,20 @@ class _SpeechTask(FairseqTask):
                 f"layers {dead} are constant over time at update {update_num}: the model is "
                 "collapsing; lower optimization.lr or lengthen its warm-up"
             )
+        collapsed = self._collapse_watch.warning(health.quantizers)
+        if collapsed:
+            logger.warning(f"at update {update_num} {collapsed}")
+
+    def begin_epoch(self, epoch: int, model: torch.nn.Module) -> None:
+        self._share_unusable()
+
+    begin_valid_epoch = begin_epoch
+
+    def _share_unusable(self) -> None:
+        """Each process meets the unusable files of its own batches; one accounts for all."""
+        with together():
+            for found in gather(self.unusable):
+                self._account_for(list(found.items()))
 
     def valid_step(self, sample, model, criterion):
         self._account_for(sample["unusable"])
@@ -252,7 +291,8 @@ class _SpeechTask(FairseqTask):
         for name, reason in unusable:
             if name not in self.unusable:
                 self.unusable[name] = reason
-                logger.warning(f"skipped unusable file {reason} ({len(self.unusable)} so far)")
+                if is_first():
+                    logger.warning(f"skipped unusable file {reason} ({len(self.unusable)} so far)")
                 self.files.write_unusable(self.unusable)
         total = len(self.datasets[self.cfg.train_subset])
         if len(self.unusable) > max(1.0, self.cfg.max_unusable * total):
@@ -260,14 +300,6 @@ class _SpeechTask(FairseqTask):
                 f"{len(self.unusable)} of {total} training files are unusable, listed in "
                 f"{self.files.unusable_path.resolve()}; repair the data or raise task.max_unusable"
             )
-
-    def _describe_divergence(self, sample: dict, logged: dict, update_num: int) -> str:
-        terms = ", ".join(f"{k} {float(v):.4g}" for k, v in logged.items() if k.startswith("loss"))
-        return (
-            f"the loss is not finite at update {update_num} ({terms}); files of the batch: "
-            f"{', '.join(sample['names'][:4])}. checkpoint_last.pt holds the last good state: "
-            "lower optimization.lr or leave those files out, and run the same command to resume"
-        )
 
 
 @register_task("lowbit_pretraining", dataclass=LowbitPretrainingConfig)

@@ -120,6 +120,9 @@ class ElasticQuantizer(LearnedQuantizer):
             integers = self.levels.encode(_normalize(self.rows(x), scale, shift))
         return Codes(integers.to(torch.int16), scale, self.levels, x.shape)
 
+    def share_at_floor(self) -> float:
+        return float((self.scale < 1.01 * SCALE_FLOOR).float().mean())
+
     def set_scale(self, scale: Tensor, shift: Tensor | None = None) -> None:
         """Sets alpha (and beta), broadcast to their shapes, and marks the quantizer calibrated."""
         with torch.no_grad():

@@ -48,6 +48,10 @@ class Quantizer(nn.Module):
         """The float values that the codes of ``x`` approximate, fp32."""
         return x.float()
 
+    def share_at_floor(self) -> float:
+        """Share of its learned scales that have shrunk to the smallest value a scale may have."""
+        return 0.0
+
     @property
     def is_uniform(self) -> bool:
         """Whether one scale serves all values, so that any sample of them can be encoded."""

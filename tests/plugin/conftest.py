@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -168,28 +169,76 @@ class Trainer:
         return Run(started.returncode, started.stdout, folder)
 
     def fork(
-        self, folder: Path, config: str, *overrides: object, kill: tuple[str, int] | None = None
+        self, folder: Path, config: str, *overrides: object, accident: tuple | None = None
     ) -> Run:
         """The same in a process forked from one that has imported fairseq, see ``run_job.py``."""
-        return self.fork_arguments(folder, self.arguments(folder, config, *overrides), kill)
+        return self.fork_arguments(folder, self.arguments(folder, config, *overrides), accident)
 
     def fork_arguments(
-        self, folder: Path, arguments: list[str], kill: tuple[str, int] | None = None
+        self, folder: Path, arguments: list[str], accident: tuple | None = None
     ) -> Run:
-        log = folder.with_name(f"{folder.name}.log")
-        log.unlink(missing_ok=True)
-        job = {
-            # A forked process would not flush tensorboardX's threads.
-            "arguments": [*arguments, "common.tensorboard_logdir=null"],
-            "folder": str(folder.parent),
-            "log": str(log),
-            "kill": kill,
-        }
-        script = str(Path(__file__).with_name("run_job.py"))
-        process = _context().Process(target=runpy.run_path, args=(script, {"JOB": job}))
-        process.start()
-        process.join()
-        return Run(process.exitcode, log.read_text(), folder)
+        return _finish(*_start(folder, arguments, accident))
+
+    def fork_ranks(
+        self,
+        folder: Path,
+        config: str,
+        *overrides: object,
+        accidents: tuple[tuple | None, ...] = (None, None),
+        each: tuple[tuple[object, ...], ...] = ((), ()),
+    ) -> list[Run]:
+        """Processes of one run, as torchrun starts them: by their environment.
+
+        Args:
+            accidents: one for each process, or None.
+            each: more overrides for each.
+        """
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        size = {"WORLD_SIZE": str(len(accidents))}
+        started = [
+            _start(
+                folder,
+                self.arguments(folder, config, *overrides, *own),
+                accident,
+                {**address, **size, "RANK": str(rank)},
+            )
+            for rank, (accident, own) in enumerate(zip(accidents, each, strict=True))
+        ]
+        return [_finish(*process) for process in started]
+
+
+def _start(
+    folder: Path,
+    arguments: list[str],
+    accident: tuple | None,
+    environment: dict[str, str] | None = None,
+) -> tuple[Any, Path, Path]:
+    environment = environment or {}
+    log = folder.with_name(f"{folder.name}{environment.get('RANK', '')}.log")
+    log.unlink(missing_ok=True)
+    job = {
+        # Unless it is what is tested, tensorboardX only costs time.
+        "arguments": ["common.tensorboard_logdir=null", *arguments],
+        "folder": str(folder.parent),
+        "log": str(log),
+        "accident": accident,
+        "environment": environment,
+    }
+    script = str(Path(__file__).with_name("run_job.py"))
+    process = _context().Process(target=runpy.run_path, args=(script, {"JOB": job}))
+    process.start()
+    return process, log, folder
+
+
+def _finish(process: Any, log: Path, folder: Path) -> Run:
+    process.join()
+    return Run(process.exitcode, log.read_text(), folder)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def user_environment() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import fcntl
 import random
+import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from fairseq_lowbit.models import load_model
+from fairseq_lowbit.plugin.interruption import STOPPED
 
 UPDATES = 40
 OPTIONS = (
@@ -86,9 +88,9 @@ def test_killed_again_and_again(
 @pytest.mark.parametrize(
     "moment",
     [
-        ("while_saving", 3),
-        ("while_copying", 3),
-        ("in_update", 17),
+        ("kill_while_saving", 3),
+        ("kill_while_copying", 3),
+        ("kill_in_update", 17),
     ],
     ids=lambda moment: "{}-{}".format(*moment),
 )
@@ -96,7 +98,7 @@ def test_killed_at_the_worst_moment(
     moment: tuple[str, int], trainer, teacher: Path, uninterrupted, tmp_path: Path
 ) -> None:
     folder, options = tmp_path / "run", (f"task.teacher={teacher}", *OPTIONS)
-    killed = trainer.fork(folder, "bitla_w1a1", *options, kill=moment)
+    killed = trainer.fork(folder, "bitla_w1a1", *options, accident=moment)
     assert killed.status == -signal.SIGKILL, killed.output
     done = len(killed.logged("loss"))
     assert 5 < done < UPDATES
@@ -107,11 +109,40 @@ def test_killed_at_the_worst_moment(
     assert_same_end(run, uninterrupted)
 
 
+def test_asked_to_stop_again_and_again(
+    trainer, teacher: Path, uninterrupted, tmp_path: Path
+) -> None:
+    """Signals to the whole process group, data workers too, until the run has made its updates."""
+    folder, options = tmp_path / "run", (f"task.teacher={teacher}", *OPTIONS)
+    moments = [
+        (("signal_in_update", 18), 18),  # in the middle of an epoch
+        (("signal_in_update", 2, "SIGUSR1"), 20),  # which is due a validation
+        (("signal_in_validation", 1), 20),  # while it is made up for
+        (("signal_in_validation", 2), 25),  # the first one made up for, the second at update 25
+        (("signal_in_update", UPDATES - 25), UPDATES),
+    ]
+    for moment, last in moments:
+        stopped = trainer.fork(folder, "bitla_w1a1", *options, accident=moment)
+        assert stopped.status == STOPPED, stopped.output
+        assert "Traceback" not in stopped.output
+        assert re.search(rf"stopped by SIG\w+ and saved at update {last}:", stopped.output)
+        assert load_model(stopped.last).updates == last
+        # No time is spent on a validation.
+        validations = [line for line in stopped.output.splitlines() if "valid on 'valid'" in line]
+        assert not any(f"num_updates {last} " in line for line in validations)
+    run = trainer.fork(folder, "bitla_w1a1", *options)
+    assert run.logged("loss") == []
+    assert_same_end(run, uninterrupted)
+    best = torch.load(uninterrupted.checkpoints / "checkpoint_best.pt")["model"]
+    own = torch.load(run.checkpoints / "checkpoint_best.pt")["model"]
+    assert all(torch.equal(own[name], value) for name, value in best.items())
+
+
 def test_killed_before_the_first_checkpoint(
     trainer, teacher: Path, uninterrupted, tmp_path: Path
 ) -> None:
     folder, options = tmp_path / "run", (f"task.teacher={teacher}", *OPTIONS)
-    killed = trainer.fork(folder, "bitla_w1a1", *options, kill=("while_saving", 1))
+    killed = trainer.fork(folder, "bitla_w1a1", *options, accident=("kill_while_saving", 1))
     assert killed.status == -signal.SIGKILL, killed.output
     assert not killed.last.exists()
     run = trainer.fork(folder, "bitla_w1a1", *options)

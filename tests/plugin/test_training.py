@@ -242,23 +242,6 @@ def test_padded_batches(train: Callable, teacher: Path) -> None:
     assert all(0 < value < 100 for value in losses)
 
 
-def test_bf16_keeps_quantizers_in_fp32(train: Callable, teacher: Path) -> None:
-    run = train(
-        "bitla_w1a1", f"task.teacher={teacher}", "common.bf16=true", "optimization.max_update=10"
-    )
-    # fairseq saves everything as fp32: what was kept in bf16 shows in the values.
-    rounded = {
-        name: torch.equal(value, value.bfloat16().float())
-        for name, value in run.state()["model"].items()
-        if value.dtype == torch.float32
-    }
-    assert rounded["encoder.layers.0.fc1.weight"]
-    assert not any(exact for name, exact in rounded.items() if "log_scale" in name)
-    losses = run.logged("loss")
-    assert len(losses) == 10
-    assert losses[-1] < losses[0]
-
-
 def test_a_sweep_from_a_checkout(trainer, teacher: Path, tmp_path: Path) -> None:
     """The way of fairseq's own examples, --config-dir and common.user_dir, and two jobs in one
     process, where fairseq would compare the second one with the first one's best loss."""

@@ -1,0 +1,252 @@
+"""Several processes of one run, on CPUs: they train what one trains, and stop together."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fairseq.distributed import utils as distributed_utils
+from omegaconf import OmegaConf
+
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.models import load_model
+from fairseq_lowbit.plugin import register
+from fairseq_lowbit.plugin.interruption import STOPPED
+
+UPDATES = 8
+# 6 updates per epoch of one process with two micro-batches each; no masks, which would be drawn
+# from every process's own random numbers.
+OPTIONS = (
+    f"optimization.max_update={UPDATES}",
+    "optimization.lr=[0.0005]",
+    "dataset.max_tokens=48000",
+    "dataset.validate_interval_updates=4",
+    "checkpoint.save_interval_updates=4",
+)
+TERMS = ("loss", "loss_final", "loss_layers", "loss_attention")
+
+
+def weights(run, rank: int) -> dict[str, torch.Tensor]:
+    return torch.load(run.folder / f"weights{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def alone(trainer, teacher: Path, tmp_path_factory: pytest.TempPathFactory):
+    """One process that sums the gradients of two micro-batches."""
+    run = trainer.fork(
+        tmp_path_factory.mktemp("alone") / "run",
+        "bitla_w2a2",
+        f"task.teacher={teacher}",
+        *OPTIONS,
+        "optimization.update_freq=[2]",
+        accident=("keep_weights", 1),
+    )
+    assert run.status == 0, run.output
+    return run
+
+
+def assert_same_training(run, alone) -> None:
+    """To float tolerance: losses as printed, with four digits, and weights."""
+    for term in TERMS:
+        assert run.logged(term) == pytest.approx(alone.logged(term), rel=1e-3, abs=2e-4), term
+    for name, value in alone.state()["model"].items():
+        torch.testing.assert_close(run.state()["model"][name], value, rtol=1e-3, atol=1e-5)
+    assert load_model(run.last).updates == UPDATES
+
+
+def test_two_processes_do_what_one_does(alone, trainer, teacher: Path, tmp_path: Path) -> None:
+    options = (f"task.teacher={teacher}", *OPTIONS)
+    keep = ("keep_weights", 1)
+    first, second = trainer.fork_ranks(
+        tmp_path / "run", "bitla_w2a2", *options, accidents=(keep, keep)
+    )
+    assert (first.status, second.status) == (0, 0), first.output + second.output
+    assert_same_training(first, alone)
+    # Calibration gave every process the scales that one alone finds.
+    calibrated = weights(alone, 0)
+    assert sum("log_scale" in name for name in calibrated) == 2 * 14
+    for rank in (0, 1):
+        own = weights(first, rank)
+        assert all(torch.equal(own[name], value) for name, value in calibrated.items())
+    # One of them speaks and writes.
+    for said in ("precision bitla_w2a2", "health at update 4", "num_updates=4,"):
+        assert first.output.count(said) == 1
+        assert said not in second.output
+    assert len((first.folder / "hydra_train.log").read_text().splitlines()) > 50
+    assert [record["update"] for record in first.health()] == [0, 5]
+
+
+def test_one_command_spawns_them(alone, trainer, teacher: Path, tmp_path: Path) -> None:
+    run = trainer.run(
+        tmp_path / "run",
+        "bitla_w2a2",
+        f"task.teacher={teacher}",
+        *OPTIONS,
+        "distributed_training.distributed_world_size=2",
+    )
+    assert run.status == 0, run.output
+    assert "Traceback" not in run.output
+    assert_same_training(run, alone)
+    assert run.output.count("health at update 5") == 1
+    assert {path.name for path in (run.folder / "tensorboard").iterdir()} >= {"train", "health"}
+
+
+def test_both_stop_in_the_same_update(alone, trainer, teacher: Path, tmp_path: Path) -> None:
+    """The signal reaches the processes at different updates, the second not at all."""
+    options = (f"task.teacher={teacher}", *OPTIONS)
+    folder = tmp_path / "run"
+    stopped = trainer.fork_ranks(
+        folder, "bitla_w2a2", *options, accidents=(("signal_in_update", 5), ("signal_in_update", 3))
+    )
+    assert [run.status for run in stopped] == [STOPPED, STOPPED], stopped[0].output
+    assert load_model(stopped[0].last).updates == 3
+    # Update 4 is due a validation.
+    accidents = (None, ("signal_in_update", 1))
+    stopped = trainer.fork_ranks(folder, "bitla_w2a2", *options, accidents=accidents)
+    assert [run.status for run in stopped] == [STOPPED, STOPPED], stopped[0].output
+    assert load_model(stopped[0].last).updates == 4
+    first, second = trainer.fork_ranks(folder, "bitla_w2a2", *options)
+    assert (first.status, second.status) == (0, 0), first.output + second.output
+    assert load_model(first.last).updates == UPDATES
+    for name, value in alone.state()["model"].items():
+        torch.testing.assert_close(first.state()["model"][name], value, rtol=1e-3, atol=1e-5)
+    best = alone.state()["extra_state"]["best"]
+    assert first.state()["extra_state"]["best"] == pytest.approx(best, rel=1e-3)
+
+
+def refused(runs: list) -> str:
+    """The one message of processes that do not start."""
+    first, *others = runs
+    assert all(run.status == 2 and "ERROR" not in run.output for run in others)
+    assert not first.last.exists()
+    assert first.output.count("num_updates=") == 0
+    return first.message()
+
+
+def edit(path: Path, change: Callable[[list[str]], list[str]]) -> None:
+    path.write_text("\n".join(change(path.read_text().splitlines())) + "\n")
+
+
+def test_different_data(trainer, corpus: Path, broken: Path, tmp_path: Path) -> None:
+    def run() -> str:
+        each = ((f"task.data={corpus}",), (f"task.data={broken}",))
+        return refused(trainer.fork_ranks(tmp_path / "run", "hubert_fastconv", each=each))
+
+    labels = (broken / "train.km").read_text()
+    edit(broken / "train.km", lambda lines: [lines[0][::-1], *lines[1:]])
+    message = run()
+    for part in ("split train", "rank 1", "labels .km", str(corpus / "train.tsv")):
+        assert part in message
+    (broken / "train.km").write_text(labels)
+    edit(broken / "valid.tsv", lambda lines: lines[:-1])
+    edit(broken / "valid.km", lambda lines: lines[:-1])
+    message = run()
+    for part in ("split valid", "rank 1", "4 files", "3 files"):
+        assert part in message
+    (broken / "valid.tsv").unlink()
+    message = run()
+    assert message.startswith("rank 1: ")
+    assert str(broken / "valid.tsv") in message
+
+
+def test_unusable_files_of_all_processes_are_listed(
+    trainer, broken: Path, teacher: Path, tmp_path: Path
+) -> None:
+    names = ("train02", "train05", "train11")
+    for name in names:
+        path = broken / "audio" / f"{name}.flac"
+        path.write_bytes(path.read_bytes()[:2000])
+    first, second = trainer.fork_ranks(
+        tmp_path / "run",
+        "bitla_w2a2",
+        f"task.teacher={teacher}",
+        f"task.data={broken}",
+        "task.max_unusable=0.5",
+        "dataset.max_tokens=48000",
+        "optimization.max_update=6",
+        "dataset.validate_interval_updates=6",
+    )
+    assert (first.status, second.status) == (0, 0), first.output + second.output
+    listed = (first.checkpoints / "skipped_files.tsv").read_text().splitlines()
+    assert sorted(line.split("\t")[0] for line in listed) == [f"audio/{n}.flac" for n in names]
+    for name in names:
+        assert first.output.count(f"unusable file audio/{name}") == 1
+
+
+def test_a_killed_process_ends_the_others(trainer, teacher: Path, tmp_path: Path) -> None:
+    first, second = trainer.fork_ranks(
+        tmp_path / "run",
+        "bitla_w2a2",
+        f"task.teacher={teacher}",
+        *OPTIONS,
+        accidents=(None, ("kill_in_update", 6)),
+    )
+    assert second.status == -signal.SIGKILL
+    assert first.status == 1
+    assert "Traceback" not in first.output
+    assert "rank 0: another process of this run has ended" in first.output
+    assert load_model(first.last).updates == 4
+
+
+# Launching without GPUs
+
+
+def launch(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], **options: object):
+    """What the processes of a launcher make of their environment."""
+    register()
+    for key in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    training = {
+        "distributed_world_size": 4,
+        "distributed_rank": 0,
+        "distributed_backend": "nccl",
+        "distributed_init_method": None,
+        "distributed_port": -1,
+        "distributed_no_spawn": False,
+        "ddp_backend": "legacy_ddp",
+        "device_id": 0,
+    }
+    config = OmegaConf.create(training | options)
+    distributed_utils.infer_init_method(config)
+    return config
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
+    """Task 3 of 4 on two nodes."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\necho node7\necho node8\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return {
+        "SLURM_STEP_NODELIST": "node[7-8]",
+        "SLURM_NNODES": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "1",
+    }
+
+
+def test_slurm_on_cpus(monkeypatch: pytest.MonkeyPatch, slurm: dict[str, str]) -> None:
+    config = launch(monkeypatch, slurm, distributed_port=12345)
+    assert config.distributed_init_method == "tcp://node7:12345"
+    assert (config.distributed_rank, config.distributed_world_size) == (3, 4)
+    assert (config.distributed_backend, config.device_id) == ("gloo", 0)
+    assert config.distributed_no_spawn
+
+
+def test_slurm_with_one_task_per_node(
+    monkeypatch: pytest.MonkeyPatch, slurm: dict[str, str]
+) -> None:
+    with pytest.raises(LowbitError, match="--ntasks-per-node"):
+        launch(monkeypatch, slurm | {"SLURM_NTASKS_PER_NODE": "1"}, distributed_port=12345)
+
+
+def test_a_backend_that_needs_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LowbitError, match=r"ddp_backend pytorch_ddp .* legacy_ddp"):
+        launch(monkeypatch, {}, ddp_backend="pytorch_ddp")
