@@ -1,20 +1,59 @@
-"""Writing files so that an interruption leaves the old one whole."""
+"""Writing files: an interruption leaves the old one whole, a full disk gives one clear message."""
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+from fairseq_lowbit.errors import LowbitError
 
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
-    """Opens a temporary neighbour of `path`, which replaces it when the block ends well."""
+    """Opens a temporary neighbour of ``path``, which replaces it when the block ends well.
+
+    Raises:
+        LowbitError: see :func:`writing`.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Around whatever writes ``path``: says in one message why it cannot be written.
+
+    Raises:
+        LowbitError: a full disk, a folder that is none or may not be written, and the like.
+    """
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except LowbitError:
+        raise
+    except Exception as error:
+        cause = _system_error(error)
+        if cause is None:
+            raise
+        why = cause.strerror or cause
+        if isinstance(cause, (FileExistsError, NotADirectoryError)):
+            why = "a file is where a folder has to be"
+        raise LowbitError(
+            f"cannot write {Path(path).absolute()}: {why}. What was written before is whole: make "
+            "room or give another folder, and run the same command to go on"
+        ) from error
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The operating system's refusal somewhere in an exception chain; torch wraps it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -7,7 +7,6 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
-from fairseq_lowbit.data.manifest import atomic_write
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.collection import SORTS, Entry, Record, collect, records
 from fairseq_lowbit.evaluation.measure import SECONDS
@@ -16,6 +15,7 @@ from fairseq_lowbit.evaluation.paper import SOURCE
 from fairseq_lowbit.evaluation.runs import Run
 from fairseq_lowbit.evaluation.sweep_table import LEGEND, markdown, rich_table, write_csv
 from fairseq_lowbit.evaluation.tables import print_table
+from fairseq_lowbit.files import atomic_write
 from fairseq_lowbit.plugin import register
 
 HELP = "collect runs into one table: sweeps, single runs, the stages of a schedule"

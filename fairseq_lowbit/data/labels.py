@@ -12,9 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from fairseq_lowbit.data.audio import SAMPLE_RATE, UnusableAudio, read_audio
-from fairseq_lowbit.data.manifest import Manifest, atomic_write, read_manifest
+from fairseq_lowbit.data.manifest import Manifest, read_manifest
 from fairseq_lowbit.data.mfcc import FRAME_RATE, mfcc
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.files import atomic_write
 
 # A dimension that hardly varies would otherwise be blown up to the weight of the others.
 _LEAST_DEVIATION = 1e-5

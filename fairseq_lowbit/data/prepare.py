@@ -17,8 +17,9 @@ import soundfile
 from tqdm import tqdm
 
 from fairseq_lowbit.data.audio import SAMPLE_RATE, UnusableAudio, audio_info, convert_audio
-from fairseq_lowbit.data.manifest import atomic_write, write_manifest
+from fairseq_lowbit.data.manifest import write_manifest
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.files import atomic_write
 
 # With this many folders they are taken for speakers (or books, or sessions) and kept whole.
 _LEAST_FOLDERS = 10

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from fairseq_lowbit.data.audio import SAMPLE_RATE
 from fairseq_lowbit.data.espeak import Engine, Voice
-from fairseq_lowbit.data.manifest import atomic_write, write_manifest
+from fairseq_lowbit.data.manifest import write_manifest
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.files import atomic_write
 
 
 def _split(text: str) -> list[str]:

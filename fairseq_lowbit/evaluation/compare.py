@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from fairseq_lowbit.data.manifest import atomic_write
 from fairseq_lowbit.evaluation.measure import Candidate, HeldOut, Reference, Row
 from fairseq_lowbit.evaluation.probe import Probe
+from fairseq_lowbit.files import atomic_write
 from fairseq_lowbit.models import LoadedModel
 
 TRAINED_FACTOR = 3.0

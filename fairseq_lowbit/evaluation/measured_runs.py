@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from fairseq_lowbit import __version__
-from fairseq_lowbit.data.manifest import atomic_write
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.agreement import Agreement
 from fairseq_lowbit.evaluation.masked import MaskedAccuracy
 from fairseq_lowbit.evaluation.measure import Candidate, Reference, Row, read_held_out
 from fairseq_lowbit.evaluation.probe import Probe
 from fairseq_lowbit.evaluation.runs import Run
+from fairseq_lowbit.files import atomic_write
 from fairseq_lowbit.models import load_model
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class _Bench:
 
 def _store(run: Run, fingerprint: dict[str, Any], measurement: Measurement) -> None:
     # In a folder that is not ours to write to, the next table measures again.
-    with suppress(OSError), atomic_write(run.folder / RESULTS_FILE) as file:
+    with suppress(LowbitError), atomic_write(run.folder / RESULTS_FILE) as file:
         json.dump({"of": fingerprint, **asdict(measurement)}, file, indent=1)
 
 

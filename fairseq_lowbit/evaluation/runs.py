@@ -14,8 +14,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fairseq_lowbit.data.manifest import atomic_write
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.files import atomic_write
 from fairseq_lowbit.models import read_checkpoint, updates_of
 
 CONFIG_FILE = Path(".hydra", "config.yaml")

@@ -138,11 +138,8 @@ def write_model(path: str | Path, model: Hubert, source: LoadedModel) -> None:
     weights = model.state_dict()
     if not source.has_final_projection:
         weights = {k: v for k, v in weights.items() if not k.startswith("final_proj.")}
-    try:
-        with atomic_write(path, "wb") as file:
-            torch.save({**training, "cfg": config, "model": weights}, file)
-    except OSError as error:
-        raise LowbitError(f"cannot write {path}: {error.strerror}") from error
+    with atomic_write(path, "wb") as file:
+        torch.save({**training, "cfg": config, "model": weights}, file)
 
 
 def check_same_shapes(model: nn.Module, weights: StateDict, path: str | Path) -> None:

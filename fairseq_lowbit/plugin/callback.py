@@ -20,8 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 import fairseq_lowbit
-from fairseq_lowbit.errors import LowbitError, writing
+from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.runs import forget_failure, write_failure
+from fairseq_lowbit.files import writing
 from fairseq_lowbit.plugin import register
 from fairseq_lowbit.plugin.processes import SharedError, is_first, rank
 from fairseq_lowbit.plugin.run_files import print_summary

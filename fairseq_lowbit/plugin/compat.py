@@ -20,7 +20,8 @@ from fairseq.file_io import PathManager
 from fairseq.logging import progress_bar
 from torch.multiprocessing import ProcessExitedException
 
-from fairseq_lowbit.errors import LowbitError, writing
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.files import writing
 from fairseq_lowbit.plugin import interruption
 
 _BUFFER_BYTES = 16384

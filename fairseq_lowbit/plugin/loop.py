@@ -12,7 +12,8 @@ from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 from fairseq_cli import train as fairseq_train
 
-from fairseq_lowbit.errors import LowbitError, writing
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.files import writing
 from fairseq_lowbit.plugin import interruption
 from fairseq_lowbit.plugin.processes import together
 from fairseq_lowbit.plugin.trainer import LowbitTrainer, ValidationCutShort

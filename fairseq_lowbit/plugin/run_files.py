@@ -7,11 +7,11 @@ from typing import Any
 
 from fairseq.logging import progress_bar
 
-from fairseq_lowbit.data.manifest import atomic_write
-from fairseq_lowbit.errors import LowbitError, writing
+from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.health import Health
 from fairseq_lowbit.evaluation.runs import LAST_CHECKPOINT, PLAN_FILE
 from fairseq_lowbit.evaluation.tables import health_table, plan_table, print_table
+from fairseq_lowbit.files import atomic_write, writing
 from fairseq_lowbit.plugin.processes import is_first
 from fairseq_lowbit.precision import Plan
 
@@ -63,7 +63,7 @@ class RunFiles:
         if not self._writes:
             return
         path = self.folder / PLAN_FILE
-        with writing(path), atomic_write(path) as file:
+        with atomic_write(path) as file:
             json.dump(plan.to_mapping(), file, indent=1)
         print_table(plan_table(plan))
 
@@ -97,7 +97,7 @@ class RunFiles:
     def write_unusable(self, unusable: dict[str, str]) -> None:
         if not self._writes:
             return
-        with writing(self.unusable_path), atomic_write(self.unusable_path) as file:
+        with atomic_write(self.unusable_path) as file:
             file.writelines(f"{name}\t{reason}\n" for name, reason in unusable.items())
 
     def _write_tensorboard(self, update: int, health: Health) -> None:

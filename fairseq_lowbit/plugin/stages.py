@@ -15,8 +15,8 @@ import torch
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from fairseq_lowbit.data.manifest import atomic_write
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.files import atomic_write
 from fairseq_lowbit.models.checkpoint import read_checkpoint
 from fairseq_lowbit.plugin.configs import meta_model, read_model_config
 from fairseq_lowbit.plugin.run_files import LAST_CHECKPOINT
