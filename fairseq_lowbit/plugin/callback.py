@@ -135,7 +135,8 @@ def train_in_stages(config: DictConfig) -> None:
         own = configs[index]
         logger.info(
             f"{schedule.describe(index)}: {own.optimization.max_update} updates from "
-            f"{own.task.init_from or own.task.teacher}, teacher {own.task.teacher}"
+            f"{own.task.init_from or own.task.teacher or 'scratch'}, teacher: "
+            f"{schedule.stages[index].teacher}"
         )
         _forget_last_job()
         _hydra_main(own)
@@ -171,6 +172,9 @@ def _forget_last_job() -> None:
     for writer in progress_bar._tensorboard_writers.values():
         writer.close()
     progress_bar._tensorboard_writers.clear()
+    # wandb refuses another configuration, and steps that begin anew, in a run that is still open.
+    if getattr(progress_bar.wandb, "run", None) is not None:
+        progress_bar.wandb.finish()
 
 
 def user_mistake(error: Any) -> str | None:
