@@ -19,6 +19,8 @@ SQUASHED_GROUP = "squashed_weight"
 TARGET_STD = 0.84
 _LIMIT = 0.999
 _BISECTIONS = 30
+_TOLERANCE = 0.01
+_SMALLEST_GAIN = 1e-8
 
 
 class _FakeSquash(torch.autograd.Function):
@@ -88,16 +90,19 @@ class SquashedQuantizer(LearnedQuantizer):
         """Sets the gains for a float ``weight`` and returns its P, of the same shape.
 
         Per channel exp(g) is the value for which the standard deviation of
-        atanh(clip(weight/exp(g), +-0.999)) is ``TARGET_STD``.
+        atanh(clip(weight/exp(g), +-0.999)) is ``TARGET_STD``. A channel that no gain spreads so
+        far, for example a constant one, gets the gain that clips nothing.
         """
         rows = self.rows(weight).float()
-        rms = rows.square().mean(1, keepdim=True).sqrt().clamp_min(1e-8)
+        rms = rows.square().mean(1, keepdim=True).sqrt().clamp_min(_SMALLEST_GAIN)
         low, high = rms.log() - 4, rms.log() + 4
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            is_wide = _unsquash(rows, middle).std(1, correction=0, keepdim=True) > TARGET_STD
+            is_wide = _spread(rows, middle) > TARGET_STD
             low, high = torch.where(is_wide, middle, low), torch.where(is_wide, high, middle)
-        self.log_gain.copy_((low + high) / 2)
+        is_found = (_spread(rows, high) - TARGET_STD).abs() < _TOLERANCE
+        unclipped = 1.01 * rows.abs().amax(1, keepdim=True).clamp_min(_SMALLEST_GAIN)
+        self.log_gain.copy_(torch.where(is_found, high, unclipped.log()))
         self.mark_calibrated(True)
         return _unsquash(rows, self.log_gain).view_as(weight)
 
@@ -113,10 +118,12 @@ def _unsquash(rows: Tensor, log_gain: Tensor) -> Tensor:
     return torch.atanh((rows / log_gain.exp()).clamp_(-_LIMIT, _LIMIT))
 
 
+def _spread(rows: Tensor, log_gain: Tensor) -> Tensor:
+    return _unsquash(rows, log_gain).std(1, correction=0, keepdim=True)
+
+
 def squash_penalty(unsquashed: Iterable[Tensor]) -> Tensor:
     """Mean over tensors P of (std(P) - 0.84)^2 + mean(P)^2, () fp32: keeps tanh(P) uniform."""
-    terms = [
-        (p.float().std(correction=0) - TARGET_STD).square() + p.float().mean().square()
-        for p in unsquashed
-    ]
+    values = (p.float() for p in unsquashed)
+    terms = [(p.std(correction=0) - TARGET_STD).square() + p.mean().square() for p in values]
     return torch.stack(terms).mean()
