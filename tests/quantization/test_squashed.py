@@ -127,7 +127,9 @@ def test_more_bits_are_closer_to_a_float_weight() -> None:
     errors = []
     for bits in (8, 4, 2, 1):
         quantizer, unsquashed = fitted(weight, bits)
-        errors.append(((quantizer(unsquashed) - weight).square().sum() / weight.square().sum()).item())
+        errors.append(
+            ((quantizer(unsquashed) - weight).square().sum() / weight.square().sum()).item()
+        )
     assert errors == sorted(errors)
     # No worse than a tenth of the signal at 2 bits, where the best set of 4 even levels has .119.
     assert errors[2] < 0.13

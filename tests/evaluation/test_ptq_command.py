@@ -8,7 +8,6 @@ from fairseq_lowbit.cli.main import main
 from fairseq_lowbit.models import LoadedModel, load_model
 from fairseq_lowbit.nn import float_state, is_calibrated
 
-pytest_plugins = ["tests.evaluation.conftest"]
 RULE = "[{match: '*.fc1', granularity: per_group, group_size: 4}]"
 
 
