@@ -49,7 +49,7 @@ class Quantizer(nn.Module):
         return x.float()
 
     @property
-    def is_uniform(self) -> bool:
+    def is_per_tensor(self) -> bool:
         """Whether one scale serves all values, so that any sample of them can be encoded."""
         return False
 
