@@ -58,8 +58,8 @@ def distill(
             attention_error(attention_map, target_map, valid, center=attention == "scores")
         )
     with torch.no_grad():
-        target = teacher.final_proj(teacher.encoder.end(target))
-    final = feature_error(student.final_proj(student.encoder.end(x)), target, valid)
+        target = teacher.project_final(target)
+    final = feature_error(student.project_final(x), target, valid)
     count = frames.valid().sum()
     layers, attentions = torch.stack(layer_terms).mean(), torch.stack(attention_terms).mean()
     return DistillationTerms(final, layers, attentions), count

@@ -73,6 +73,7 @@ def measure_health(model: Hubert, waveform: Tensor) -> Health:
     model.eval()
     try:
         outputs, _ = model.hidden_states(waveform)
+        model.project_final(outputs[-1])  # the last quantizers there may be
     finally:
         for handle in handles:
             handle.remove()
@@ -108,7 +109,7 @@ def _observer(name: str, measured: list[QuantizerHealth]):
         x, *ratio = inputs
         # All ratios are equal without padding, so one value stands for them.
         ratio = [r.reshape(-1)[:1] for r in ratio if r is not None]
-        values = thin(x, _SAMPLE) if quantizer.is_uniform else x
+        values = thin(x, _SAMPLE) if quantizer.is_per_tensor else x
         codes = quantizer.codes(values, *ratio)
         measured.append(_health(name, quantizer, codes, quantizer.target(values)))
 

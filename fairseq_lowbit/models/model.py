@@ -109,9 +109,11 @@ class Hubert(nn.Module):
     def final_output(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Output of ``final_proj``, [batch, frames, final_dim]. Reaches every operator, so this is
         what calibration runs."""
-        frames = self.project(self.extract(waveform, lengths))
-        x, _ = self.encoder(frames.x, frames.padding_mask)
-        return self.final_proj(x)
+        return self.project_final(self.hidden_states(waveform, lengths)[0][-1])
+
+    def project_final(self, x: Tensor) -> Tensor:
+        """Output of the last layer to that of ``final_proj``, [batch, frames, final_dim]."""
+        return self.final_proj(self.encoder.end(x))
 
     def label_logits(self, x: Tensor) -> Tensor:
         """Cosine similarity to the label embeddings over the temperature: [..., dim] encoder

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.quantization.levels import LevelSet
+from fairseq_lowbit.quantization.levels import SMALLEST_SCALE, LevelSet
 
 CRITERIA = ("mse", "absmax", "percentile")
 _COARSE_SCALES = 48
@@ -41,7 +41,9 @@ class Criterion:
 
     def __post_init__(self) -> None:
         if self.name not in CRITERIA:
-            raise LowbitError(f"calibration {self.name!r}; allowed are {', '.join(CRITERIA)}")
+            raise LowbitError(
+                f"calibration criterion {self.name!r}; allowed are {', '.join(CRITERIA)}"
+            )
         if not 0 < self.percentile <= 100:
             raise LowbitError(f"calibration percentile {self.percentile}; want above 0, up to 100")
 
@@ -91,18 +93,19 @@ def fit_scale(
 
     Returns:
         scale [rows] > 0 and shift [rows] or None. For the sign set scale = mean |x|, the exact
-        optimum. An all-zero row gets scale 1 and shift 0, since any scale fits it.
+        optimum. An all-zero row gets shift 0 and scale 1, which any other would do as well as, but
+        the smallest one where zero is no level.
     """
     if levels.kind == "sign":
-        scale = values.abs().mean(1)
-        return torch.where(scale > 0, scale, 1.0), None
+        return values.abs().mean(1).clamp_min(SMALLEST_SCALE), None
     peak = _peak(values, criterion) / levels.value(values.new_tensor(levels.hi))
     is_zero = peak == 0
     scale = torch.where(is_zero, 1.0, peak)
     offset = torch.zeros_like(scale)
     if criterion.name == "mse":
         scale, offset = _least_error(values, levels, scale, with_shift)
-    scale, shift = torch.where(is_zero, 1.0, scale), torch.where(is_zero, 0.0, offset * scale)
+    any_scale = SMALLEST_SCALE if levels.kind == "mid_rise" else 1.0
+    scale, shift = torch.where(is_zero, any_scale, scale), torch.where(is_zero, 0.0, offset * scale)
     return scale, shift if with_shift else None
 
 
@@ -110,7 +113,8 @@ def _peak(values: Tensor, criterion: Criterion) -> Tensor:
     """The magnitude per row that the outermost level shall reach."""
     magnitudes = values.abs()
     if criterion.name == "percentile":
-        return magnitudes.quantile(criterion.percentile / 100, dim=1)
+        peak = magnitudes.quantile(criterion.percentile / 100, dim=1)
+        return torch.where(peak > 0, peak, magnitudes.amax(1))  # zeros may be more than that share
     return magnitudes.amax(1)
 
 

@@ -101,7 +101,7 @@ class ElasticQuantizer(LearnedQuantizer):
         return scale + (scale.clamp_min(SCALE_FLOOR) - scale).detach()
 
     @property
-    def is_uniform(self) -> bool:
+    def is_per_tensor(self) -> bool:
         return self.log_scale.dim() == 0 and (self.shift is None or self.shift.dim() == 0)
 
     def forward(self, x: Tensor, length_ratio: Tensor | None = None) -> Tensor:

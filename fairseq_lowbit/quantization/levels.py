@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fairseq_lowbit.errors import LowbitError
 
+# Of nothing but zeros: with it they are decoded as zero by a set that lacks that level too.
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 _GELU_NON_NEGATIVE_BITS = 4
 
 
@@ -91,7 +93,9 @@ class LevelSet:
         if self.kind == "sign":
             return torch.where(u >= 0, 1.0, -1.0)
         if self.kind == "mid_rise":
-            return u.add(1).mul_(2 ** (self.bits - 1)).floor_().clamp_(self.lo, self.hi)
+            # Every step is exact; adding 1 to u first would round small negative values up to zero.
+            half = 2 ** (self.bits - 1)
+            return u.mul(half).floor_().add_(half).clamp_(self.lo, self.hi)
         if self.bits == 1:
             return (u >= 0.5).to(u.dtype)
         return torch.round(u).clamp_(self.lo, self.hi)

@@ -53,7 +53,7 @@ class Quantizer(nn.Module):
         return 0.0
 
     @property
-    def is_uniform(self) -> bool:
+    def is_per_tensor(self) -> bool:
         """Whether one scale serves all values, so that any sample of them can be encoded."""
         return False
 

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from fairseq_lowbit.quantization.codes import Codes
-from fairseq_lowbit.quantization.levels import non_negative, signed
+from fairseq_lowbit.quantization.levels import SMALLEST_SCALE, non_negative, signed
 from fairseq_lowbit.quantization.quantizer import Quantizer
 
 Range = Literal["absmax", "minmax"]
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The decoded values forward, the identity backward: the range holds every value."""
+    """The decoded values forward, the identity backward: the range is that of the values."""
 
     @staticmethod
     def forward(ctx, x, decoded):
@@ -35,7 +35,8 @@ class UniformQuantizer(Quantizer):
         kind: which range.
         bits: 1 to 8.
         row_size: see :class:`Quantizer`.
-        frame_dim: dimension of the features of a frame, for an activation with a scale per frame.
+        frame_dim: for an activation, the dimension (or dimensions) over which a frame extends:
+            each frame has a scale of its own.
 
     >>> UniformQuantizer("absmax", bits=8, frame_dim=-1)(torch.tensor([[1.0, -0.5], [0.0, 254.0]]))
     tensor([[  1.0000,  -0.5039],
@@ -43,41 +44,46 @@ class UniformQuantizer(Quantizer):
     """
 
     def __init__(
-        self, kind: Range, bits: int, row_size: int | None = None, frame_dim: int | None = None
+        self,
+        kind: Range,
+        bits: int,
+        row_size: int | None = None,
+        frame_dim: int | tuple[int, ...] | None = None,
     ) -> None:
         super().__init__(signed(bits) if kind == "absmax" else non_negative(bits), row_size)
         self.kind = kind
         self.dim = frame_dim if row_size is None else -1
 
     def forward(self, x: Tensor, length_ratio: Tensor | None = None) -> Tensor:
-        return _StraightThrough.apply(x, self.codes(x).decode().to(x.dtype))
+        with torch.no_grad():
+            code, scale, zero_point = self._encode(x)
+            decoded = (code if zero_point is None else code.sub_(zero_point)).mul_(scale)
+        return _StraightThrough.apply(x, decoded.to(x.dtype).view_as(x))
 
     @torch.no_grad()
     def codes(self, x: Tensor, length_ratio: Tensor | None = None) -> Codes:
-        values = self.rows(x).float()
-        scale = self._scale(values)
-        u, zero_point = values / scale, None
-        if self.kind == "minmax":
-            zero_point = self.levels.encode(-self._least(values) / scale)
-            u = u.round_().add_(zero_point)
-        integers = self.levels.encode(u).to(torch.int16)
-        return Codes(integers, scale, self.levels, x.shape, zero_point)
+        code, scale, zero_point = self._encode(x)
+        return Codes(code.to(torch.int16), scale, self.levels, x.shape, zero_point)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {super().extra_repr()}"
 
-    def _scale(self, values: Tensor) -> Tensor:
-        if self.levels.kind == "sign":
-            scale = self._reduce(values.abs(), torch.mean)
-        elif self.kind == "absmax":
-            scale = self._reduce(values.abs(), torch.amax) / self.levels.hi
-        else:
-            greatest = self._reduce(values, torch.amax).clamp_min(0)
-            scale = (greatest - self._least(values)) / self.levels.hi
-        return torch.where(scale > 0, scale, 1.0)
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes, scale and zero point (None where codes need no offset), all fp32."""
+        values = self.rows(x).float()
+        if self.kind == "absmax":
+            scale = self._symmetric_scale(values.abs()).clamp_min(SMALLEST_SCALE)
+            return self.levels.encode(values / scale), scale, None
+        lowest = self._reduce(values, torch.amin).clamp_max(0)
+        highest = self._reduce(values, torch.amax).clamp_min(0)
+        scale = ((highest - lowest) / self.levels.hi).clamp_min(SMALLEST_SCALE)
+        zero_point = self.levels.encode(-lowest / scale)
+        return self.levels.encode((values / scale).round_().add_(zero_point)), scale, zero_point
 
-    def _least(self, values: Tensor) -> Tensor:
-        return self._reduce(values, torch.amin).clamp_max(0)
+    def _symmetric_scale(self, magnitudes: Tensor) -> Tensor:
+        if self.levels.kind == "sign":
+            return self._reduce(magnitudes, torch.mean)
+        return self._reduce(magnitudes, torch.amax) / self.levels.hi
 
     def _reduce(self, values: Tensor, function) -> Tensor:
         if self.dim is None:

@@ -10,7 +10,7 @@ from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.health import centered_std, measure_health, refuse_collapsed
 from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.nn import calibrate, quantizers
-from fairseq_lowbit.precision import Precision
+from fairseq_lowbit.precision import Precision, Rule
 from fairseq_lowbit.quantization import ElasticQuantizer, LevelSet, non_negative, signed
 from tests.shapes import TINY
 
@@ -32,6 +32,9 @@ class OneQuantizer(nn.Module):
     def hidden_states(self, waveform: Tensor) -> tuple[list[Tensor], None]:
         ratio = () if self.ratio is None else (self.ratio,)
         return [self.quantizer(waveform, *ratio)[..., None]], None
+
+    def project_final(self, x: Tensor) -> Tensor:
+        return x
 
 
 def health_of(model: OneQuantizer, values: list[float]):
@@ -110,6 +113,24 @@ def test_every_quantizer_of_a_model(quantized: Hubert) -> None:
     assert bits["encoder.layers.1.fc1.input_quantizer"] == 4
     assert len(health.centered_std) == 2
     assert all(value > 0.1 for value in health.centered_std)
+
+
+def test_every_method_is_measured_and_the_final_projection_too() -> None:
+    torch.manual_seed(0)
+    rules = [
+        Rule("final_proj", method="minmax", weight_bits=8, activation_bits=8),
+        Rule("*.fc1", method="stretched", granularity="per_group", group_size=4),
+        Rule("*.fc2", method="absmax"),
+    ]
+    model = Hubert(TINY, precision=Precision("sqwq_w4", rules))
+    calibrate(model, [torch.randn(2, 4000)], model.final_output)
+    health = measure_health(model, torch.randn(2, 4000))
+    names = [name for name, _ in quantizers(model)]
+    assert sorted(entry.name for entry in health.quantizers) == sorted(names)
+    # Against the float weight that is approximated, which of a squashed one is not what is stored.
+    assert all(entry.sqnr_db > 15 for entry in health.quantizers)
+    assert all(entry.clipped < 0.05 for entry in health.quantizers)
+    assert all(entry.levels_used > 0.1 for entry in health.quantizers)
 
 
 def test_measuring_leaves_training_alone(quantized: Hubert) -> None:

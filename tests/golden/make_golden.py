@@ -27,6 +27,7 @@ SETS += [("signed", bits) for bits in range(2, 9)]
 SETS += [("non_negative", bits) for bits in range(1, 9)]
 SETS += [("mid_rise", bits) for bits in range(1, 9)]
 REFERENCE_FRAMES = 500
+RANGES = (Fraction(3, 16), Fraction(5, 4))
 Rows = list[list[Fraction]]
 
 
@@ -252,38 +253,52 @@ def squashed_case(bits: int) -> dict[str, Any]:
 def uniform_case(kind: str, bits: int) -> dict[str, Any]:
     """Plain quantizers with a range of their own per row. The ranges are multiples of the levels,
     so that scales are fp32 numbers and ties are met exactly."""
-    steps = 2 ** (bits - 1) - 1 if kind == "absmax" else 2**bits - 1
-    units = [0, 1, -1, steps] if kind == "absmax" else [0, 1, steps - steps // 3, -(steps // 3)]
-    rows = []
-    for scale in (Fraction(3, 16), Fraction(5, 4)):
-        ties = [Fraction(unit) + Fraction(side, 8) for unit in units[:3] for side in (4, 3, 5)]
-        inside = [u for u in ties if min(units) <= u <= max(units)]
-        rows.append([exact(scale * u) for u in [*map(Fraction, units), *inside]])
-    width = min(map(len, rows))
-    x = [row[:width] for row in rows]
+    rows = [[exact(scale * u) for u in uniform_inputs(kind, bits)] for scale in RANGES]
     codes, decoded, scales, zeros = [], [], [], []
-    for row in x:
-        if kind == "absmax":
-            scale, zero = max(map(abs, row)) / steps, 0
-        else:
-            low, high = min(*row, Fraction(0)), max(*row, Fraction(0))
-            scale = exact((high - low) / steps)
-            zero = round(-low / scale)
-        lo, hi = code_range("signed" if kind == "absmax" else "non_negative", bits)
-        row_codes = [min(max(round(value / scale) + zero, lo), hi) for value in row]
+    for row in rows:
+        scale, zero = uniform_range(row, kind, bits)
+        row_codes = [uniform_code(value / scale, zero, kind, bits) for value in row]
         codes.append(row_codes)
         decoded.append([exact(scale * (code - zero)) for code in row_codes])
-        scales.append(scale)
+        scales.append(exact(scale))
         zeros.append(zero)
     return {
         "kind": kind,
         "bits": bits,
-        "x": numbers(x),
+        "x": numbers(rows),
         "scale": numbers(scales),
         "zero_point": zeros,
         "codes": codes,
         "decoded": numbers(decoded),
     }
+
+
+def uniform_inputs(kind: str, bits: int) -> list[Fraction]:
+    """In units of the scale: some levels, the ends, ties and both their sides."""
+    if kind == "absmax" and bits == 1:
+        return [Fraction(u, 8) for u in (0, 1, -1, 16, -16, 4, -4, 22)]  # mean magnitude 1
+    steps = 2 ** (bits - 1) - 1 if kind == "absmax" else 2**bits - 1
+    units = [0, 1, -1, steps] if kind == "absmax" else [0, 1, steps - steps // 3, -(steps // 3)]
+    ties = [Fraction(unit) + Fraction(side, 8) for unit in units[:3] for side in (4, 3, 5)]
+    return [*map(Fraction, units), *(u for u in ties if min(units) <= u <= max(units))]
+
+
+def uniform_range(row: list[Fraction], kind: str, bits: int) -> tuple[Fraction, int]:
+    """Scale and zero point."""
+    if kind == "absmax" and bits == 1:
+        return sum(map(abs, row)) / len(row), 0
+    if kind == "absmax":
+        return max(map(abs, row)) / (2 ** (bits - 1) - 1), 0
+    low, high = min(*row, Fraction(0)), max(*row, Fraction(0))
+    scale = (high - low) / (2**bits - 1)
+    return scale, round(-low / scale)
+
+
+def uniform_code(u: Fraction, zero: int, kind: str, bits: int) -> int:
+    if kind == "absmax" and bits == 1:
+        return 1 if u >= 0 else -1
+    lo, hi = code_range("signed" if kind == "absmax" else "non_negative", bits)
+    return min(max(round(u) + zero, lo), hi)
 
 
 def main() -> None:
@@ -293,7 +308,7 @@ def main() -> None:
         for kind, bits in SETS
     }
     files["squashed.json"] = listed(map(squashed_case, range(1, 9))) + "\n"
-    plain = [("absmax", bits) for bits in range(2, 9)] + [("minmax", b) for b in range(2, 9)]
+    plain = [(kind, bits) for kind in ("absmax", "minmax") for bits in range(1, 9)]
     files["uniform.json"] = listed(uniform_case(*case) for case in plain) + "\n"
     for name, text in files.items():
         (folder / name).write_bytes(text.encode("ascii"))

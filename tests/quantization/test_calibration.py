@@ -3,13 +3,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fairseq_lowbit.quantization import ElasticQuantizer, LevelSet, after_gelu, non_negative, signed
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.quantization import (
+    Criterion,
+    ElasticQuantizer,
+    LevelSet,
+    after_gelu,
+    mid_rise,
+    non_negative,
+    signed,
+)
 from fairseq_lowbit.quantization.calibration import (
+    MSE,
     Calibrator,
     fit_scale,
     fit_weight_scale,
     thin,
 )
+
+ABSMAX = Criterion("absmax")
+CRITERIA = [MSE, ABSMAX, Criterion("percentile", 99)]
+# Sets whose outermost level is one of many; the sign set has its mean in any case.
+WIDE_SETS = [signed(2), signed(8), mid_rise(1), mid_rise(2), mid_rise(8), non_negative(3)]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -19,13 +34,17 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def relative_error(
     x: Tensor, levels: LevelSet, scale: Tensor | float, shift: Tensor | float = 0.0
 ) -> float:
-    decoded = levels.encode((x - shift) / scale) * scale
+    decoded = levels.value(levels.encode((x - shift) / scale)) * scale
     return ((decoded - x).square().sum() / x.square().sum()).item()
+
+
+def outermost(levels: LevelSet) -> float:
+    return levels.value(torch.tensor(float(levels.hi))).item()
 
 
 def best_error(x: Tensor, levels: LevelSet, shifts: Tensor | None = None) -> float:
     """Brute force over a grid far finer than the calibration's."""
-    peak = (x.abs().max() / levels.hi).item()
+    peak = (x.abs().max() / outermost(levels)).item()
     scales = peak * torch.logspace(-2.5, 0.1, 400)
     offsets = torch.zeros(1) if shifts is None else shifts
     return min(relative_error(x, levels, s, s * o) for s in scales for o in offsets)
@@ -49,6 +68,20 @@ def test_signed_scale_has_nearly_the_best_error(name: str, bits: int, slack: flo
     assert relative_error(x, levels, scale) <= slack * best_error(x, levels)
 
 
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_mid_rise_scale_has_nearly_the_best_error(name: str, bits: int) -> None:
+    x, levels = DISTRIBUTIONS[name], mid_rise(bits)
+    scale, _ = fit_scale(x[None], levels)
+    assert relative_error(x, levels, scale) <= 1.02 * best_error(x, levels)
+
+
+def test_two_balanced_bits_fit_a_weight_better_than_twos_complement() -> None:
+    x = normal(1500)
+    errors = [relative_error(x, s, fit_scale(x[None], s)[0]) for s in (mid_rise(2), signed(2))]
+    assert errors[0] < 0.85 * errors[1]
+
+
 @pytest.mark.parametrize("name", ["gelu", "probabilities", "uniform"])
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_scale_and_shift_have_nearly_the_best_error(name: str, bits: int) -> None:
@@ -66,9 +99,7 @@ def test_sign_set_gets_the_mean_magnitude(name: str) -> None:
     assert scale.item() == x.abs().mean().item()
 
 
-@pytest.mark.parametrize(
-    "levels", [signed(1), signed(2), non_negative(1), non_negative(3)], ids=str
-)
+@pytest.mark.parametrize("levels", [signed(2), non_negative(1), non_negative(3)], ids=str)
 def test_zeros_get_scale_one_and_no_shift(levels: LevelSet) -> None:
     x = torch.zeros(2, 10)
     with_shift = levels.kind == "non_negative"
@@ -77,6 +108,18 @@ def test_zeros_get_scale_one_and_no_shift(levels: LevelSet) -> None:
     if with_shift:
         assert shift.tolist() == [0.0, 0.0]
         assert (levels.encode((x - shift[:, None]) / scale[:, None]) == 0).all()
+
+
+@pytest.mark.parametrize("levels", [signed(1), mid_rise(1), mid_rise(2)], ids=str)
+@pytest.mark.parametrize("criterion", CRITERIA, ids=lambda c: c.name)
+def test_zeros_stay_zeros_where_zero_is_no_level(levels: LevelSet, criterion: Criterion) -> None:
+    """A pruned channel or group would otherwise come back at full size."""
+    weight = torch.stack([normal(300), torch.zeros(300)])
+    quantizer = ElasticQuantizer(levels, 300, scales=2, row_size=300)
+    quantizer.set_scale(fit_weight_scale(weight, levels, 300, criterion))
+    decoded = quantizer(weight)
+    assert decoded[1].abs().max() < 1.1e-5
+    assert decoded[0].abs().min() > 1e-2
 
 
 def test_rows_are_fitted_each_for_itself() -> None:
@@ -189,3 +232,81 @@ def test_the_set_behind_a_gelu_is_the_better_one(bits: int) -> None:
     chosen = after_gelu(bits)
     other = signed(bits) if chosen.kind == "non_negative" else non_negative(bits)
     assert error(chosen) < error(other)
+
+
+@pytest.mark.parametrize("levels", WIDE_SETS, ids=str)
+@pytest.mark.parametrize("name", ["normal", "laplace", "uniform"])
+def test_absmax_puts_the_outermost_level_at_the_largest_magnitude(
+    name: str, levels: LevelSet
+) -> None:
+    x = DISTRIBUTIONS[name]
+    scale, shift = fit_scale(x[None], levels, levels.kind == "non_negative", ABSMAX)
+    assert (scale * outermost(levels)).item() == pytest.approx(x.abs().max().item())
+    assert shift is None or shift.item() == 0
+
+
+@pytest.mark.parametrize("levels", WIDE_SETS, ids=str)
+@pytest.mark.parametrize("percentile", [90.0, 99.0, 100.0])
+def test_percentile_leaves_that_share_of_magnitudes_unclipped(
+    levels: LevelSet, percentile: float
+) -> None:
+    x = DISTRIBUTIONS["laplace"]
+    scale, _ = fit_scale(x[None], levels, criterion=Criterion("percentile", percentile))
+    within = (x.abs() <= scale * outermost(levels) * (1 + 1e-6)).float().mean().item()
+    assert within == pytest.approx(percentile / 100, abs=1 / len(x))
+
+
+def test_percentile_of_mostly_zeros_is_their_maximum() -> None:
+    x = torch.zeros(1, 100)
+    x[0, :5] = torch.tensor([1.0, -6.0, 2.0, 3.0, 1.0])
+    scale, _ = fit_scale(x, signed(3), criterion=Criterion("percentile", 90))
+    assert scale.item() == 2.0
+
+
+@pytest.mark.parametrize("criterion", CRITERIA, ids=lambda c: c.name)
+def test_the_sign_set_has_its_mean_whatever_the_criterion(criterion: Criterion) -> None:
+    x = DISTRIBUTIONS["normal"]
+    scale, _ = fit_scale(x[None], signed(1), criterion=criterion)
+    assert scale.item() == x.abs().mean().item()
+
+
+@pytest.mark.parametrize("criterion", CRITERIA, ids=lambda c: c.name)
+@pytest.mark.parametrize("levels", [signed(1), signed(3), mid_rise(2)], ids=str)
+def test_weights_per_group_equal_group_by_group(levels: LevelSet, criterion: Criterion) -> None:
+    weight = normal(4, 6, 5) * torch.arange(1, 5)[:, None, None]
+    scale = fit_weight_scale(weight, levels, row_size=10, criterion=criterion)
+    assert scale.shape == (12, 1)
+    for group, value in zip(weight.reshape(12, 10), scale.flatten(), strict=True):
+        assert fit_weight_scale(group, levels, None, criterion).item() == value.item()
+
+
+def test_absmax_of_a_large_weight_sees_every_value() -> None:
+    weight = torch.full((600, 700), 0.01)
+    weight[123, 457] = 7.0
+    scale = fit_weight_scale(weight, signed(4), None, ABSMAX)
+    assert scale.item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA, ids=lambda c: c.name)
+def test_activations_follow_the_criterion(criterion: Criterion) -> None:
+    batches = [normal(8, 100, seed=seed) for seed in range(3)]
+    quantizer = ElasticQuantizer(signed(4), 100, shift_shape=())
+    quantizer.start_calibration(Calibrator(criterion))
+    for batch in batches:
+        quantizer(batch)
+    quantizer.finish_calibration()
+    expected, _ = fit_scale(torch.cat(batches).reshape(1, -1), signed(4), criterion=criterion)
+    assert quantizer.scale.item() == pytest.approx(expected.item())
+    assert quantizer.shift.item() == 0
+
+
+@pytest.mark.parametrize("name", ["max", "MSE", ""])
+def test_unknown_criteria_are_answered_with_the_known_ones(name: str) -> None:
+    with pytest.raises(LowbitError, match=f"criterion '{name}'; allowed are mse, absmax, percen"):
+        Criterion(name)
+
+
+@pytest.mark.parametrize("percentile", [0.0, -5.0, 100.5, float("nan")])
+def test_impossible_percentiles_are_refused(percentile: float) -> None:
+    with pytest.raises(LowbitError, match="percentile .*; want above 0, up to 100"):
+        Criterion("percentile", percentile)
