@@ -8,16 +8,21 @@ from torch import Tensor
 from fairseq_lowbit.quantization.codes import Codes
 from fairseq_lowbit.quantization.levels import non_negative, signed
 from fairseq_lowbit.quantization.quantizer import Quantizer
+from fairseq_lowbit.quantization.recompute import Recomputable
 
 Range = Literal["absmax", "minmax"]
 
 
-class _StraightThrough(torch.autograd.Function):
+class _StraightThrough(Recomputable):
     """The decoded values forward, the identity backward: the range holds every value."""
 
     @staticmethod
-    def forward(ctx, x, decoded):
-        return decoded
+    def forward(ctx, x, quantizer: "UniformQuantizer"):
+        if x.is_leaf:
+            # A weight is kept anyway; of an activation only the decoded values need be.
+            ctx.save_for_backward(x)
+            ctx.recompute = quantizer.decode
+        return quantizer.decode(x)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -50,18 +55,28 @@ class UniformQuantizer(Quantizer):
         self.dim = frame_dim if row_size is None else -1
 
     def forward(self, x: Tensor, length_ratio: Tensor | None = None) -> Tensor:
-        return _StraightThrough.apply(x, self.codes(x).decode().to(x.dtype))
+        return _StraightThrough.apply(x, self)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Decoded codes of ``x``, in its shape and dtype, without graph."""
+        code, scale, zero_point = self._encode(x)
+        level = code if zero_point is None else code.sub_(zero_point)
+        return level.mul_(scale).view_as(x).to(x.dtype)
 
     @torch.no_grad()
     def codes(self, x: Tensor, length_ratio: Tensor | None = None) -> Codes:
+        code, scale, zero_point = self._encode(x)
+        return Codes(code.to(torch.int16), scale, self.levels, x.shape, zero_point)
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes held as fp32, of rows; their scale; their zero point or None."""
         values = self.rows(x).float()
         scale = self._scale(values)
         u, zero_point = values / scale, None
         if self.kind == "minmax":
-            zero_point = self.levels.encode(-self._least(values) / scale)
+            zero_point = self.levels.encode_(-self._least(values) / scale)
             u = u.round_().add_(zero_point)
-        integers = self.levels.encode(u).to(torch.int16)
-        return Codes(integers, scale, self.levels, x.shape, zero_point)
+        return self.levels.encode_(u), scale, zero_point
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {super().extra_repr()}"
@@ -70,7 +85,8 @@ class UniformQuantizer(Quantizer):
         if self.levels.kind == "sign":
             scale = self._reduce(values.abs(), torch.mean)
         elif self.kind == "absmax":
-            scale = self._reduce(values.abs(), torch.amax) / self.levels.hi
+            greatest, least = (self._reduce(values, f) for f in (torch.amax, torch.amin))
+            scale = torch.maximum(greatest, -least) / self.levels.hi
         else:
             greatest = self._reduce(values, torch.amax).clamp_min(0)
             scale = (greatest - self._least(values)) / self.levels.hi
