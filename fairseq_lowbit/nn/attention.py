@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq_lowbit.nn.operators import Linear
-from fairseq_lowbit.quantization import Quantizer
+from fairseq_lowbit.quantization import Quantizer, recomputed
 
 OPERANDS = ("query", "key", "value", "probabilities")
 AttentionMap = Literal["probabilities", "scores"]
@@ -83,26 +83,30 @@ class SelfAttention(nn.Module):
         return F.scaled_dot_product_attention(query, key, value, mask, dropout)
 
     def _explicit(self, query, key, value, padding_mask, need) -> tuple[Tensor, Tensor | None]:
-        scores = (query @ key.transpose(-1, -2)) * (self.dim // self.heads) ** -0.5
+        # Scaled before the product: there are fewer queries than scores.
+        scores = (query * (self.dim // self.heads) ** -0.5) @ key.transpose(-1, -2)
         padded = None if padding_mask is None else padding_mask[:, None, None]
         logits = scores if padded is None else scores.masked_fill(padded, float("-inf"))
         probabilities = torch.softmax(logits.float(), -1)
         attention_map = probabilities
         if need == "scores":
             attention_map = scores if padded is None else scores.masked_fill(padded, 0.0)
-        quantized = self._quantized_probabilities(probabilities, padded).to(value.dtype)
-        quantized = F.dropout(quantized, self.dropout, self.training)
-        return quantized @ value, attention_map if need else None
+        weights = probabilities
+        if self.probabilities_quantizer is not None:
+            ratio = self._length_ratio(scores, padded)
+            weights = self.probabilities_quantizer(probabilities, ratio)
+            if padding_mask is not None:
+                # A learned shift below zero gives padded keys a non-zero code: their values go.
+                value = value.masked_fill(padding_mask[:, None, :, None], 0.0)
+        weights = F.dropout(weights.to(value.dtype), self.dropout, self.training)
+        with recomputed(weights):
+            return weights @ value, attention_map if need else None
 
-    def _quantized_probabilities(self, probabilities: Tensor, padded: Tensor | None) -> Tensor:
-        if self.probabilities_quantizer is None:
-            return probabilities
-        ratio = None
-        if self.reference_frames is not None:
-            frames = probabilities.new_full((1, 1, 1, 1), probabilities.shape[-1])
-            if padded is not None:
-                frames = (~padded).sum(-1, keepdim=True).to(probabilities.dtype)
-            ratio = self.reference_frames / frames
-        quantized = self.probabilities_quantizer(probabilities, ratio)
-        # A learned shift below zero would give padded keys a non-zero code.
-        return quantized if padded is None else quantized.masked_fill(padded, 0.0)
+    def _length_ratio(self, scores: Tensor, padded: Tensor | None) -> Tensor | None:
+        """Reference length over valid frames, [batch or 1, 1, 1, 1]; None without such scaling."""
+        if self.reference_frames is None:
+            return None
+        frames = scores.new_full((1, 1, 1, 1), scores.shape[-1], dtype=torch.float32)
+        if padded is not None:
+            frames = (~padded).sum(-1, keepdim=True).float()
+        return self.reference_frames / frames

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fairseq_lowbit.quantization import Quantizer
+from fairseq_lowbit.quantization import Quantizer, recomputed
 
 
 class Linear(nn.Linear):
@@ -44,7 +44,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return F.linear(_quantized(x, self.input_quantizer), _effective_weight(self), self.bias)
+        x, weight = _quantized(x, self.input_quantizer), _effective_weight(self)
+        with recomputed(x, weight):
+            return F.linear(x, weight, self.bias)
 
 
 class Conv1d(nn.Conv1d):
@@ -70,8 +72,9 @@ class Conv1d(nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, in, samples] -> [batch, out, frames]."""
-        x = _quantized(x, self.input_quantizer)
-        return self._conv_forward(x, _effective_weight(self), self.bias)
+        x, weight = _quantized(x, self.input_quantizer), _effective_weight(self)
+        with recomputed(x, weight):
+            return self._conv_forward(x, weight, self.bias)
 
 
 class PositionalConv1d(nn.Module):
@@ -123,7 +126,8 @@ class PositionalConv1d(nn.Module):
         if padding_mask is not None:
             x = x.masked_fill(padding_mask[:, None], 0)
         weight = _effective_weight(self)
-        y = F.conv1d(x, weight, self.bias, padding=self.kernel // 2, groups=self.groups)
+        with recomputed(x, weight):
+            y = F.conv1d(x, weight, self.bias, padding=self.kernel // 2, groups=self.groups)
         return y[..., : x.shape[-1]]
 
 

@@ -5,6 +5,7 @@ from fairseq_lowbit.quantization.codes import Codes
 from fairseq_lowbit.quantization.elastic import ElasticQuantizer
 from fairseq_lowbit.quantization.levels import LevelSet, after_gelu, mid_rise, non_negative, signed
 from fairseq_lowbit.quantization.quantizer import Quantizer, UncalibratedError
+from fairseq_lowbit.quantization.recompute import recomputed
 from fairseq_lowbit.quantization.squashed import SquashedQuantizer, squash_penalty
 from fairseq_lowbit.quantization.uniform import UniformQuantizer
 
@@ -20,6 +21,7 @@ __all__ = [
     "after_gelu",
     "mid_rise",
     "non_negative",
+    "recomputed",
     "signed",
     "squash_penalty",
 ]

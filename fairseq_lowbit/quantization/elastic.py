@@ -12,46 +12,54 @@ from fairseq_lowbit.quantization.calibration import Calibrator
 from fairseq_lowbit.quantization.codes import Codes
 from fairseq_lowbit.quantization.levels import LevelSet
 from fairseq_lowbit.quantization.quantizer import SCALE_GROUP, SHIFT_GROUP, LearnedQuantizer
+from fairseq_lowbit.quantization.recompute import Recomputable
 
 SCALE_FLOOR = 1e-5
 
 
 def _normalize(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """u = (x - shift)/scale, a new tensor."""
     x = x.float()
-    return x / scale if shift is None else (x - shift) / scale
+    return x / scale if shift is None else (x - shift).div_(scale)
 
 
-class _FakeQuantize(torch.autograd.Function):
+class _FakeQuantize(Recomputable):
     """Decoded codes forward, the gradients of ``docs/numerics.md`` backward.
 
-    Only the inputs are saved: codes and masks are recomputed, so fake quantization keeps no
-    activation alive that the graph does not hold already.
+    Only the inputs are saved: codes and masks are recomputed. Everything elementwise is arithmetic
+    in place, masks being 0 and 1 in fp32: on CPUs new tensors and booleans cost several times more.
     """
 
     @staticmethod
-    def forward(ctx, x, scale, shift, levels: LevelSet, gradient_scale: float):
+    def forward(ctx, x, scale, shift, quantizer: "ElasticQuantizer"):
         ctx.save_for_backward(x, scale, shift)
-        ctx.levels, ctx.gradient_scale = levels, gradient_scale
-        code = levels.encode(_normalize(x, scale, shift))
-        return levels.value(code).mul_(scale).to(x.dtype)
+        ctx.quantizer, ctx.recompute = quantizer, quantizer.decode
+        return quantizer.decode(x, scale, shift)
 
     @staticmethod
     def backward(ctx, grad_output):
         x, scale, shift = ctx.saved_tensors
-        levels = ctx.levels
-        u = _normalize(x, scale, shift)
-        level = levels.value(levels.encode(u))
-        grad = grad_output.float()
-        lowest, highest = levels.clip_range
-        inside = (u >= lowest) & (u <= highest)
-        grad_x = grad * inside
+        quantizer = ctx.quantizer
+        levels, factor = quantizer.levels, quantizer.gradient_scale
+        grad = quantizer.rows(grad_output).float()
+        u = _normalize(quantizer.rows(x), scale, shift)
+        inside = u.clamp(*levels.clip_range).eq_(u)
         grad_scale = grad_shift = None
         if ctx.needs_input_grad[1]:
-            slope = level if levels.kind == "sign" else torch.where(inside, level - u, level)
-            grad_scale = (grad * slope).sum_to_size(scale.shape) * ctx.gradient_scale
+            grad_scale = _slope_(levels, u, inside).mul_(grad).sum_to_size(scale.shape) * factor
+        grad_x = inside.mul_(grad)
         if shift is not None and ctx.needs_input_grad[2]:
-            grad_shift = grad_x.sum_to_size(shift.shape) * -ctx.gradient_scale
-        return grad_x.to(x.dtype), grad_scale, grad_shift, None, None
+            grad_shift = grad_x.sum_to_size(shift.shape) * -factor
+        return grad_x.view_as(x).to(x.dtype), grad_scale, grad_shift, None
+
+
+def _slope_(levels: LevelSet, u: Tensor, inside: Tensor) -> Tensor:
+    """d decoded / d scale; overwrites ``u``."""
+    if levels.kind == "sign":
+        return levels.encode_(u)
+    level = levels.value_(levels.encode(u))
+    # Clamped first: infinity times 0 would be nan.
+    return level.sub_(u.clamp_(*levels.clip_range).mul_(inside))
 
 
 class ElasticQuantizer(LearnedQuantizer):
@@ -110,14 +118,17 @@ class ElasticQuantizer(LearnedQuantizer):
         if self._calibrator is not None:
             self._calibrate_on(x if length_ratio is None else x / length_ratio)
         scale, shift = self._parameters_for(length_ratio)
-        rows = self.rows(x)
-        decoded = _FakeQuantize.apply(rows, scale, shift, self.levels, self.gradient_scale)
-        return decoded if self.row_size is None else decoded.view_as(x)
+        return _FakeQuantize.apply(x, scale, shift, self)
+
+    def decode(self, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+        """Decoded codes of ``x`` under these parameters, in its shape and dtype, without graph."""
+        code = self.levels.encode_(_normalize(self.rows(x), scale, shift))
+        return self.levels.value_(code).mul_(scale).view_as(x).to(x.dtype)
 
     def codes(self, x: Tensor, length_ratio: Tensor | None = None) -> Codes:
         with torch.no_grad():
             scale, shift = self._parameters_for(length_ratio)
-            integers = self.levels.encode(_normalize(self.rows(x), scale, shift))
+            integers = self.levels.encode_(_normalize(self.rows(x), scale, shift))
         return Codes(integers.to(torch.int16), scale, self.levels, x.shape)
 
     def share_at_floor(self) -> float:

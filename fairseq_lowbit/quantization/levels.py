@@ -7,7 +7,6 @@ The tables of ``docs/numerics.md``; training, calibration, counting and kernels 
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from fairseq_lowbit.errors import LowbitError
@@ -25,6 +24,7 @@ class LevelSet:
     in these a code is its own level. ``mid_rise`` has the codes 0 .. 2**bits - 1 for the levels
     (2 code + 1)/2**bits - 1, which fill [-1, 1] evenly and leave out zero.
 
+    >>> import torch
     >>> signed(1).encode(torch.tensor([-0.2, 0.0, 3.0]))
     tensor([-1.,  1.,  1.])
     >>> non_negative(2).encode(torch.tensor([-1.0, 0.5, 1.5, 9.0]))
@@ -86,25 +86,33 @@ class LevelSet:
     def encode(self, u: Tensor) -> Tensor:
         """Normalised values u = (x - shift)/scale, fp32 -> integer codes held as fp32, same shape.
 
-        ``u`` is not modified. Ties round to even, except the documented thresholds: u >= 0 is +1 in
-        the sign set, u >= 0.5 is 1 in the 1-bit non-negative set, and a value between two levels of
-        the mid-rise set takes the upper one.
+        Ties round to even, except the documented thresholds: u >= 0 is +1 in the sign set,
+        u >= 0.5 is 1 in the 1-bit non-negative set, and a value between two levels of the mid-rise
+        set takes the upper one.
         """
+        return self.encode_(u.clone())
+
+    def encode_(self, u: Tensor) -> Tensor:
+        """:meth:`encode` in place: arithmetic costs CPUs a tenth of what ``torch.where`` costs."""
         if self.kind == "sign":
-            return torch.where(u >= 0, 1.0, -1.0)
+            return u.ge_(0).mul_(2).sub_(1)
+        if self.bits == 1:
+            return u.ge_(0 if self.kind == "mid_rise" else 0.5)
         if self.kind == "mid_rise":
             # Every step is exact; adding 1 to u first would round small negative values up to zero.
             half = 2 ** (self.bits - 1)
-            return u.mul(half).floor_().add_(half).clamp_(self.lo, self.hi)
-        if self.bits == 1:
-            return (u >= 0.5).to(u.dtype)
-        return torch.round(u).clamp_(self.lo, self.hi)
+            return u.mul_(half).floor_().add_(half).clamp_(self.lo, self.hi)
+        return u.round_().clamp_(self.lo, self.hi)
 
     def value(self, code: Tensor) -> Tensor:
         """The levels, in units of the scale, that codes (fp32) stand for; exact in fp32."""
+        return code if self.kind != "mid_rise" else self.value_(code.clone())
+
+    def value_(self, code: Tensor) -> Tensor:
+        """:meth:`value` in place."""
         if self.kind != "mid_rise":
             return code
-        return code * self.step + (self.step / 2 - 1)
+        return code.mul_(self.step).add_(self.step / 2 - 1)
 
 
 def signed(bits: int) -> LevelSet:

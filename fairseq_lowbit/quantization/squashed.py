@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_lowbit.quantization.codes import Codes
-from fairseq_lowbit.quantization.levels import LevelSet, mid_rise
+from fairseq_lowbit.quantization.levels import mid_rise
 from fairseq_lowbit.quantization.quantizer import SCALE_GROUP, LearnedQuantizer
+from fairseq_lowbit.quantization.recompute import Recomputable
 
 SQUASHED_GROUP = "squashed_weight"
 # tanh(N(0, s^2)) is closest to U(-1, 1), in Kolmogorov's distance, at this s.
@@ -23,25 +24,25 @@ _TOLERANCE = 0.01
 _SMALLEST_GAIN = 1e-8
 
 
-class _FakeSquash(torch.autograd.Function):
+class _FakeSquash(Recomputable):
     """gain * level(encode(tanh(P))) forward; backward dQ/dW = 1 and dW/dP = 1 - W^2."""
 
     @staticmethod
-    def forward(ctx, unsquashed, gain, levels: LevelSet):
+    def forward(ctx, unsquashed, gain, quantizer: "SquashedQuantizer"):
         ctx.save_for_backward(unsquashed, gain)
-        ctx.levels = levels
-        code = levels.encode(unsquashed.float().tanh())
-        return levels.value(code).mul_(gain).to(unsquashed.dtype)
+        ctx.quantizer, ctx.recompute = quantizer, quantizer.decode
+        return quantizer.decode(unsquashed, gain)
 
     @staticmethod
     def backward(ctx, grad_output):
         unsquashed, gain = ctx.saved_tensors
-        squashed = unsquashed.float().tanh()
-        grad = grad_output.float()
-        level = ctx.levels.value(ctx.levels.encode(squashed))
-        grad_gain = (grad * level).sum_to_size(gain.shape)
-        grad_unsquashed = (1 - squashed.square()).mul_(gain).mul_(grad)
-        return grad_unsquashed.to(unsquashed.dtype), grad_gain, None
+        quantizer, levels = ctx.quantizer, ctx.quantizer.levels
+        grad = quantizer.rows(grad_output).float()
+        squashed = quantizer.rows(unsquashed).float().tanh()
+        level = levels.value_(levels.encode(squashed))
+        grad_gain = level.mul_(grad).sum_to_size(gain.shape)
+        slope = squashed.mul_(squashed).neg_().add_(1).mul_(gain)
+        return slope.mul_(grad).view_as(unsquashed).to(unsquashed.dtype), grad_gain, None
 
 
 class SquashedQuantizer(LearnedQuantizer):
@@ -72,12 +73,17 @@ class SquashedQuantizer(LearnedQuantizer):
 
     def forward(self, x: Tensor, length_ratio: Tensor | None = None) -> Tensor:
         self.check_calibrated()
-        return _FakeSquash.apply(self.rows(x), self.gain, self.levels).view_as(x)
+        return _FakeSquash.apply(x, self.gain, self)
+
+    def decode(self, x: Tensor, gain: Tensor) -> Tensor:
+        """Decoded codes of ``x`` = P with these gains, in its shape and dtype, without graph."""
+        code = self.levels.encode_(self._normalized(x))
+        return self.levels.value_(code).mul_(gain).view_as(x).to(x.dtype)
 
     def codes(self, x: Tensor, length_ratio: Tensor | None = None) -> Codes:
         self.check_calibrated()
         with torch.no_grad():
-            integers = self.levels.encode(self.rows(x).float().tanh()).to(torch.int16)
+            integers = self.levels.encode_(self._normalized(x)).to(torch.int16)
             return Codes(integers, self.gain, self.levels, x.shape)
 
     @torch.no_grad()
@@ -113,6 +119,11 @@ class SquashedQuantizer(LearnedQuantizer):
     def name_groups(self) -> None:
         self.log_gain.param_group = SCALE_GROUP
 
+    def _normalized(self, x: Tensor) -> Tensor:
+        """What is encoded, a new tensor of rows: tanh(P), or at one bit P, which has its sign."""
+        rows = self.rows(x).float()
+        return rows.clone() if self.levels.bits == 1 else rows.tanh()
+
 
 def _unsquash(rows: Tensor, log_gain: Tensor) -> Tensor:
     return torch.atanh((rows / log_gain.exp()).clamp_(-_LIMIT, _LIMIT))
@@ -124,6 +135,25 @@ def _spread(rows: Tensor, log_gain: Tensor) -> Tensor:
 
 def squash_penalty(unsquashed: Iterable[Tensor]) -> Tensor:
     """Mean over tensors P of (std(P) - 0.84)^2 + mean(P)^2, () fp32: keeps tanh(P) uniform."""
-    values = (p.float() for p in unsquashed)
-    terms = [(p.std(correction=0) - TARGET_STD).square() + p.mean().square() for p in values]
-    return torch.stack(terms).mean()
+    return torch.stack([_Spread.apply(p) for p in unsquashed]).mean()
+
+
+class _Spread(torch.autograd.Function):
+    """The penalty of one tensor. torch's own std and its gradient take three times as long."""
+
+    @staticmethod
+    def forward(ctx, unsquashed):
+        values = unsquashed.float()
+        mean = values.mean()
+        std = (values - mean).square_().mean().sqrt_()
+        ctx.save_for_backward(unsquashed, mean, std)
+        return (std - TARGET_STD).square() + mean.square()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        # d/dP_i = 2/N ((std - target) (P_i - mean) / std + mean)
+        unsquashed, mean, std = ctx.saved_tensors
+        factor = grad_output * (2 / unsquashed.numel())
+        slope = (factor * (std - TARGET_STD) / std).masked_fill_(std == 0, 0)
+        grad = (unsquashed.float() * slope).add_(factor * mean - slope * mean)
+        return grad.to(unsquashed.dtype)

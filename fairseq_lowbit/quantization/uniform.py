@@ -8,16 +8,21 @@ from torch import Tensor
 from fairseq_lowbit.quantization.codes import Codes
 from fairseq_lowbit.quantization.levels import SMALLEST_SCALE, non_negative, signed
 from fairseq_lowbit.quantization.quantizer import Quantizer
+from fairseq_lowbit.quantization.recompute import Recomputable
 
 Range = Literal["absmax", "minmax"]
 
 
-class _StraightThrough(torch.autograd.Function):
+class _StraightThrough(Recomputable):
     """The decoded values forward, the identity backward: the range is that of the values."""
 
     @staticmethod
-    def forward(ctx, x, decoded):
-        return decoded
+    def forward(ctx, x, quantizer: "UniformQuantizer"):
+        if x.is_leaf:
+            # A weight is kept anyway; of an activation only the decoded values need be.
+            ctx.save_for_backward(x)
+            ctx.recompute = quantizer.decode
+        return quantizer.decode(x)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -55,10 +60,13 @@ class UniformQuantizer(Quantizer):
         self.dim = frame_dim if row_size is None else -1
 
     def forward(self, x: Tensor, length_ratio: Tensor | None = None) -> Tensor:
-        with torch.no_grad():
-            code, scale, zero_point = self._encode(x)
-            decoded = (code if zero_point is None else code.sub_(zero_point)).mul_(scale)
-        return _StraightThrough.apply(x, decoded.to(x.dtype).view_as(x))
+        return _StraightThrough.apply(x, self)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Decoded codes of ``x``, in its shape and dtype, without graph."""
+        code, scale, zero_point = self._encode(x)
+        level = code if zero_point is None else code.sub_(zero_point)
+        return level.mul_(scale).view_as(x).to(x.dtype)
 
     @torch.no_grad()
     def codes(self, x: Tensor, length_ratio: Tensor | None = None) -> Codes:
@@ -69,21 +77,23 @@ class UniformQuantizer(Quantizer):
         return f"{self.kind}, {super().extra_repr()}"
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes, scale and zero point (None where codes need no offset), all fp32."""
+        """Codes of rows, scale and zero point (None where codes need no offset), all fp32."""
         values = self.rows(x).float()
         if self.kind == "absmax":
-            scale = self._symmetric_scale(values.abs()).clamp_min(SMALLEST_SCALE)
-            return self.levels.encode(values / scale), scale, None
+            scale = self._symmetric_scale(values).clamp_min(SMALLEST_SCALE)
+            return self.levels.encode_(values / scale), scale, None
         lowest = self._reduce(values, torch.amin).clamp_max(0)
         highest = self._reduce(values, torch.amax).clamp_min(0)
         scale = ((highest - lowest) / self.levels.hi).clamp_min(SMALLEST_SCALE)
-        zero_point = self.levels.encode(-lowest / scale)
-        return self.levels.encode((values / scale).round_().add_(zero_point)), scale, zero_point
+        zero_point = self.levels.encode_(-lowest / scale)
+        return self.levels.encode_((values / scale).round_().add_(zero_point)), scale, zero_point
 
-    def _symmetric_scale(self, magnitudes: Tensor) -> Tensor:
+    def _symmetric_scale(self, values: Tensor) -> Tensor:
         if self.levels.kind == "sign":
-            return self._reduce(magnitudes, torch.mean)
-        return self._reduce(magnitudes, torch.amax) / self.levels.hi
+            return self._reduce(values.abs(), torch.mean)
+        # Two reductions need no copy of the magnitudes.
+        greatest, least = (self._reduce(values, f) for f in (torch.amax, torch.amin))
+        return torch.maximum(greatest, -least) / self.levels.hi
 
     def _reduce(self, values: Tensor, function) -> Tensor:
         if self.dim is None:

@@ -1,0 +1,386 @@
+#!/usr/bin/env python
+"""What quantization-aware training costs: the distillation step of a quantized student against the
+same step of a float student.
+
+    python scripts/bench_training.py                        # base size, minutes
+    python scripts/bench_training.py --size tiny --precision bitla_w2a2 --precision sqwq_w2
+
+A step is what training does between two updates, with the objects of a training run: the shipped
+configuration, the criterion (teacher and shared frozen front-end on both sides), backward, division
+of the gradients, their clipping, and Adam over its parameter groups. Weights and audio are random.
+Both students compare attention maps with the teacher's, so both compute them explicitly.
+
+Time: the two students of a row live in one process and take turns, so that whatever else the
+machine does hits both. Printed are medians with the smallest and largest value, and as ratio the
+median over neighbouring steps.
+
+Memory: each student trains alone in a new process; what counts is its peak of resident memory
+(ru_maxrss) beyond the one that the imported libraries left: teacher, student, gradients, Adam's
+moments and everything that a step holds. Swapped-out pages would be missing: let there be memory.
+
+Parts: in steps of their own, because timers cost time, every quantizer is timed: in the forward;
+where its operator's backward has it decode again, instead of keeping the decoded values; and in its
+own backward. What is left of the difference is in no quantizer: the regulariser of squashed
+weights, and noise.
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import re
+import resource
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.table import Table
+
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.evaluation.tables import print_table
+from fairseq_lowbit.models import Architecture, Hubert, LoadedModel, start_from
+from fairseq_lowbit.nn import calibrate, quantizers
+from fairseq_lowbit.plugin import register
+from fairseq_lowbit.plugin.configs import compose_config
+from fairseq_lowbit.precision import Precision, parse_precision
+from fairseq_lowbit.quantization import Quantizer
+
+register()
+# Importing fairseq leaves it at DEBUG.
+logging.getLogger().setLevel(logging.WARNING)
+from fairseq_lowbit.plugin.criterions import LowbitKdConfig, LowbitKdCriterion  # noqa: E402
+from fairseq_lowbit.plugin.models import HubertFastConvModel  # noqa: E402
+from fairseq_lowbit.plugin.optimizer import LowbitAdam, LowbitAdamConfig  # noqa: E402
+
+FLOAT = "float"
+PRECISIONS = ("bitla_w1a1", "bitl_w1a1", "sqwq_w1")
+SAMPLE_RATE = 16_000
+# The first step makes Adam's moments; the second one holds everything that training holds.
+MEMORY_STEPS = 3
+WARM_UP_STEPS = 2
+PART_STEPS = 2
+PHASES = ("forward", "again", "backward")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured; ``seconds`` of audio per utterance, ``updates`` micro-batches per step."""
+
+    size: str
+    batch: int
+    seconds: float
+    updates: int
+    threads: int
+    repeats: int
+
+
+class Student:
+    """A student with its criterion and optimizer, as a training run builds them."""
+
+    def __init__(self, setting: Setting, precision: str, teacher: Hubert) -> None:
+        config = compose_config("bitla_w1a1", [f"model=fastconv_{setting.size}"])
+        torch.manual_seed(0)
+        samples = int(setting.seconds * SAMPLE_RATE)
+        self.samples = [
+            {"waveform": wave, "lengths": None, "sizes": [samples] * setting.batch}
+            for wave in torch.randn(setting.updates, setting.batch, samples)
+        ]
+        self.model = HubertFastConvModel(teacher.shape, precision=Precision(precision))
+        source = LoadedModel(teacher, Path("random"), 0, True, False)
+        start_from(self.model, source)
+        self.model.feature_extractor.requires_grad_(False)
+        calibrate(self.model, [self.samples[0]["waveform"]], self.model.final_output)
+        task = SimpleNamespace(model=self.model, teacher=source, shares_front_end=True)
+        self.criterion = LowbitKdCriterion(task, _values(LowbitKdConfig, config.criterion))
+        adam = _values(LowbitAdamConfig, {**config.optimizer, "lr": config.optimization.lr})
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = LowbitAdam(adam, trained)
+        self.clip_norm = config.optimization.clip_norm
+        self.model.train()
+
+    def step(self) -> None:
+        """One update, in the order of fairseq's trainer."""
+        self.optimizer.zero_grad()
+        frames = 0
+        for sample in self.samples:
+            loss, count, _ = self.criterion(self.model, sample)
+            self.optimizer.backward(loss)
+            frames += count
+        self.optimizer.multiply_grads(1 / frames)
+        self.optimizer.clip_grad_norm(self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def _values(config_class: type, values: Any) -> Any:
+    return config_class(**{key: value for key, value in values.items() if key != "_name"})
+
+
+def build_teacher(setting: Setting) -> Hubert:
+    """A float model of the distilled student's shape with random weights, frozen."""
+    config = compose_config("bitla_w1a1", [f"model=fastconv_{setting.size}"])
+    torch.manual_seed(1)
+    model = Hubert(Architecture.from_mapping(OmegaConf.to_container(config.model)))
+    return model.eval().requires_grad_(False)
+
+
+def peak_memory(setting: Setting, precision: str) -> float:
+    """GB that training alone in a new process takes beyond the imported libraries."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(_peak_memory, setting, precision).result()
+
+
+def _peak_memory(setting: Setting, precision: str) -> float:
+    torch.set_num_threads(setting.threads)
+    before = _resident_peak()
+    student = Student(setting, precision, build_teacher(setting))
+    for _ in range(MEMORY_STEPS):
+        student.step()
+    return (_resident_peak() - before) / 1e9
+
+
+def _resident_peak() -> int:
+    """Bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def take_turns(students: tuple[Student, ...], repeats: int) -> list[list[float]]:
+    """Milliseconds of ``repeats`` steps of each student, step by step in alternating order."""
+    for _ in range(WARM_UP_STEPS):
+        for student in students:
+            student.step()
+    times: list[list[float]] = [[] for _ in students]
+    for turn in range(repeats):
+        order = range(len(students)) if turn % 2 == 0 else reversed(range(len(students)))
+        for index in order:
+            times[index].append(_milliseconds(students[index].step))
+    return times
+
+
+def _milliseconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - start)
+
+
+class PartTimer:
+    """Times every quantizer of a student: milliseconds by part and phase."""
+
+    def __init__(self) -> None:
+        self.times: dict[tuple[str, str], float] = defaultdict(float)
+        self._start = 0.0
+
+    @contextmanager
+    def watch(self, student: Student) -> Iterator[None]:
+        handles = []
+        for name, quantizer in quantizers(student.model):
+            part = part_of(name)
+            handles.append(quantizer.register_forward_pre_hook(self._begin))
+            handles.append(quantizer.register_forward_hook(self._end_forward(part)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _begin(self, *_: object) -> None:
+        self._start = time.perf_counter()
+
+    def _end(self, part: str, phase: str) -> None:
+        self.times[part, phase] += 1e3 * (time.perf_counter() - self._start)
+
+    def _end_forward(self, part: str) -> Callable[..., None]:
+        def end(_: Quantizer, __: tuple, output: torch.Tensor) -> None:
+            self._end(part, "forward")
+            node = output.grad_fn
+            if node is not None:
+                node.register_prehook(self._begin)
+                node.register_hook(lambda *_: self._end(part, "backward"))
+            if hasattr(node, "recompute"):
+                node.recompute = self._timed(node.recompute, part)
+
+        return end
+
+    def _timed(self, recompute: Callable[..., torch.Tensor], part: str) -> Callable[..., Any]:
+        def timed(*saved: torch.Tensor) -> torch.Tensor:
+            self._begin()
+            decoded = recompute(*saved)
+            self._end(part, "again")
+            return decoded
+
+        return timed
+
+
+def part_of(quantizer: str) -> str:
+    """A quantizer's name without its layer: ``weights``, ``input of fc1``, ``probabilities``."""
+    *path, slot = quantizer.split(".")
+    operand = slot.removesuffix("_quantizer")
+    if operand == "weight":
+        return "weights"
+    if operand == "input":
+        return f"input of {'q, k, v' if path[-1] == 'self_attn' else path[-1]}"
+    return operand
+
+
+def time_parts(student: Student) -> dict[tuple[str, str], float]:
+    """Milliseconds per step."""
+    timer = PartTimer()
+    with timer.watch(student):
+        for _ in range(PART_STEPS):
+            student.step()
+    return {key: total / PART_STEPS for key, total in timer.times.items()}
+
+
+def measure(setting: Setting, precisions: list[str]) -> list[dict[str, Any]]:
+    """One row per precision, each with the float student that it took turns with."""
+    memory = {name: peak_memory(setting, name) for name in (FLOAT, *precisions)}
+    teacher = build_teacher(setting)
+    reference = Student(setting, FLOAT, teacher)
+    rows = []
+    for name in precisions:
+        student = Student(setting, name, teacher)
+        float_ms, quantized_ms = take_turns((reference, student), setting.repeats)
+        pairs = zip(quantized_ms, float_ms, strict=True)
+        parts = time_parts(student)
+        rows.append(
+            {
+                "precision": name,
+                "float_ms": float_ms,
+                "quantized_ms": quantized_ms,
+                "time_ratio": statistics.median(own / other for own, other in pairs),
+                "float_gb": memory[FLOAT],
+                "quantized_gb": memory[name],
+                "memory_ratio": memory[name] / memory[FLOAT],
+                "parts_ms": [
+                    {"part": part, "phase": phase, "ms": ms} for (part, phase), ms in parts.items()
+                ],
+            }
+        )
+        del student
+    return rows
+
+
+def machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.M) if info.exists() else None
+    return {
+        "cpu": found[1] if found else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def cost_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="distillation step: quantized student against float", title_justify="left")
+    table.add_column("precision")
+    for column in ("float ms", "quantized ms", "time", "float GB", "quantized GB", "memory"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row["precision"],
+            _spread(row["float_ms"]),
+            _spread(row["quantized_ms"]),
+            f"{row['time_ratio']:.2f}",
+            f"{row['float_gb']:.2f}",
+            f"{row['quantized_gb']:.2f}",
+            f"{row['memory_ratio']:.2f}",
+        )
+    return table
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):,.0f} [{min(values):,.0f}, {max(values):,.0f}]"
+
+
+def parts_table(row: dict[str, Any]) -> Table:
+    """Where the difference of one row goes, in ms per step and per cent of the float step."""
+    step = statistics.median(row["float_ms"])
+    difference = statistics.median(row["quantized_ms"]) - step
+    table = Table(title=f"{row['precision']}: the difference, in ms", title_justify="left")
+    table.add_column("part")
+    for column in ("forward", "decode again", "backward", "% of the float step"):
+        table.add_column(column, justify="right")
+    times: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for entry in row["parts_ms"]:
+        times[entry["part"]][entry["phase"]] = entry["ms"]
+    for part, phases in times.items():
+        cells = (f"{phases[phase]:,.1f}" for phase in PHASES)
+        table.add_row(part, *cells, f"{100 * sum(phases.values()) / step:.1f}")
+    timed = sum(entry["ms"] for entry in row["parts_ms"])
+    table.add_row("everything else", "", "", "", f"{100 * (difference - timed) / step:.1f}")
+    table.add_section()
+    table.add_row("difference", "", "", "", f"{100 * difference / step:.1f}")
+    return table
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--precision", action="append", help=f"repeatable; default: {', '.join(PRECISIONS)}"
+    )
+    parser.add_argument("--size", choices=("base", "tiny"), default="base", help="of the model")
+    parser.add_argument("--batch", type=_positive(int), default=2, help="utterances")
+    parser.add_argument("--seconds", type=_positive(float), default=5.0, help="of each utterance")
+    parser.add_argument(
+        "--updates", type=_positive(int), default=1, help="micro-batches per step (update_freq)"
+    )
+    parser.add_argument(
+        "--threads", type=_positive(int), default=os.cpu_count(), help="default: all cores"
+    )
+    parser.add_argument("--repeats", type=_positive(int), default=5, help="timed steps per side")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
+    given = parser.parse_args(arguments)
+    given.precision = given.precision or list(PRECISIONS)
+    for name in given.precision:
+        try:
+            parse_precision(name)
+        except LowbitError as error:
+            parser.error(str(error))
+    return given
+
+
+def _positive(kind: type) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if value <= 0:
+            raise argparse.ArgumentTypeError(f"{text} is not positive")
+        return value
+
+    return convert
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = parse_arguments(arguments)
+    setting = Setting(
+        given.size, given.batch, given.seconds, given.updates, given.threads, given.repeats
+    )
+    torch.set_num_threads(setting.threads)
+    rows = measure(setting, given.precision)
+    about = {**machine(), **asdict(setting)}
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print_table(cost_table(rows))
+    for row in rows:
+        print_table(parts_table(row))
+    if given.json:
+        given.json.write_text(json.dumps({"setting": about, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
