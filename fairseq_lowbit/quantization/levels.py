@@ -7,6 +7,7 @@ The tables of ``docs/numerics.md``; training, calibration, counting and kernels 
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from fairseq_lowbit.errors import LowbitError
@@ -24,7 +25,6 @@ class LevelSet:
     in these a code is its own level. ``mid_rise`` has the codes 0 .. 2**bits - 1 for the levels
     (2 code + 1)/2**bits - 1, which fill [-1, 1] evenly and leave out zero.
 
-    >>> import torch
     >>> signed(1).encode(torch.tensor([-0.2, 0.0, 3.0]))
     tensor([-1.,  1.,  1.])
     >>> non_negative(2).encode(torch.tensor([-1.0, 0.5, 1.5, 9.0]))
