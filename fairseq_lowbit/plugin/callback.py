@@ -21,7 +21,7 @@ from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.runs import forget_failure, write_failure
 from fairseq_lowbit.plugin import register
 from fairseq_lowbit.plugin.run_files import print_summary
-from fairseq_lowbit.plugin.sweeps import leave_out_of_names, report_failed_job
+from fairseq_lowbit.plugin.sweeps import fixed_keys, refuse_shadowed, report_failed_job
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +42,17 @@ class FairseqJob(Callback):
                     OmegaConf.update(config, key, absolute(key, value))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        # Jobs are composed again from their overrides, so the overrides themselves are rewritten.
         given = config.hydra.overrides
+        fixed = fixed_keys(given.task)
+        try:
+            refuse_shadowed(fixed, OmegaConf.select(config, "hydra.sweeper.params") or ())
+        except LowbitError as mistake:
+            logger.error(mistake)
+            sys.exit(2)
+        # Jobs are composed again from their overrides, so the overrides themselves are rewritten.
+        unnamed = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"
         with read_write(config):
-            given.hydra = [*given.hydra, leave_out_of_names(given.task)]
+            given.hydra = [*given.hydra, unnamed]
             given.task = [_absolute_override(override) for override in given.task]
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
