@@ -28,10 +28,14 @@ INSTALL_REQUIRES = [
     "safetensors",
     "scikit-learn",
     "matplotlib",
+    "PyYAML",
     "rich",
     "tqdm",
     "tensorboardX",
 ]
+
+# Launchers and the sweeper of config/sweep. Older Optuna sweepers need an SQLAlchemy of long ago.
+SWEEP = ["hydra-joblib-launcher", "hydra-optuna-sweeper>=1.3", "hydra-submitit-launcher"]
 
 EXTRAS_REQUIRE = {
     # An offline speech synthesizer for the demo corpus. eSpeak NG is under the GPLv3.
@@ -42,7 +46,8 @@ EXTRAS_REQUIRE = {
     "hf": ["transformers", "safetensors"],
     # Engines that our measured times are compared with.
     "bench": ["onnxruntime", "openvino"],
-    "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
+    "sweep": SWEEP,
+    "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff", *SWEEP],
 }
 
 setup(

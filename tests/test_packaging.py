@@ -115,7 +115,8 @@ def test_metadata(wheel: Path) -> None:
     assert message["Name"] == "fairseq-lowbit"
     assert message["Version"] == fairseq_lowbit.__version__
     assert message["Requires-Python"] == ">=3.11"
-    assert set(message.get_all("Provides-Extra")) == {"bench", "demo", "dev", "hf", "superb"}
+    extras = {"bench", "demo", "dev", "hf", "superb", "sweep"}
+    assert set(message.get_all("Provides-Extra")) == extras
     assert any(line.startswith("fairseq-fixed") for line in message.get_all("Requires-Dist"))
     assert "fairseq-lowbit = fairseq_lowbit.cli.main:main" in metadata(wheel, "entry_points.txt")
 

@@ -32,6 +32,8 @@ SEARCHPATH_MODULE = "hydra_plugins.fairseq_lowbit_searchpath"
 # Optional modules and what they are for.
 OPTIONAL_MODULES = {
     "espeakng_loader": "demo speech (pip install 'fairseq-lowbit[demo]')",
+    "optuna": "searches by +sweep=optuna (pip install 'fairseq-lowbit[sweep]')",
+    "submitit": "sweeps on SLURM by +sweep=submitit (pip install 'fairseq-lowbit[sweep]')",
     "transformers": "Hugging Face teachers (pip install 'fairseq-lowbit[hf]')",
     "s3prl": "SUPERB tasks (from its source tree, and pip install 'fairseq-lowbit[superb]')",
     "tensorboardX": "training curves for TensorBoard",

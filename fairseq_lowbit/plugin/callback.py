@@ -27,7 +27,7 @@ from fairseq_lowbit.plugin import register
 from fairseq_lowbit.plugin.processes import SharedError, is_first, rank
 from fairseq_lowbit.plugin.run_files import print_summary
 from fairseq_lowbit.plugin.stages import Schedule, stage_configs, stops_early
-from fairseq_lowbit.plugin.sweeps import leave_out_of_names, report_failed_job
+from fairseq_lowbit.plugin.sweeps import fixed_keys, refuse_shadowed, report_failed_job
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +57,17 @@ class FairseqJob(Callback):
         _make_folder(config, "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        # Jobs are composed again from their overrides, so the overrides themselves are rewritten.
         given = config.hydra.overrides
+        fixed = fixed_keys(given.task)
+        try:
+            refuse_shadowed(fixed, OmegaConf.select(config, "hydra.sweeper.params") or ())
+        except LowbitError as mistake:
+            logger.error(mistake)
+            sys.exit(2)
+        # Jobs are composed again from their overrides, so the overrides themselves are rewritten.
+        unnamed = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"
         with read_write(config):
-            given.hydra = [*given.hydra, leave_out_of_names(given.task)]
+            given.hydra = [*given.hydra, unnamed]
             given.task = [_absolute_override(override) for override in given.task]
         _make_folder(config, "hydra.sweep.dir")
 

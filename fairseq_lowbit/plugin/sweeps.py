@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 
+from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.runs import folder_name
 
 logger = logging.getLogger(__name__)
@@ -18,11 +20,25 @@ class JobFailed(CompactHydraException):
     the original it can be sent between processes and does not keep the job's model alive."""
 
 
-def leave_out_of_names(overrides: Iterable[str]) -> str:
-    """The override that keeps what a sweep does not vary out of the names of its jobs' folders."""
+def fixed_keys(overrides: Iterable[str]) -> list[str]:
+    """The keys of those overrides that give one value, the same to all jobs."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    fixed = [override.key_or_group for override in parsed if not override.is_sweep_override()]
-    return f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"
+    return [override.key_or_group for override in parsed if not override.is_sweep_override()]
+
+
+def refuse_shadowed(fixed: Iterable[str], searched: Iterable[str]) -> None:
+    """A sweeper gives jobs what it searches first and what is fixed last: a fixed list would
+    silently replace the element of it that is searched.
+
+    Raises:
+        LowbitError: with both keys.
+    """
+    for key, own in product(fixed, searched):
+        if own.startswith(f"{key}."):
+            raise LowbitError(
+                f"{key} is given on the command line and {own} is searched (hydra.sweeper.params): "
+                f"leave {key} out, or give {own} to keep it fixed"
+            )
 
 
 def report_failed_job(message: str, folder: Path, surprise: BaseException | None) -> JobFailed:

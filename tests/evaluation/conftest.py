@@ -1,13 +1,16 @@
 """A teacher with random weights and a corpus to measure it on; nothing is trained."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 
 from fairseq_lowbit.data.label_file import SPECIAL_SYMBOLS
 from fairseq_lowbit.data.manifest import read_manifest, write_manifest
@@ -108,3 +111,52 @@ def save(tmp_path: Path) -> Callable[[str, Hubert], Path]:
 @pytest.fixture
 def teacher(save: Callable, model: Hubert) -> LoadedModel:
     return load_model(save("teacher", model))
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, data: Path, teacher: LoadedModel) -> Callable[..., Path]:
+    """``make_run(name, model)``: a folder as training leaves it, without a checkpoint for None."""
+
+    def make(
+        name: str,
+        model: Hubert | None,
+        *,
+        updates: int = 10,
+        planned: int = 10,
+        best: float | None = 0.5,
+        overrides: list[str] = (),
+        stages: list[dict] = (),
+        loss: str = "lowbit_kd",
+        is_stage: bool = False,
+        **task: Any,
+    ) -> Path:
+        folder = tmp_path / name
+        checkpoints = folder if is_stage else folder / "checkpoints"
+        precision = (model.plan if model else teacher.model.plan).precision.to_mapping()
+        places = {"data": str(data), "teacher": str(teacher.path), "init_from": None}
+        config = {
+            "task": places | {"stages": list(stages)} | task,
+            "criterion": {"_name": loss},
+            "model": {"precision": precision},
+            "optimization": {"max_update": planned},
+            "checkpoint": {"save_dir": "checkpoints", "no_save": False},
+        }
+        if not is_stage:
+            (folder / ".hydra").mkdir(parents=True)
+            (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(config))
+            (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
+        if model is not None:
+            checkpoints.mkdir(parents=True)
+            plan = checkpoints / "precision_plan.json"
+            plan.write_text(json.dumps(model.plan.to_mapping()))
+            config["model"] |= asdict(model.shape)
+            state = {
+                "cfg": config,
+                "model": model.state_dict(),
+                "optimizer_history": [{"num_updates": updates}],
+                "extra_state": {} if best is None else {"best": best},
+            }
+            torch.save(state, checkpoints / "checkpoint_last.pt")
+        return folder
+
+    return make

@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# The paper's grid at toy scale, and what goes beyond it: students of one teacher with equally many
+# updates, in one table with the paper's word error rates beside them for orientation.
+#
+#   bash recipes/grid.sh                    an hour after installation, on 2 CPU cores
+#   bash recipes/grid.sh --minutes 180      longer training, better models
+#   bash recipes/grid.sh --work DIR         where everything goes (default exp/grid_<minutes>min)
+#   bash recipes/grid.sh --teacher CHECKPOINT --data DIR
+#                                           a teacher and its data that are there already, such as
+#                                           demo.sh's: all the time is the students'
+#
+# Interrupted, the same command goes on where it stopped. A row that failed is tried again; the
+# others and the table do not wait for it.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+# name, number of stages, configuration and overrides. More rows may be added at any time.
+rows=(
+    # weights alone; linears; linears and attention
+    "sqwq_w8                     1  sqwq_w8"
+    "sqwq_w4                     1  sqwq_w4"
+    "sqwq_w2                     1  sqwq_w2"
+    "sqwq_w1                     1  sqwq_w1"
+    "bitl_w8a8                   1  bitl_w8a8"
+    "bitl_w4a4                   1  bitl_w4a4"
+    "bitl_w2a2                   1  bitl_w2a2"
+    "bitl_w1a2                   1  bitl_w1a2"
+    "bitl_w1a1                   1  bitl_w1a1"
+    "bitla_w8a8                  1  bitla_w8a8"
+    "bitla_w4a4                  1  bitla_w4a4"
+    "bitla_w2a2                  1  bitla_w2a2"
+    "bitla_w1a2                  1  bitla_w1a2"
+    "bitla_w1a1                  1  bitla_w1a1"
+    # the HuBERT loss instead of distillation
+    "sqwq_w2_hubert              1  sqwq_w2     loss=demo_hubert"
+    "bitl_w1a1_hubert            1  bitl_w1a1   loss=demo_hubert"
+    "bitla_w2a2_hubert           1  bitla_w2a2  loss=demo_hubert"
+    "bitla_w1a1_hubert           1  bitla_w1a1  loss=demo_hubert"
+    # in stages, with as many updates in all
+    "bitla_w1a1_in_2_stages      2  bitla_w1a1  schedule=w1a2_w1a1"
+    "bitla_w1a1_in_4_stages      4  bitla_w1a1  schedule=w8a8_w4a4_w2a2_w1a1"
+    # weight scales and levels
+    "bitla_w1a1_per_channel      1  bitla_w1a1  rules=per_channel"
+    "bitla_w1a1_per_group        1  bitla_w1a1  rules=per_group"
+    "bitla_w2a2_per_channel      1  bitla_w2a2  rules=per_channel"
+    "bitla_w2a2_per_group        1  bitla_w2a2  rules=per_group"
+    "bitla_w2a2_stretched        1  bitla_w2a2  rules=stretched"
+    # what the paper leaves at 16 bits
+    "bitla_w1a1_front_end_w8a8   1  bitla_w1a1  rules=front_end_w8a8"
+    "bitla_w1a1_front_end_w4a4   1  bitla_w1a1  rules=front_end_w4a4"
+)
+# A usual row and a slow one: what trains the front-end takes longer.
+timed=(bitla_w1a1 bitla_w1a1_front_end_w4a4)
+
+minutes=60 work="" teacher="" data="" audio=""
+options "minutes work teacher data" "$@"
+[[ -z "$teacher" || -f "$teacher" ]] || die "--teacher $teacher does not exist"
+[[ -z "$data" || -f "$data/train.tsv" ]] || die "--data $data holds no train.tsv"
+[[ -z "$teacher$data" || (-n "$teacher" && -n "$data") ]] ||
+    die "--teacher and --data go together: the data is what the teacher was trained on"
+is_given="${teacher:+yes}"
+: "${work:=$repo/exp/grid_${minutes}min}"
+source "$repo/recipes/toy.sh"
+# Models this small gain little from a second thread: one student on every core.
+workers="$cores"
+
+declare -A stages_of=() settings_of=()
+names=()
+for row in "${rows[@]}"; do
+    read -r name stages settings <<<"$row"
+    names+=("$name")
+    stages_of[$name]="$stages" settings_of[$name]="$settings"
+done
+
+# grow NAME OVERRIDES...: trains the student of a row.
+grow() {
+    local name="$1" settings
+    shift
+    read -ra settings <<<"${settings_of[$name]}"
+    OMP_NUM_THREADS=1 student "$name" "${settings[@]}" "$@"
+}
+
+speed_of() { grow "$1" "hydra.run.dir=$work/speed/$1" "${trial[@]}" >/dev/null; }
+
+# Writes how many updates every row makes, a multiple of what the stages divide by.
+plan_rows() {
+    at_once "$workers" speed_of "${timed[@]}"
+    ((${#failed[@]} == 0)) || die "${failed[*]} failed, see above"
+    local name rates=()
+    for name in "${timed[@]}"; do rates+=("$(rate_of "$name")"); done
+    python - "$((rows_seconds * workers / ${#rows[@]}))" "${rates[@]}" >"$work/updates" <<'PY'
+import sys
+
+seconds, *rates = map(float, sys.argv[1:])
+print(max(24, int(seconds * len(rates) / sum(1 / rate for rate in rates)) // 12 * 12))
+PY
+    log "${rates[*]} updates a second (${timed[*]}): $(<"$work/updates") updates for every row"
+}
+
+train_row() {
+    local updates="$(($(<"$work/updates") / ${stages_of[$1]}))"
+    grow "$1" "hydra.run.dir=$work/runs/$1" "optimization.max_update=$updates" \
+        "lr_scheduler.warmup_updates=$((updates / 10 + 1))"
+}
+
+finish_row() { stage "row_$1" train_row "$1"; }
+
+# What does not train, in seconds: corpus, labels and measuring speed; on one core a row's start,
+# calibration and validation; a row of the table, whose measurement takes all cores.
+overhead="$((90 + ${#rows[@]} * 15 / workers + ${#rows[@]} * 10))"
+training_seconds="$((minutes * 60 > overhead ? minutes * 60 - overhead : 0))"
+teacher_seconds="$((training_seconds * 3 / 10))"
+[[ -z "$is_given" ]] || teacher_seconds=0
+rows_seconds="$((training_seconds - teacher_seconds))"
+
+log "grid of ${#rows[@]} rows in $minutes minutes on $cores cores in $work; a rehearsal at toy scale"
+((training_seconds > 0)) || log "that is too short: every row makes a few updates, and it takes longer"
+[[ -n "$is_given" ]] || make_teacher "$teacher_seconds"
+stage speed plan_rows
+at_once "$workers" finish_row "${names[@]}"
+left_out=("${failed[@]}")
+
+log "measure on held-out audio"
+status=0
+OMP_NUM_THREADS="$cores" fairseq-lowbit sweep-table "$work/runs" --paper \
+    --markdown "$work/grid.md" --csv "$work/grid.csv" || status=$?
+log "took $((SECONDS / 60)) min $((SECONDS % 60)) s; the table is $work/grid.md and $work/grid.csv"
+((${#left_out[@]} == 0)) || die "failed: ${left_out[*]}; the same command tries them again"
+exit "$status"

@@ -1,0 +1,210 @@
+"""Sweeps: -m over what makes a run, every launcher, a search, and jobs that fail."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from fairseq_lowbit.models import load_model
+
+PER_CHANNEL = "{match:encoder.layers.*,granularity:per_channel}"
+
+
+@pytest.fixture
+def sweep(trainer, corpus: Path, teacher: Path, tmp_path: Path) -> Callable[..., Any]:
+    """``sweep(*overrides)``: a sweep of 1-bit students from a folder with data and teacher in it,
+    both given relative to it. Its jobs are below ``tmp_path/exp``."""
+    (tmp_path / "my_data").symlink_to(corpus)
+    (tmp_path / "teacher.pt").symlink_to(teacher)
+
+    def run(*overrides: str, config: str = "bitla_w1a1") -> Any:
+        given = trainer.arguments(tmp_path / "unused", config, "-m", *overrides)
+        # A searched element of it would be replaced by the whole list.
+        if any("sweep=optuna" in override for override in overrides):
+            given = [text for text in given if not text.startswith("optimization.lr=[")]
+        paths = ("task.data=my_data", "task.teacher=teacher.pt")
+        keys = [override.partition("=")[0] for override in overrides]
+        given += [path for path in paths if path.partition("=")[0] not in keys]
+        return trainer.fork_arguments(tmp_path / "unused", given)
+
+    return run
+
+
+def jobs(tmp_path: Path, name: str = "bitla_w1a1_sweep") -> dict[str, Path]:
+    """Folder name -> folder of every job."""
+    folders = [path.parents[1] for path in (tmp_path / "exp" / name).rglob(".hydra/config.yaml")]
+    return {folder.name: folder for folder in sorted(folders)}
+
+
+def state(job: Path, which: str = "last") -> dict[str, Any]:
+    return torch.load(job / "checkpoints" / f"checkpoint_{which}.pt", weights_only=False)
+
+
+def best(job: Path) -> float:
+    return state(job)["extra_state"]["best"]
+
+
+def results(tmp_path: Path) -> dict[str, Any]:
+    """What the search found."""
+    path = tmp_path / "exp" / "bitla_w1a1_sweep" / "optimization_results.yaml"
+    return yaml.safe_load(path.read_text())
+
+
+def errors(output: str) -> list[str]:
+    """The messages of the lines that were logged as errors."""
+    return re.findall(r"\[ERROR\] - (.+)", output)
+
+
+def test_rules_and_rates(sweep: Callable, trainer, teacher: Path, tmp_path: Path) -> None:
+    done = sweep(f"model.precision.rules=[],[{PER_CHANNEL}]", "optimizer.scale_lr_ratio=0.3,3")
+    assert done.status == 0, done.output
+    found = {}
+    for job in jobs(tmp_path).values():
+        config = state(job, "best")["cfg"]
+        assert config["task"]["data"] == str(tmp_path / "my_data")
+        rules = [rule["granularity"] for rule in config["model"]["precision"]["rules"]]
+        found[(*rules, config["optimizer"]["scale_lr_ratio"])] = job
+    assert set(found) == {(0.3,), (3.0,), ("per_channel", 0.3), ("per_channel", 3.0)}
+    scale = "encoder.layers.0.fc1.weight_quantizer.log_scale"
+    assert state(found[(3.0,)])["model"][scale].dim() == 0
+    assert len(state(found[("per_channel", 3.0)])["model"][scale]) == 64
+
+    # The last job is what it is alone: nothing of the ones before it is left in the process.
+    alone = trainer.fork(
+        tmp_path / "alone",
+        "bitla_w1a1",
+        f"task.teacher={teacher}",
+        f"model.precision.rules=[{PER_CHANNEL}]",
+        "optimizer.scale_lr_ratio=3",
+    )
+    job = found[("per_channel", 3.0)]
+    assert best(job) == best(alone.folder)
+    for name, value in state(alone.folder)["model"].items():
+        assert torch.equal(state(job)["model"][name], value), name
+
+
+def test_the_same_sweep_resumes_and_another_one_starts_anew(
+    sweep: Callable, tmp_path: Path
+) -> None:
+    first = sweep("quant=bitla_w1a1,bitla_w2a2")
+    assert first.status == 0, first.output
+    assert list(jobs(tmp_path)) == ["quant-bitla_w1a1", "quant-bitla_w2a2"]
+    second = sweep("quant=bitla_w2a2,bitl_w2a2", "optimization.max_update=10")
+    assert second.status == 0, second.output
+    updates = {
+        name: load_model(job / "checkpoints" / "checkpoint_last.pt").updates
+        for name, job in jobs(tmp_path).items()
+    }
+    expected = {"quant-bitla_w1a1": 5, "quant-bitla_w2a2": 10, "quant-bitl_w2a2": 10}
+    assert updates == expected
+    assert second.output.count("Loaded checkpoint") == 1
+
+
+def test_failed_jobs_leave_word_and_the_others_finish(
+    sweep: Callable, teacher: Path, tmp_path: Path
+) -> None:
+    given = ("task.teacher=gone.pt,teacher.pt", "optimizer.adam_betas=[0.9,0.98],[2,0.98]")
+    done = sweep(*given)
+    assert done.status == 1
+    messages = errors(done.output)
+    assert len(messages) == 3
+    assert messages[0] == messages[1] == f"checkpoint {tmp_path}/gone.pt does not exist"
+    # What is no user's mistake keeps its traceback, in the log of its job alone.
+    assert "ValueError" in messages[2]
+    assert done.output.count("Traceback") == 1
+    assert "fairseq-lowbit sweep-table" in done.output
+
+    failures = {}
+    for job in jobs(tmp_path).values():
+        config = yaml.safe_load((job / ".hydra" / "config.yaml").read_text())
+        key = (Path(config["task"]["teacher"]).name, config["optimizer"]["adam_betas"][0])
+        failure = job / "failure.txt"
+        failures[key] = failure.read_text() if failure.exists() else None
+        log = (job / "hydra_train.log").read_text()
+        assert (failures[key] is None) == ("[ERROR]" not in log)
+        assert ("Traceback" in log) == (key == ("teacher.pt", 2))
+    assert failures.pop(("teacher.pt", 0.9)) is None
+    assert "gone.pt does not exist" in failures[("gone.pt", 0.9)]
+    assert failures[("teacher.pt", 2)].startswith("ValueError: ")
+
+    # Mended, the same job trains and is no longer called failed.
+    shutil.copy(teacher, tmp_path / "gone.pt")
+    again = sweep("task.teacher=gone.pt,teacher.pt", "optimizer.adam_betas=[0.9,0.98]")
+    assert again.status == 0, again.output
+    assert len(list((tmp_path / "exp").rglob("failure.txt"))) == 3
+
+
+def test_a_search_that_optimizes(sweep: Callable, tmp_path: Path) -> None:
+    search = ("+sweep=optuna", "hydra.sweeper.n_trials=2")
+    done = sweep(*search)
+    assert done.status == 0, done.output
+    first = {name: best(job) for name, job in jobs(tmp_path).items()}
+    assert len(set(first.values())) == 2
+
+    # The same command with more trials goes on: it proposes the first ones again, which are done.
+    done = sweep("+sweep=optuna", "hydra.sweeper.n_trials=4")
+    assert done.status == 0, done.output
+    trials = {name: best(job) for name, job in jobs(tmp_path).items()}
+    assert len(trials) == 4
+    assert first.items() <= trials.items()
+    assert done.output.count("this run has made its 5 updates") == 2
+
+    found = results(tmp_path)
+    assert found["best_value"] == min(trials.values())
+    winner = jobs(tmp_path)[min(trials, key=trials.get)]
+    config = state(winner)["cfg"]
+    params = found["best_params"]
+    assert params["optimization.lr.0"] == config["optimization"]["lr"][0]
+    assert params["optimizer.scale_lr_ratio"] == config["optimizer"]["scale_lr_ratio"]
+    assert params["optimizer.shift_lr_ratio"] == config["optimizer"]["shift_lr_ratio"]
+    assert 1e-4 <= params["optimization.lr.0"] <= 5e-3
+
+
+def test_a_search_goes_on_behind_a_failed_trial(sweep: Callable, tmp_path: Path) -> None:
+    names = "model.precision.name=bitla_w1a1,bitla_w9a9"
+    done = sweep("+sweep=optuna", "hydra.sweeper.n_trials=2", names)
+    assert done.status == 0, done.output
+    assert len(list((tmp_path / "exp").rglob("failure.txt"))) == 1
+    assert results(tmp_path)["best_params"]["model.precision.name"] == "bitla_w1a1"
+
+
+def test_a_fixed_list_around_what_is_searched(trainer, tmp_path: Path) -> None:
+    arguments = trainer.arguments(tmp_path / "unused", "bitla_w1a1", "-m", "+sweep=optuna")
+    refused = trainer.fork_arguments(tmp_path / "unused", arguments)
+    assert refused.status == 2
+    assert len(errors(refused.output)) == 1
+    assert "optimization.lr is given" in refused.output
+    assert "optimization.lr.0 is searched" in refused.output
+    assert not (tmp_path / "exp").exists()
+
+
+def test_joblib(sweep: Callable, tmp_path: Path) -> None:
+    """One worker for all, in which fairseq would leave the first job's best loss behind."""
+    done = sweep(
+        "+sweep=joblib",
+        "hydra.launcher.n_jobs=1",
+        "model.precision.name=bitla_w8a8,bitla_w9a9,bitla_w1a1",
+    )
+    assert done.status == 1
+    assert "Traceback" not in done.output
+    found = {
+        name.removeprefix("model.precision.name-"): job for name, job in jobs(tmp_path).items()
+    }
+    assert "9 bits" in (found["bitla_w9a9"] / "failure.txt").read_text()
+    for name in ("bitla_w8a8", "bitla_w1a1"):
+        assert state(found[name], "best")["cfg"]["model"]["precision"]["name"] == name
+    assert best(found["bitla_w8a8"]) < best(found["bitla_w1a1"])
+
+
+def test_submitit(sweep: Callable, tmp_path: Path) -> None:
+    done = sweep("+sweep=submitit_local", "quant=bitla_w8a8,bitl_w1a1")
+    assert done.status == 0, done.output
+    for name, job in jobs(tmp_path).items():
+        assert state(job, "best")["cfg"]["model"]["precision"]["name"] == name.removeprefix(
+            "quant-"
+        )
