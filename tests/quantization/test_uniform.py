@@ -182,7 +182,7 @@ def test_the_gradient_passes_unchanged(kind: str, bits: int) -> None:
 
 @KIND
 def test_keeps_nothing_for_the_backward(kind: str) -> None:
-    # An activation, of which the next operator keeps the decoded values; not a leaf, as weights are.
+    # An activation: the next operator keeps its decoded values. No leaf, as weights are.
     x, saved = normal(3, 4).requires_grad_() * 1, []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
     with hooks:
