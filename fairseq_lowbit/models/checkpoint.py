@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models.architecture import Architecture
 from fairseq_lowbit.models.model import Hubert
-from fairseq_lowbit.nn import float_state
+from fairseq_lowbit.nn import float_state, forget_calibration
 from fairseq_lowbit.precision import Precision
 
 StateDict = dict[str, Tensor]
@@ -103,6 +103,7 @@ def start_from(model: Hubert, source: LoadedModel, role: str = "init_from") -> N
     if labels is not None and model.state_dict().get(_LABELS, labels[:0]).shape == labels.shape:
         weights[_LABELS] = labels
     model.load_state_dict(weights, strict=False)
+    forget_calibration(model)
 
 
 def check_same_shapes(model: nn.Module, weights: StateDict, path: str | Path) -> None:
