@@ -114,8 +114,8 @@ def _frame_dim(module: Operator, entry: PlanEntry) -> int | tuple[int, int]:
         return -1
     if _input_channels(module) > 1:
         return 1
-    # A single value is its own range: a waveform has one per utterance. Padding, 0, does not widen it
-    # but would lower a mean.
+    # A single value is its own range: a waveform has one per utterance. Padding is zero there,
+    # which widens no range but would lower a mean.
     if entry.activation_bits == 1:
         raise LowbitError(
             f"precision {entry.rule}: 1 bit of the waveform, the input of {entry.module}, needs a "
