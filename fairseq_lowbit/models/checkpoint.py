@@ -13,7 +13,7 @@ from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import atomic_write
 from fairseq_lowbit.models.architecture import Architecture
 from fairseq_lowbit.models.model import Hubert
-from fairseq_lowbit.nn import float_state
+from fairseq_lowbit.nn import float_state, forget_calibration
 from fairseq_lowbit.precision import Precision
 
 StateDict = dict[str, Tensor]
@@ -113,6 +113,7 @@ def start_from(model: Hubert, source: LoadedModel, role: str = "init_from") -> N
     if labels is not None and model.state_dict().get(_LABELS, labels[:0]).shape == labels.shape:
         weights[_LABELS] = labels
     model.load_state_dict(weights, strict=False)
+    forget_calibration(model)
 
 
 def write_model(path: str | Path, model: Hubert, source: LoadedModel) -> None:

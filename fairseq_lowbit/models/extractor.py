@@ -124,6 +124,9 @@ class FeatureExtractor(nn.Module):
         Returns:
             [batch, frames, channels].
         """
+        if lengths is not None and self.conv_layers[0]["0"].input_quantizer is not None:
+            # Its range may be that of the whole utterance, which zeros do not widen.
+            waveform = waveform.masked_fill(padding_mask(lengths, waveform.shape[1]), 0)
         x = waveform[:, None]
         for block, layer in zip(self.conv_layers, self.layers, strict=True):
             if lengths is not None:

@@ -6,8 +6,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.nn.attention import OPERANDS, SelfAttention
-from fairseq_lowbit.nn.operators import OPERATORS, Conv1d, Linear, Operator, PositionalConv1d
+from fairseq_lowbit.nn.operators import Conv1d, Linear, Operator, PositionalConv1d
 from fairseq_lowbit.precision import Plan, PlanEntry, Precision, Site, resolve_plan
 from fairseq_lowbit.precision.grammar import FLOAT_BITS
 from fairseq_lowbit.quantization import (
@@ -22,7 +23,7 @@ from fairseq_lowbit.quantization import (
     signed,
 )
 from fairseq_lowbit.quantization.calibration import MSE, Calibrator, fit_weight_scale
-from fairseq_lowbit.quantization.squashed import SQUASHED_GROUP
+from fairseq_lowbit.quantization.quantizer import LearnedQuantizer
 
 Batch = TypeVar("Batch")
 
@@ -33,7 +34,7 @@ def sites(model: nn.Module) -> list[Site]:
     for name, module in model.named_modules():
         if isinstance(module, SelfAttention):
             found += [_operand_site(name, module, operand) for operand in OPERANDS]
-        elif isinstance(module, OPERATORS):
+        elif isinstance(module, Operator):
             found.append(_operator_site(name, module))
     return found
 
@@ -77,8 +78,7 @@ def attach(model: nn.Module, precision: Precision) -> Plan:
 def _attach_operator(module: Operator, entry: PlanEntry) -> None:
     if entry.weight_bits < FLOAT_BITS:
         module.weight_quantizer = _weight_quantizer(module, entry)
-        if entry.method == "squashed":
-            _name_squashed(module)
+        module.name_groups()
     if entry.activation_bits < FLOAT_BITS:
         module.input_quantizer = _input_quantizer(module, entry)
 
@@ -105,19 +105,27 @@ def _input_quantizer(module: Operator, entry: PlanEntry) -> Quantizer:
         values = module.in_features if isinstance(module, Linear) else _input_channels(module)
         return ElasticQuantizer(levels, values, shift_shape=())
     kind = "minmax" if entry.method == "minmax" else "absmax"
-    feature_dim = -1 if isinstance(module, Linear) else 1
-    return UniformQuantizer(kind, entry.activation_bits, frame_dim=feature_dim)
+    return UniformQuantizer(kind, entry.activation_bits, frame_dim=_frame_dim(module, entry))
+
+
+def _frame_dim(module: Operator, entry: PlanEntry) -> int | tuple[int, int]:
+    """Dimensions of the input that share a range: the features of a frame."""
+    if isinstance(module, Linear):
+        return -1
+    if _input_channels(module) > 1:
+        return 1
+    # A single value is its own range: a waveform has one per utterance. Padding is zero there,
+    # which widens no range but would lower a mean.
+    if entry.activation_bits == 1:
+        raise LowbitError(
+            f"precision {entry.rule}: 1 bit of the waveform, the input of {entry.module}, needs a "
+            "learned scale: give method elastic, or more activation_bits"
+        )
+    return (1, 2)
 
 
 def _input_channels(module: Conv1d | PositionalConv1d) -> int:
     return len(module.bias) if isinstance(module, PositionalConv1d) else module.in_channels
-
-
-def _name_squashed(module: Operator) -> None:
-    """Puts what is squashed into a group of its own in the optimizer: its values are tens of times
-    a float weight's, and the loss, not weight decay, keeps their spread."""
-    for name in module.weight_state(module.stored_weight()):
-        getattr(module, name).param_group = SQUASHED_GROUP
 
 
 def _attach_operand(model: nn.Module, entry: PlanEntry, precision: Precision) -> None:
@@ -168,6 +176,13 @@ def is_calibrated(model: nn.Module) -> bool:
     return all(quantizer.is_calibrated for _, quantizer in quantizers(model))
 
 
+def forget_calibration(model: nn.Module) -> None:
+    """Has :func:`calibrate` fit everything anew; a squashed weight is taken for a float one."""
+    for _, quantizer in quantizers(model):
+        if isinstance(quantizer, LearnedQuantizer):
+            quantizer.mark_calibrated(False)
+
+
 def squashed_weights(model: nn.Module) -> list[Tensor]:
     """The unsquashed weights P of every squashed operator, with their graph."""
     return [operator.stored_weight() for _, operator in _squashed_operators(model)]
@@ -189,7 +204,7 @@ def _squashed_operators(model: nn.Module) -> Iterator[tuple[str, Operator]]:
     return (
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, OPERATORS) and isinstance(module.weight_quantizer, SquashedQuantizer)
+        if isinstance(module, Operator) and isinstance(module.weight_quantizer, SquashedQuantizer)
     )
 
 
@@ -243,7 +258,7 @@ def calibrate(
 def _calibrate_weights(model: nn.Module, criterion: Criterion) -> dict[str, float]:
     clipped = {}
     for name, module in model.named_modules():
-        quantizer = module.weight_quantizer if isinstance(module, OPERATORS) else None
+        quantizer = module.weight_quantizer if isinstance(module, Operator) else None
         if isinstance(quantizer, ElasticQuantizer):
             weight = module.stored_weight()
             quantizer.set_scale(
@@ -251,9 +266,11 @@ def _calibrate_weights(model: nn.Module, criterion: Criterion) -> dict[str, floa
             )
         elif isinstance(quantizer, SquashedQuantizer) and not quantizer.is_calibrated:
             weight = module.stored_weight()
-            for key, value in module.weight_state(quantizer.fit(weight)).items():
-                getattr(module, key).copy_(value)
+            unsquashed = quantizer.fit(weight)
             clipped[name] = quantizer.clipped_share(weight)
+            # Last, because the stored weight may be the parameter itself.
+            for key, value in module.weight_state(unsquashed).items():
+                getattr(module, key).copy_(value)
     return clipped
 
 

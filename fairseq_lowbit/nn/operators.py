@@ -4,15 +4,48 @@ Each knows whether its input follows a GELU, which decides about the input's lev
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fairseq_lowbit.quantization import Quantizer, recomputed
+from fairseq_lowbit.quantization import Quantizer, SquashedQuantizer, recomputed
+from fairseq_lowbit.quantization.squashed import SQUASHED_GROUP
 
 
-class Linear(nn.Linear):
+class Operator(nn.Module):
+    """A weighted operator with slots for quantizers, None for float."""
+
+    weight_quantizer: Quantizer | None
+    input_quantizer: Quantizer | None
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """Of :meth:`stored_weight`."""
+        return self.weight.shape
+
+    def stored_weight(self) -> Tensor:
+        """What the weight quantizer encodes, output channels first."""
+        return self.weight
+
+    def weight_state(self, weight: Tensor) -> dict[str, Tensor]:
+        """The parameters with which :meth:`stored_weight` is ``weight``."""
+        return {"weight": weight}
+
+    def name_groups(self) -> None:
+        """Puts what is squashed into a group of its own in the optimizer: its values are tens of
+        times a float weight's, and the loss, not weight decay, keeps their spread."""
+        if isinstance(self.weight_quantizer, SquashedQuantizer):
+            for name in self.weight_state(self.stored_weight()):
+                getattr(self, name).param_group = SQUASHED_GROUP
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.name_groups()  # a deep copy strips parameters of their attributes
+
+
+class Linear(Operator, nn.Linear):
     """y = Q(W) Q(x) + b.
 
     Args:
@@ -27,20 +60,7 @@ class Linear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias)
         self.follows_gelu = follows_gelu
-        self.weight_quantizer: Quantizer | None = None
-        self.input_quantizer: Quantizer | None = None
-
-    @property
-    def weight_shape(self) -> torch.Size:
-        return self.weight.shape
-
-    def stored_weight(self) -> Tensor:
-        """What the weight quantizer encodes, [out, in]."""
-        return self.weight
-
-    def weight_state(self, weight: Tensor) -> dict[str, Tensor]:
-        """The parameters with which :meth:`stored_weight` is ``weight``."""
-        return {"weight": weight}
+        self.weight_quantizer = self.input_quantizer = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -49,26 +69,13 @@ class Linear(nn.Linear):
             return F.linear(x, weight, self.bias)
 
 
-class Conv1d(nn.Conv1d):
+class Conv1d(Operator, nn.Conv1d):
     """Convolution with quantizer slots; arguments as ``nn.Conv1d`` plus ``follows_gelu``."""
 
     def __init__(self, *args, follows_gelu: bool = False, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.follows_gelu = follows_gelu
-        self.weight_quantizer: Quantizer | None = None
-        self.input_quantizer: Quantizer | None = None
-
-    @property
-    def weight_shape(self) -> torch.Size:
-        return self.weight.shape
-
-    def stored_weight(self) -> Tensor:
-        """What the weight quantizer encodes, [out, in/groups, kernel]."""
-        return self.weight
-
-    def weight_state(self, weight: Tensor) -> dict[str, Tensor]:
-        """The parameters with which :meth:`stored_weight` is ``weight``."""
-        return {"weight": weight}
+        self.weight_quantizer = self.input_quantizer = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, in, samples] -> [batch, out, frames]."""
@@ -77,7 +84,7 @@ class Conv1d(nn.Conv1d):
             return self._conv_forward(x, weight, self.bias)
 
 
-class PositionalConv1d(nn.Module):
+class PositionalConv1d(Operator):
     """Grouped "same" convolution over frames with weight normalisation over the kernel axis.
 
     Parameters are named as ``torch.nn.utils.weight_norm(dim=2)`` names them, so fairseq's
@@ -100,8 +107,7 @@ class PositionalConv1d(nn.Module):
             gain if weight.is_meta else weight.norm(dim=(0, 1), keepdim=True)
         )
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.weight_quantizer: Quantizer | None = None
-        self.input_quantizer: Quantizer | None = None
+        self.weight_quantizer = self.input_quantizer = None
 
     @property
     def weight_shape(self) -> torch.Size:
@@ -112,7 +118,6 @@ class PositionalConv1d(nn.Module):
         return self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
 
     def weight_state(self, weight: Tensor) -> dict[str, Tensor]:
-        """The parameters with which :meth:`stored_weight` is ``weight``."""
         return {"weight_v": weight, "weight_g": weight.norm(dim=(0, 1), keepdim=True)}
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -129,10 +134,6 @@ class PositionalConv1d(nn.Module):
         with recomputed(x, weight):
             y = F.conv1d(x, weight, self.bias, padding=self.kernel // 2, groups=self.groups)
         return y[..., : x.shape[-1]]
-
-
-OPERATORS = (Linear, Conv1d, PositionalConv1d)
-Operator = Linear | Conv1d | PositionalConv1d
 
 
 def _quantized(x: Tensor, quantizer: Quantizer | None) -> Tensor:

@@ -129,6 +129,8 @@ class _SpeechTask(FairseqTask):
             raise LowbitError("task.data is not set: name the folder with train.tsv and valid.tsv")
         if not from_checkpoint and not Path(cfg.data).is_dir():
             raise LowbitError(f"task.data: there is no folder {cfg.data}")
+        calibration = cfg.calibration
+        self._criterion = Criterion(calibration.criterion, calibration.percentile)
         self.model: Hubert | None = None
         self.files = RunFiles(Path(cfg.output_dir), cfg.tensorboard_logdir)
         self.unusable = self.files.read_unusable()
@@ -216,7 +218,6 @@ class _SpeechTask(FairseqTask):
 
     def _prepare_training(self, dataset: SpeechDataset) -> None:
         """Calibration batches are the same on every process: chosen by seed, not by rank."""
-        config = self.cfg.calibration
         parameter = next(self.model.parameters())
         batches = [
             batch.to(parameter.device, parameter.dtype) for batch in self._fixed_batches(dataset)
@@ -224,8 +225,7 @@ class _SpeechTask(FairseqTask):
         self._health_batch = batches[0]
         if not is_calibrated(self.model):
             logger.info(f"calibrating on {len(batches)} batches")
-            criterion = Criterion(config.criterion, config.percentile)
-            clipped = calibrate(self.model, batches, self.model.final_output, criterion)
+            clipped = calibrate(self.model, batches, self.model.final_output, self._criterion)
             if clipped:
                 logger.info(describe_squashing(clipped))
 

@@ -188,26 +188,40 @@ def _operand_method(method: Method) -> Method:
 def _refined(site: Site, rule: Rule, choice: _Choice) -> _Choice:
     if rule.method == "none":
         return replace(choice, weight_bits=FLOAT_BITS, activation_bits=FLOAT_BITS)
-    method = rule.method or choice.method
     if site.kind == "operand":
-        # A rule for a whole layer does not turn BiT-L into BiT-LA: operands that the name leaves
-        # float are quantized by a rule that names them.
-        last = rule.match.rsplit(".", 1)[-1]
-        named = last != "*" and fnmatchcase(site.name.rsplit(".", 1)[1], last)
-        bits = rule.activation_bits if named or choice.activation_bits < FLOAT_BITS else None
-        bits = bits or choice.activation_bits
-        return replace(choice, method=_operand_method(method), activation_bits=bits)
+        return _refined_operand(site, rule, choice)
+    method = rule.method or choice.method
     weight_bits, activation_bits = rule.weight_bits, rule.activation_bits
-    if method == "squashed" and activation_bits is None:
+    if activation_bits is None and method == "squashed" and (weight_bits or rule.method):
         activation_bits = SQUASHED_ACTIVATION_BITS
     _check_complete(site, rule, choice, (weight_bits, activation_bits))
-    _check_scales(site, rule, method)
+    weight_bits = weight_bits or choice.weight_bits
+    if weight_bits < FLOAT_BITS:
+        _check_scales(site, rule, method)
     return _Choice(
         method,
-        weight_bits or choice.weight_bits,
+        weight_bits,
         activation_bits or choice.activation_bits,
         rule.granularity or choice.granularity,
         rule.group_size,
+    )
+
+
+def _refined_operand(site: Site, rule: Rule, choice: _Choice) -> _Choice:
+    if choice.activation_bits == FLOAT_BITS:
+        # A rule for a whole layer does not turn BiT-L into BiT-LA: operands that the name leaves
+        # float are quantized by a rule that names them.
+        last = rule.match.rsplit(".", 1)[-1]
+        if last == "*" or not fnmatchcase(site.name.rsplit(".", 1)[1], last):
+            return choice
+        if rule.method is not None and rule.activation_bits is None:
+            raise LowbitError(
+                f"precision rule {rule.match!r} gives no activation_bits for {site.name}, which is "
+                "float by default"
+            )
+    method = _operand_method(rule.method or choice.method)
+    return replace(
+        choice, method=method, activation_bits=rule.activation_bits or choice.activation_bits
     )
 
 

@@ -18,20 +18,25 @@ from fairseq_lowbit.models import (
     read_checkpoint,
     start_from,
 )
-from fairseq_lowbit.nn import is_calibrated, quantizers
-from fairseq_lowbit.precision import Precision
+from fairseq_lowbit.nn import calibrate, is_calibrated, quantizers
+from fairseq_lowbit.precision import Precision, Rule
+from fairseq_lowbit.quantization import SquashedQuantizer
 from tests.shapes import TINY
 
 SHAPE = replace(TINY, conv_feature_layers="[(8,10,5),(12,2,2)]", encoder_layers=1)
 
 
 def build(
-    precision: str = "float", classes: int = 5, seed: int = 0, shape: Architecture = SHAPE
+    precision: str | Precision = "float",
+    classes: int = 5,
+    seed: int = 0,
+    shape: Architecture = SHAPE,
 ) -> Hubert:
     torch.manual_seed(seed)
-    model = Hubert(shape, classes, Precision(precision))
-    for index, (_, quantizer) in enumerate(quantizers(model)):
-        quantizer.set_scale(torch.tensor(0.1 + 0.01 * index))
+    precision = precision if isinstance(precision, Precision) else Precision(precision)
+    model = Hubert(shape, classes, precision)
+    generator = torch.Generator().manual_seed(seed)
+    calibrate(model, [torch.randn(2, 600, generator=generator)], model.final_output)
     return model
 
 
@@ -57,7 +62,7 @@ def loaded(model: Hubert) -> LoadedModel:
     return LoadedModel(model, Path("teacher.pt"), 0, True, False)
 
 
-@pytest.mark.parametrize("precision", ["float", "bitla_w1a1"])
+@pytest.mark.parametrize("precision", ["float", "bitla_w1a1", "sqwq_w2", "absmax_w4a8"])
 def test_model_comes_back_at_its_own_shape_and_precision(tmp_path: Path, precision: str) -> None:
     model = build(precision)
     back = load_model(save(tmp_path / "c.pt", state_of(model)))
@@ -187,6 +192,56 @@ def test_starting_leaves_quantizers_to_calibration() -> None:
     for name, quantizer in quantizers(model):
         assert not quantizer.is_calibrated, name
         assert (quantizer.log_scale == 0).all(), name
+
+
+def test_starting_from_squashed_weights_takes_the_float_weights_they_stand_for() -> None:
+    source = build("sqwq_w2", seed=1)
+    plain = build(seed=1)
+    model = Hubert(SHAPE, 5)
+    start_from(model, loaded(source))
+    for name, value in plain.state_dict().items():
+        own = model.state_dict()[name]
+        if ".fc" in name or "_proj.weight" in name:
+            # Equal but for what squashing clipped: far from P, whose standard deviation is .84.
+            assert (own - value).abs().median() < 1e-6, name
+            assert own.std() < 0.4, name
+        else:
+            assert torch.equal(own, value), name
+    operator, target = source.encoder.layers[0].fc1, model.encoder.layers[0].fc1.weight
+    torch.testing.assert_close(target.detach(), operator.weight_quantizer.target(operator.weight))
+
+
+@pytest.mark.parametrize("precision", ["sqwq_w2", "sqwq_w8", "bitl_w2a2"])
+def test_starting_makes_calibration_necessary_again(precision: str) -> None:
+    """Scales belong to other weights, and squashed ones would be read as if they were squashed."""
+    source, model = build(seed=1), build(precision, seed=2)
+    assert is_calibrated(model)
+    start_from(model, loaded(source))
+    assert not is_calibrated(model)
+    fresh = Hubert(SHAPE, 5, Precision(precision))
+    start_from(fresh, loaded(source))
+    batch = torch.randn(2, 600, generator=torch.Generator().manual_seed(3))
+    for own in (model, fresh):
+        calibrate(own, [batch], own.final_output)
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_squashed_weights_and_groups_come_back(tmp_path: Path) -> None:
+    rules = [
+        Rule("*.fc1", granularity="per_group", method="stretched", group_size=4),
+        Rule("encoder.pos_conv.0", method="squashed", weight_bits=4),
+        Rule("final_proj", method="minmax", weight_bits=8, activation_bits=8),
+    ]
+    model = build(Precision("sqwq_w2", rules))
+    back = load_model(save(tmp_path / "c.pt", state_of(model))).model
+    assert back.plan == model.plan
+    assert back.plan.precision.rules == rules
+    assert is_calibrated(back)
+    assert isinstance(back.encoder.pos_conv[0].weight_quantizer, SquashedQuantizer)
+    assert back.encoder.layers[0].fc1.weight_quantizer.log_scale.shape == (24 * 16 // 4, 1)
+    waveform = torch.randn(1, 600, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(back.final_output(waveform), model.eval().final_output(waveform))
 
 
 def test_starting_takes_precisions_that_differ_in_either_direction() -> None:

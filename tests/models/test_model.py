@@ -130,7 +130,7 @@ def test_logits_are_cosines_over_the_temperature_in_fp32() -> None:
 @pytest.mark.parametrize("precision", ["float", "bitla_w2a2"])
 def test_shapes_along_the_way(shape: Architecture, precision: str) -> None:
     model = build(shape, precision)
-    calibrate(model, [waveforms()], lambda x: model.final_proj(model.hidden_states(x)[0][-1]))
+    calibrate(model, [waveforms()], model.final_output)
     outputs, mask = model.hidden_states(waveforms(), torch.tensor(LENGTHS))
     frames = output_lengths(torch.tensor(LENGTHS), model.conv_layers)
     assert [tuple(output.shape) for output in outputs] == [(3, int(frames.max()), 16)] * 2
@@ -153,7 +153,7 @@ def test_float_model_gives_the_same_alone_and_in_a_padded_batch(shape: Architect
 
 def test_codes_of_the_front_end_are_the_same_alone_and_in_a_padded_batch() -> None:
     model, waveform = build(POST_NORM, "bitla_w2a2"), waveforms()
-    calibrate(model, [waveform], lambda x: model.final_proj(model.hidden_states(x)[0][-1]))
+    calibrate(model, [waveform], model.final_output)
     for _, quantizer in quantizers(model):
         if quantizer.shift is not None:  # thresholds as they may look after training
             nn.init.normal_(quantizer.shift, std=0.1)
@@ -166,12 +166,13 @@ def test_codes_of_the_front_end_are_the_same_alone_and_in_a_padded_batch() -> No
         assert torch.equal(quantizer.codes(together).integers, quantizer.codes(alone).integers)
 
 
-def test_quantized_model_gives_the_same_alone_and_in_a_padded_batch() -> None:
+@pytest.mark.parametrize("precision", ["bitla_w8a8", "sqwq_w8", "absmax_w8a8", "minmax_w8a8"])
+def test_quantized_model_gives_the_same_alone_and_in_a_padded_batch(precision: str) -> None:
     # Many levels: a rounding that crosses a threshold moves the output by a small step only.
-    model, waveform = build(POST_NORM, "bitla_w8a8"), waveforms()
-    calibrate(model, [waveform], lambda x: model.final_proj(model.hidden_states(x)[0][-1]))
+    model, waveform = build(POST_NORM, precision), waveforms()
+    calibrate(model, [waveform], model.final_output)
     for _, quantizer in quantizers(model):
-        if quantizer.shift is not None:
+        if getattr(quantizer, "shift", None) is not None:
             nn.init.constant_(quantizer.shift, -0.02)
     with torch.no_grad():
         outputs, mask = model.hidden_states(waveform, torch.tensor(LENGTHS))
@@ -192,10 +193,10 @@ def test_mask_embedding_replaces_masked_frames_only() -> None:
     assert torch.equal(masked[~mask], plain[~mask])
 
 
-@pytest.mark.parametrize("precision", ["float", "bitla_w1a1"])
+@pytest.mark.parametrize("precision", ["float", "bitla_w1a1", "sqwq_w2"])
 def test_deep_copy_is_independent_and_equal(precision: str) -> None:
     model = build(POST_NORM, precision)
-    calibrate(model, [waveforms()], lambda x: model.final_proj(model.hidden_states(x)[0][-1]))
+    calibrate(model, [waveforms()], model.final_output)
     twin = copy.deepcopy(model)
     before = model.hidden_states(waveforms())[0][-1]
     assert torch.equal(twin.hidden_states(waveforms())[0][-1], before)
@@ -212,7 +213,7 @@ def test_quantizers_add_keys_below_their_operator() -> None:
 
 def test_one_bit_model_trains() -> None:
     model = build(POST_NORM, "bitla_w1a1").train()
-    calibrate(model, [waveforms()], lambda x: model.final_proj(model.hidden_states(x)[0][-1]))
+    calibrate(model, [waveforms()], model.final_output)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     target = torch.randn(16, generator=torch.Generator().manual_seed(1))
     losses = []

@@ -30,6 +30,10 @@ def test_parameters_at_base_size() -> None:
         ("bitla_w8a8", 99.54),
         ("bitla_w2a2", 35.84),
         ("bitla_w1a1", 25.23),
+        ("sqwq_w8", 99.65),
+        ("sqwq_w4", 57.19),
+        ("sqwq_w2", 35.95),
+        ("sqwq_w1", 25.34),
     ],
 )
 def test_stored_size_is_the_published_one(precision: str, megabytes: float) -> None:
@@ -64,6 +68,70 @@ def test_bytes_of_every_kind_of_site() -> None:
     assert plan.parameters == 100 + 544 + 528 + 136
 
 
+FC1 = Site("encoder.layers.0.fc1", "linear", weights=512, others=32, channels=32, shifts=1)
+OPERAND = Site("encoder.layers.0.self_attn.query", "operand", shifts=16)
+CONV = Site(
+    "feature_extractor.conv_layers.1.0", "conv", weights=240, others=0, channels=8, shifts=1
+)
+BIAS = 32 * 2
+LEARNED_INPUT = 4 + 4  # scale and shift of the input
+
+
+@pytest.mark.parametrize(
+    "name, rule, expected",
+    [
+        # One gain of 16 bits per channel; the input's scale is computed from the input.
+        ("sqwq_w2", {}, 512 / 4 + BIAS + 32 * 2),
+        ("sqwq_w1", {}, 512 / 8 + BIAS + 32 * 2),
+        # The plain names have a scale per channel, min-max a zero point of a byte with it.
+        ("absmax_w4a8", {}, 512 / 2 + BIAS + 32 * 2),
+        ("minmax_w4a8", {}, 512 / 2 + BIAS + 32 * (2 + 1)),
+        ("absmax_w16a8", {}, 512 * 2 + BIAS),
+        ("absmax_w4a8", {"granularity": "per_tensor"}, 512 / 2 + BIAS + 4),
+        ("minmax_w4a8", {"granularity": "per_tensor"}, 512 / 2 + BIAS + 4 + 1),
+        ("minmax_w4a8", {"granularity": "per_group", "group_size": 4}, 512 / 2 + BIAS + 128 * 3),
+        ("bitl_w2a2", {"method": "stretched"}, 512 / 4 + BIAS + 4 + LEARNED_INPUT),
+        (
+            "bitl_w2a2",
+            {"method": "stretched", "granularity": "per_channel"},
+            512 / 4 + BIAS + 32 * 2 + LEARNED_INPUT,
+        ),
+        (
+            "bitl_w2a2",
+            {"granularity": "per_group", "group_size": 8},
+            512 / 4 + BIAS + 64 * 2 + LEARNED_INPUT,
+        ),
+        (
+            "bitl_w2a2",
+            {"granularity": "per_group", "group_size": 16},
+            512 / 4 + BIAS + 32 * 2 + LEARNED_INPUT,
+        ),
+        ("bitl_w2a2", {"method": "absmax"}, 512 / 4 + BIAS + 4),
+    ],
+)
+def test_bytes_of_every_method_and_granularity(name: str, rule: dict, expected: float) -> None:
+    rules = [Rule("*.fc1", **rule)] if rule else []
+    (entry,) = resolve_plan(Precision(name, rules), [FC1], 0).entries
+    assert entry.bytes == expected
+
+
+@pytest.mark.parametrize(
+    "method, weights, operand",
+    [
+        ("elastic", 4 + LEARNED_INPUT, 4 + 16 * 2),
+        ("stretched", 4 + LEARNED_INPUT, 4 + 16 * 2),
+        ("squashed", 8 * 2, 4 + 16 * 2),
+        ("absmax", 4, 0),
+        ("minmax", 4 + 1, 0),
+    ],
+)
+def test_bytes_of_convolutions_and_operands(method: str, weights: float, operand: float) -> None:
+    rules = [Rule("*", method, 8, 8), Rule("*.query", method, activation_bits=8)]
+    conv, query = resolve_plan(Precision("float", rules), [CONV, OPERAND], 0).entries
+    assert conv.bytes == 240 + weights
+    assert query.bytes == operand
+
+
 def test_quantizes_asks_by_prefix() -> None:
     plan = base_plan("bitl_w1a1", encoder_layers=1)
     assert plan.quantizes("encoder.layers.0.")
@@ -76,6 +144,7 @@ def test_plan_and_precision_survive_json() -> None:
         Rule("*", granularity="per_channel"),
         Rule("*.fc1", weight_bits=4),
         Rule("final_proj", method="none"),
+        Rule("*.fc2", "stretched", granularity="per_group", group_size=64),
     ]
     precision = Precision("bitla_w1a1", rules, length_scaled=False, reference_frames=250)
     again = Precision.from_mapping(json.loads(json.dumps(precision.to_mapping())))
@@ -118,3 +187,13 @@ def test_a_rule_that_names_an_operand_quantizes_it(match: str) -> None:
 def test_weight_bits_for_operands_only_are_refused() -> None:
     with pytest.raises(LowbitError, match="operands only.*give activation_bits"):
         base_plan("bitla_w1a1", [Rule("*.query", weight_bits=4)])
+
+
+def test_what_the_names_leave_float_is_most_of_a_one_bit_model() -> None:
+    outside = ("feature_extractor.*", "post_extract_proj", "encoder.pos_conv.0")
+    rules = [Rule(match, weight_bits=8, activation_bits=8) for match in outside]
+    one_bit, smaller = base_plan("bitla_w1a1"), base_plan("bitla_w1a1", rules)
+    bytes_of = {e.module: e.bytes for e in smaller.entries}
+    assert bytes_of["encoder.pos_conv.0"] == pytest.approx(768 * 48 * 128 + (768 + 128) * 2 + 12)
+    # 58 % of the bytes, nearly all of them in these modules, halved.
+    assert smaller.bytes / one_bit.bytes == pytest.approx(0.72, abs=0.01)

@@ -119,11 +119,102 @@ def test_granularity_alone_does_not_quantize() -> None:
         (Rule("*.fc1", activation_bits=0), "activation_bits: 0 bits"),
         (Rule("*.fc1", weight_bits=3.5), "3.5 bits"),
         (Rule("", weight_bits=2), "match is empty"),
+        (Rule("*.fc1", granularity="per_group"), "per_group and group_size belong together"),
+        (Rule("*.fc1", group_size=4), "per_group and group_size belong together"),
+        (
+            Rule("*.fc1", granularity="per_channel", group_size=4),
+            "per_group and group_size belong together",
+        ),
+        (Rule("*.fc1", granularity="per_group", group_size=0), "group_size 0; want at least 1"),
+        (
+            Rule("*.fc1", granularity="per_group", group_size=5),
+            r"group_size 5 does not divide the 16 weights of an output channel of .*\.0\.fc1",
+        ),
+        (
+            Rule("*.fc1", method="squashed", granularity="per_tensor"),
+            r"squashed weight of .*fc1 has one gain per channel, so drop granularity per_tensor",
+        ),
+        (
+            Rule("*.fc1", method="squashed", granularity="per_group", group_size=4),
+            "drop granularity per_group",
+        ),
+        (Rule("final_proj", method="squashed"), "no weight_bits for final_proj"),
+        (Rule("final_proj", method="absmax", weight_bits=8), "no activation_bits for final_proj"),
+        (Rule("final_proj", method="absmax"), "no weight_bits for final_proj"),
+        (Rule("*.query", method="absmax"), r"no activation_bits for encoder\.layers\.0\..*query"),
     ],
 )
 def test_contradictory_rules_are_refused(rule: Rule, message: str) -> None:
     with pytest.raises(LowbitError, match=message):
         plan("bitl_w1a1", rule)
+
+
+def test_squashed_modules_have_8_bit_inputs_unless_a_rule_says_otherwise() -> None:
+    entries = plan(
+        "bitl_w2a2",
+        Rule("*.fc1", method="squashed"),
+        Rule("final_proj", method="squashed", weight_bits=4),
+        Rule("post_extract_proj", method="squashed", weight_bits=4, activation_bits=16),
+    )
+    assert bits(entries[f"{LAYER}.fc1"]) == (2, 8)
+    assert bits(entries["final_proj"]) == (4, 8)
+    assert bits(entries["post_extract_proj"]) == (4, 16)
+    for module in (f"{LAYER}.fc1", "final_proj"):
+        assert (entries[module].method, entries[module].granularity) == ("squashed", "per_channel")
+
+
+def test_a_rule_takes_the_method_of_the_name() -> None:
+    """sqwq and a rule for the front-end: the bits of the inputs need not be repeated."""
+    entries = plan("sqwq_w2", Rule("feature_extractor.*", weight_bits=8))
+    conv = entries["feature_extractor.conv_layers.0.0"]
+    assert (conv.method, bits(conv), conv.granularity) == ("squashed", (8, 8), "per_channel")
+    entries = plan("absmax_w4a8", Rule("feature_extractor.*", weight_bits=8, activation_bits=8))
+    conv = entries["feature_extractor.conv_layers.0.0"]
+    assert (conv.method, bits(conv), conv.granularity) == ("absmax", (8, 8), "per_channel")
+
+
+def test_a_method_for_the_encoder_keeps_bits_and_granularity_of_the_name() -> None:
+    entries = plan("sqwq_w2", Rule("encoder.layers.*", method="stretched"))
+    linear = entries[f"{LAYER}.fc1"]
+    assert (linear.method, bits(linear), linear.granularity) == ("stretched", (2, 8), "per_tensor")
+    assert not entries[f"{LAYER}.self_attn.query"].is_quantized
+    linear = plan("minmax_w4a8", Rule("encoder.layers.*", method="elastic"))[f"{LAYER}.fc1"]
+    assert (linear.method, bits(linear), linear.granularity) == ("elastic", (4, 8), "per_channel")
+
+
+def test_operands_have_ranges_of_their_own_or_learned_scales() -> None:
+    """Stretched and squashed are about weights, which operands lack."""
+    for method, expected in (
+        ("absmax", "absmax"),
+        ("minmax", "minmax"),
+        ("stretched", "elastic"),
+        ("squashed", "elastic"),
+    ):
+        entries = plan("bitla_w2a4", Rule(f"{LAYER}.*", method=method))
+        for operand in ("query", "probabilities"):
+            entry = entries[f"{LAYER}.self_attn.{operand}"]
+            assert (entry.method, bits(entry)) == (expected, (16, 4))
+    absmax = plan("absmax_w4a8", Rule("*.query", activation_bits=8))
+    assert absmax[f"{LAYER}.self_attn.query"].method == "absmax"
+    assert not absmax[f"{LAYER}.self_attn.probabilities"].is_quantized
+
+
+@pytest.mark.parametrize(
+    "name, scales",
+    [
+        ("bitl_w2a2", {"granularity": "per_channel"}),
+        ("sqwq_w2", {"granularity": "per_channel"}),
+        ("bitl_w2a2", {"granularity": "per_group", "group_size": 16}),
+        ("minmax_w2a2", {"granularity": "per_group", "group_size": 16}),
+    ],
+)
+def test_a_granularity_for_everything_is_for_what_is_quantized(name: str, scales: dict) -> None:
+    """It fits the encoder; that it fits no convolution of ten weights is no mistake."""
+    entries = plan(name, Rule("*", **scales))
+    assert entries[f"{LAYER}.fc1"].granularity == scales["granularity"]
+    assert bits(entries[f"{LAYER}.fc1"]) == bits(plan(name)[f"{LAYER}.fc1"])
+    for module in ("feature_extractor.conv_layers.0.0", "post_extract_proj", "final_proj"):
+        assert not entries[module].is_quantized
 
 
 def test_misspelt_key_of_a_stored_rule_raises() -> None:
