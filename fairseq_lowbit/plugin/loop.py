@@ -119,17 +119,21 @@ def _train(train: Any) -> Any:
 
 
 def _make_up_validation(cfg: Any, trainer: LowbitTrainer, task: Any, epoch_itr: Any) -> None:
-    """Validates the checkpoint that a stop has saved without, so that the best one is the same as
-    in a run that was not stopped."""
+    """Validates the checkpoint that a stop has saved without, and saves it as a run that was not
+    stopped would have."""
     subsets = cfg.dataset.valid_subset.split(",")
     loss = fairseq_train.validate(cfg, trainer, task, epoch_itr, subsets)[0]
     trainer.missed_validation = False
     options, save = cfg.checkpoint, checkpoint_utils.save_checkpoint
     better = max if options.maximize_best_checkpoint_metric else min
     save.best = better(loss, getattr(save, "best", loss))
-    if save.best == loss and trainer.is_data_parallel_master and not options.no_save:
-        last, best = (
-            os.path.join(options.save_dir, f"checkpoint_{which}{trainer.checkpoint_suffix}.pt")
-            for which in ("last", "best")
-        )
-        PathManager.copy(last, best, overwrite=True)
+    state = {**trainer.loaded_state, "val_loss": loss, "best": save.best}
+    last, best = (
+        os.path.join(options.save_dir, f"checkpoint_{which}{trainer.checkpoint_suffix}.pt")
+        for which in ("last", "best")
+    )
+    trainer.consolidate_optimizer()
+    with together():
+        trainer.save_checkpoint(last, state)
+        if save.best == loss and trainer.is_data_parallel_master:
+            PathManager.copy(last, best, overwrite=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.divergence import first_non_finite
 from fairseq_lowbit.plugin import interruption
-from fairseq_lowbit.plugin.processes import gather, raise_shared
+from fairseq_lowbit.plugin.processes import gather, raise_shared, together
 
 _MISSED = "missed_validation"
 _CRASH_FILE = "crash.pt"
@@ -33,12 +33,14 @@ class LowbitTrainer(Trainer):
     """Attributes:
     stopping: whether all processes agreed to stop after the present update.
     missed_validation: whether the present update was saved without the validation it was due.
+    loaded_state: what the checkpoint that was resumed holds beside weights and optimizer.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stopping = False
         self.missed_validation = False
+        self.loaded_state: dict[str, Any] | None = None
         self._signalled: Tensor | float = 0.0
         # With several GPUs fairseq moves the model to its own when it is first asked for: too late
         # for the task, which calibrates it there.
@@ -151,13 +153,15 @@ class LowbitTrainer(Trainer):
             lambda module, state, *_: weights.update(state)
         )
         try:
-            extra_state = super().load_checkpoint(*args, **kwargs)
+            with together():
+                extra_state = super().load_checkpoint(*args, **kwargs)
         finally:
             hook.remove()
         # Only the optimizer that fairseq has loaded too: a new one is built after calibration.
         if weights and self._optimizer is not None:
             for name, master in self._masters():
                 master.data.copy_(weights[name])
+        self.loaded_state = extra_state
         # A model to start from is not this run's own.
         goes_on = extra_state is not None and self.get_num_updates() > 0
         self.missed_validation = goes_on and bool(extra_state.get(_MISSED))

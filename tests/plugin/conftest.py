@@ -216,9 +216,10 @@ def _start(
     environment = environment or {}
     log = folder.with_name(f"{folder.name}{environment.get('RANK', '')}.log")
     log.unlink(missing_ok=True)
+    if not any("tensorboard_logdir" in argument for argument in arguments):
+        arguments = [*arguments, "common.tensorboard_logdir=null"]  # it only costs time
     job = {
-        # Unless it is what is tested, tensorboardX only costs time.
-        "arguments": ["common.tensorboard_logdir=null", *arguments],
+        "arguments": arguments,
         "folder": str(folder.parent),
         "log": str(log),
         "accident": accident,
