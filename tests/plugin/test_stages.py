@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.plugin import callback
 from fairseq_lowbit.plugin.configs import compose_config
 from fairseq_lowbit.plugin.stages import Schedule, read_stages, stage_configs, stops_early
 
@@ -42,7 +44,10 @@ def at(folder: Path, stages: list[dict] = THREE) -> Schedule:
 
 
 def make_checkpoint(schedule: Schedule, index: int, updates: int = 1) -> None:
-    path = schedule.checkpoint(index)
+    save(schedule.checkpoint(index), updates)
+
+
+def save(path: Path, updates: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {"cfg": {"model": {}}, "model": {}, "optimizer_history": [{"num_updates": updates}]}
     torch.save(state, path)
@@ -247,18 +252,48 @@ def test_a_folder_of_a_run_without_stages(schedule: Schedule, tmp_path: Path) ->
         schedule.first_unfinished()
 
 
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[str]]:
+    """``trained(updates)``: the precisions that a run trains when each training ends after as many
+    updates, or by an exception."""
+
+    def run(end: int | BaseException, **changes: Any) -> list[str]:
+        precisions = []
+
+        def train(own: DictConfig) -> None:
+            precisions.append(own.model.precision.name)
+            if isinstance(end, BaseException):
+                raise end
+            folder = Path(own.checkpoint.save_dir)
+            save(folder / "checkpoint_last.pt", end)
+
+        monkeypatch.setattr(callback, "_hydra_main", train)
+        made = config(THREE, checkpoint__save_dir=str(tmp_path), **(NO_EARLY_STOP | changes))
+        callback.train_in_stages(made)
+        return precisions
+
+    return run
+
+
+NO_EARLY_STOP = {
+    "checkpoint__patience": -1,
+    "optimization__max_epoch": 0,
+    "optimization__stop_time_hours": 0,
+    "optimization__stop_min_lr": -1.0,
+}
+
+
+def test_only_a_finished_stage_is_followed_by_the_next(trained: Callable, tmp_path: Path) -> None:
+    assert trained(29) == ["bitla_w8a8"]
+    with pytest.raises(SystemExit):
+        trained(SystemExit(75))
+    assert not list(tmp_path.rglob("finished.json"))
+    assert trained(30) == ["bitla_w8a8", "bitla_w4a4"]
+    assert trained(29, checkpoint__patience=3) == ["bitla_w4a4", "bitla_w2a2"]
+
+
 def test_stopping_before_the_last_update() -> None:
-    structured = {
-        "checkpoint": {"patience": -1},
-        "optimization": {"max_epoch": 0, "stop_time_hours": 0, "stop_min_lr": -1.0},
-    }
-    assert not stops_early(OmegaConf.create(structured))
-    for section, key in (
-        ("checkpoint", "patience"),
-        ("optimization", "max_epoch"),
-        ("optimization", "stop_time_hours"),
-        ("optimization", "stop_min_lr"),
-    ):
-        own = OmegaConf.create(structured)
-        own[section][key] = 1
-        assert stops_early(own), key
+    none = config([], **NO_EARLY_STOP)
+    assert not stops_early(none)
+    for key in NO_EARLY_STOP:
+        assert stops_early(config([], **(NO_EARLY_STOP | {key: 1}))), key
