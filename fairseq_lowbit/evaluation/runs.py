@@ -142,10 +142,8 @@ def _read_run(folder: Path) -> Run:
     except (OSError, yaml.YAMLError) as error:
         raise LowbitError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     settings = _settings(config, path)
-    # The last stage of a schedule is the run's own.
-    stages = OmegaConf.select(config, "task.stages") or [{}]
-    settings["planned"] = stages[-1].get("updates") or settings["planned"]
-    checkpoints = folder / config.checkpoint.save_dir
+    settings["planned"] = _updates_of_last_stage(config) or settings["planned"]
+    checkpoints = folder / OmegaConf.select(config, "checkpoint.save_dir", default="checkpoints")
     updates, best_loss, problem = _progress(checkpoints / LAST_CHECKPOINT)
     return Run(
         folder=folder,
@@ -157,6 +155,13 @@ def _read_run(folder: Path) -> Run:
         failure=_read(folder / FAILURE_FILE).strip() or problem,
         **settings,
     )
+
+
+def _updates_of_last_stage(config: DictConfig) -> int | None:
+    """A run is the last stage of its schedule; None without one, or without an own number."""
+    stages = OmegaConf.select(config, "task.stages")
+    last = stages[-1] if OmegaConf.is_list(stages) and len(stages) else None
+    return last.get("updates") if OmegaConf.is_dict(last) else None
 
 
 def _settings(config: DictConfig, path: Path) -> dict[str, Any]:

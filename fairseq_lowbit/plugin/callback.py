@@ -65,9 +65,10 @@ class FairseqJob(Callback):
             logger.error(mistake)
             sys.exit(2)
         # Jobs are composed again from their overrides, so the overrides themselves are rewritten.
-        unnamed = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"
+        unnamed = [*config.hydra.job.config.override_dirname.exclude_keys, *fixed]
+        keys = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(unnamed)}]"
         with read_write(config):
-            given.hydra = [*given.hydra, unnamed]
+            given.hydra = [*given.hydra, keys]
             given.task = [_absolute_override(override) for override in given.task]
         _make_folder(config, "hydra.sweep.dir")
 

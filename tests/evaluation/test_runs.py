@@ -66,6 +66,8 @@ def test_runs_and_stages_are_found(make_run: Callable, model: Hubert, tmp_path: 
     assert find_runs(tmp_path / "gone") == []
     assert (read_run(run).planned, read_run(stage).planned) == (6, 4)
     assert read_run(stage).checkpoint == stage / "checkpoint_last.pt"
+    # Stages that training refused.
+    assert read_run(make_run("refused", None, stages=["w8a8", "w1a1"])).planned == 10
 
 
 def test_what_a_run_tells(make_run: Callable, model: Hubert) -> None:
