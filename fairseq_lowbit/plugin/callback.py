@@ -57,8 +57,9 @@ class FairseqJob(Callback):
         _make_folder(config, "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        given = config.hydra.overrides
-        fixed = fixed_keys(given.task)
+        # As they were given: interpolations wait for their job.
+        given = OmegaConf.to_container(config.hydra.overrides)
+        fixed = fixed_keys(given["task"])
         try:
             refuse_shadowed(fixed, OmegaConf.select(config, "hydra.sweeper.params") or ())
         except LowbitError as mistake:
@@ -68,8 +69,8 @@ class FairseqJob(Callback):
         unnamed = [*config.hydra.job.config.override_dirname.exclude_keys, *fixed]
         keys = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(unnamed)}]"
         with read_write(config):
-            given.hydra = [*given.hydra, keys]
-            given.task = [_absolute_override(override) for override in given.task]
+            config.hydra.overrides.hydra = [*given["hydra"], keys]
+            config.hydra.overrides.task = [_absolute_override(text) for text in given["task"]]
         _make_folder(config, "hydra.sweep.dir")
 
     def on_job_start(

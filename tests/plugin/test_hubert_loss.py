@@ -69,7 +69,7 @@ def test_another_start_keeps_the_teachers_labels(
 
 def test_killed_and_resumed(trainer, teacher: Path, student, tmp_path: Path) -> None:
     folder, options = tmp_path / "run", (f"task.teacher={teacher}", *OPTIONS)
-    killed = trainer.fork(folder, "bitla_w1a1", *options, kill=("in_update", 18))
+    killed = trainer.fork(folder, "bitla_w1a1", *options, accident=("kill_in_update", 18))
     assert killed.status == -signal.SIGKILL, killed.output
     run = trainer.fork(folder, "bitla_w1a1", *options)
     assert run.status == 0, run.output

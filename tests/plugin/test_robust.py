@@ -74,15 +74,11 @@ def test_a_full_disk(trainer, teacher: Path, tmp_path: Path) -> None:
     # The second of the three checkpoints.
     run = trainer.fork(tmp_path / "run", "bitla_w1a1", *options, accident=("fill_disk", 2))
     message = run.message()
-    assert message.startswith(f"cannot write {run.checkpoints}/checkpoint_2_10.pt: File too large")
-    files = {path.name for path in run.checkpoints.iterdir()}
-    assert files == {
-        "checkpoint_1_5.pt",
-        "checkpoint_best.pt",
-        "checkpoint_last.pt",
-        "health.jsonl",
-        "precision_plan.json",
-    }
+    assert message.startswith(f"cannot write {run.checkpoints}/checkpoint_")
+    assert ".pt: File too large" in message
+    # Nothing is left of the second one, nothing is missing of the first.
+    assert not list(run.checkpoints.glob("*.tmp"))
+    assert load_model(run.checkpoints / "checkpoint_best.pt").updates == 5
     assert last_update(run) == 5
     resumed = trainer.fork(run.folder, "bitla_w1a1", *options)
     assert resumed.status == 0, resumed.output

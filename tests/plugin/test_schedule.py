@@ -107,10 +107,10 @@ def test_a_stage_is_the_run_one_would_type(uninterrupted, train: Callable) -> No
 @pytest.mark.parametrize(
     "moment, marked, resumed",
     [
-        (("in_update", UPDATES[0] + 7), True, "stage 2 of 3 (bitla_w2a2)"),
+        (("kill_in_update", UPDATES[0] + 7), True, "stage 2 of 3 (bitla_w2a2)"),
         # Each stage saves at its 5th and at its last update.
-        (("while_saving", 3), True, "stage 2 of 3 (bitla_w2a2)"),
-        (("while_saving", 3), False, "stage 1 of 3 (bitla_w4a4)"),
+        (("kill_while_saving", 3), True, "stage 2 of 3 (bitla_w2a2)"),
+        (("kill_while_saving", 3), False, "stage 1 of 3 (bitla_w4a4)"),
     ],
     ids=["in-stage-2", "before-stage-2-saves", "before-stage-1-is-marked"],
 )
@@ -124,7 +124,7 @@ def test_killed(
     tmp_path: Path,
 ) -> None:
     folder, options = tmp_path / "run", (f"task.teacher={teacher}", STAGES)
-    killed = trainer.fork(folder, "bitla_w1a1", *options, kill=moment)
+    killed = trainer.fork(folder, "bitla_w1a1", *options, accident=moment)
     assert killed.status == -signal.SIGKILL, killed.output
     assert started(killed)[-1] == "stage 2 of 3 (bitla_w2a2)"
     mark = checkpoint(killed, 0).with_name("finished.json")
@@ -193,8 +193,10 @@ def test_a_sweep_over_schedules(trainer, teacher: Path, tmp_path: Path) -> None:
     )
     assert run.status == 0, run.output
     last = "checkpoints/checkpoint_last.pt"
-    staged, plain = (state(tmp_path / "sweep" / job / last)["cfg"] for job in "01")
-    first = tmp_path / "sweep/0/checkpoints/stage1_bitl_w1a2/checkpoint_last.pt"
+    sweep = tmp_path / "sweep"
+    jobs = ("schedule-w1a2_w1a1", "schedule-none")
+    staged, plain = (state(sweep / job / last)["cfg"] for job in jobs)
+    first = sweep / jobs[0] / "checkpoints/stage1_bitl_w1a2/checkpoint_last.pt"
     assert staged["task"]["init_from"] == str(first)
     assert load_model(first).updates == 2
     assert plain["task"]["init_from"] is None
