@@ -5,10 +5,12 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fairseq.logging import progress_bar
 from omegaconf import DictConfig, OmegaConf
 
 from fairseq_lowbit.errors import LowbitError
@@ -290,6 +292,17 @@ def test_only_a_finished_stage_is_followed_by_the_next(trained: Callable, tmp_pa
     assert not list(tmp_path.rglob("finished.json"))
     assert trained(30) == ["bitla_w8a8", "bitla_w4a4"]
     assert trained(29, checkpoint__patience=3) == ["bitla_w4a4", "bitla_w2a2"]
+
+
+def test_each_stage_is_a_wandb_run_of_its_own(
+    trained: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that stays open refuses the next stage's configuration."""
+    wandb = SimpleNamespace(run=object())
+    wandb.finish = lambda: setattr(wandb, "run", None)
+    monkeypatch.setattr(progress_bar, "wandb", wandb)
+    trained(30)
+    assert wandb.run is None
 
 
 def test_stopping_before_the_last_update() -> None:
