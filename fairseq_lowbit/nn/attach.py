@@ -10,7 +10,7 @@ from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.nn.attention import OPERANDS, SelfAttention
 from fairseq_lowbit.nn.operators import Conv1d, Linear, Operator, PositionalConv1d
 from fairseq_lowbit.precision import Plan, PlanEntry, Precision, Site, resolve_plan
-from fairseq_lowbit.precision.grammar import FLOAT_BITS
+from fairseq_lowbit.precision.grammar import FLOAT_BITS, LEARNED_SCALE, PLAIN_RANGE
 from fairseq_lowbit.quantization import (
     Criterion,
     ElasticQuantizer,
@@ -92,7 +92,7 @@ def _weight_quantizer(module: Operator, entry: PlanEntry) -> Quantizer:
     bits = entry.weight_bits
     if entry.method == "squashed":
         return SquashedQuantizer(bits, channels, inputs)
-    if entry.method in ("absmax", "minmax"):
+    if entry.method in PLAIN_RANGE:
         return UniformQuantizer(entry.method, bits, row_size)
     levels = mid_rise(bits) if entry.method == "stretched" else signed(bits)
     scales = None if row_size is None else shape.numel() // row_size
@@ -100,7 +100,7 @@ def _weight_quantizer(module: Operator, entry: PlanEntry) -> Quantizer:
 
 
 def _input_quantizer(module: Operator, entry: PlanEntry) -> Quantizer:
-    if entry.method in ("elastic", "stretched"):
+    if entry.method in LEARNED_SCALE:
         levels = (after_gelu if module.follows_gelu else signed)(entry.activation_bits)
         values = module.in_features if isinstance(module, Linear) else _input_channels(module)
         return ElasticQuantizer(levels, values, shift_shape=())
@@ -142,7 +142,7 @@ def _operand_quantizer(
 ) -> Quantizer:
     bits = entry.activation_bits
     is_probabilities = operand == "probabilities"
-    if entry.method in ("absmax", "minmax"):
+    if entry.method in PLAIN_RANGE:
         # Of values that are never negative, min-max with its zero point at 0 is the absmax.
         kind = "minmax" if is_probabilities else entry.method
         return UniformQuantizer(kind, bits, frame_dim=-1)

@@ -9,6 +9,9 @@ from fairseq_lowbit.errors import LowbitError
 FLOAT_BITS = 16
 SQUASHED_ACTIVATION_BITS = 8
 Method = Literal["elastic", "stretched", "squashed", "absmax", "minmax", "none"]
+# Methods with learned scales of inputs, and those that take every scale from the values at hand.
+LEARNED_SCALE: tuple[Method, ...] = ("elastic", "stretched")
+PLAIN_RANGE: tuple[Method, ...] = ("absmax", "minmax")
 # Method of the linears by the first part of a name.
 _METHODS: dict[str, Method] = {
     "bitl": "elastic",

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.precision.grammar import (
     FLOAT_BITS,
+    LEARNED_SCALE,
+    PLAIN_RANGE,
     SQUASHED_ACTIVATION_BITS,
     Method,
     Preset,
@@ -175,8 +177,7 @@ def _preset_choice(site: Site, preset: Preset) -> _Choice:
     weight_bits = activation_bits = FLOAT_BITS
     if ENCODER_LINEAR.fullmatch(site.name):
         weight_bits, activation_bits = preset.weight_bits, preset.activation_bits
-    plain = preset.method in ("absmax", "minmax")
-    granularity = "per_channel" if plain else "per_tensor"
+    granularity = "per_channel" if preset.method in PLAIN_RANGE else "per_tensor"
     return _Choice(preset.method, weight_bits, activation_bits, granularity)
 
 
@@ -262,7 +263,7 @@ def _bytes(site: Site, choice: _Choice) -> float:
     if choice.weight_bits < FLOAT_BITS:
         total += _scale_bytes(site, choice)
     # The other methods compute the scales of activations from the activations.
-    if choice.activation_bits < FLOAT_BITS and choice.method in ("elastic", "stretched"):
+    if choice.activation_bits < FLOAT_BITS and choice.method in LEARNED_SCALE:
         shift_bytes = SCALAR_BYTES if site.shifts == 1 else site.shifts * FLOAT_BYTES
         total += SCALAR_BYTES + shift_bytes
     return total

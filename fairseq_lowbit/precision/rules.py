@@ -22,7 +22,8 @@ class Rule:
         match: shell pattern on the module name, for example ``encoder.layers.0.*``.
         method: how weight and input are quantized, see docs/numerics.md: ``elastic``,
             ``stretched``, ``squashed``, ``absmax``, ``minmax``, or ``none`` to leave both float.
-        weight_bits, activation_bits: 1 to 8, or 16 for float.
+        weight_bits, activation_bits: 1 to 8, or 16 for float. Inputs of ``squashed`` modules have
+            8 bits unless a rule says otherwise, whatever the name.
         granularity: what shares a weight scale: ``per_tensor``, ``per_channel`` (output channel)
             or ``per_group``.
         group_size: weights of one group, along an output channel's inputs; divides their number.
