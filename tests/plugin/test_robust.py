@@ -1,13 +1,18 @@
 """What a run of days may meet: one message says what it was, and no checkpoint is lost."""
 
+import errno
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from fairseq.logging import progress_bar
 
+from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import load_model
+from fairseq_lowbit.plugin import register
 
 SCALE = "encoder.layers.1.fc1.input_quantizer"
 
@@ -121,6 +126,25 @@ def test_a_file_where_a_folder_has_to_be(key: str, trainer, teacher: Path, tmp_p
     assert "Traceback" not in run.output
     assert f"cannot write {blocked}: a file is where a folder has to be" in run.output
     assert run.output.count("num_updates=") == 0
+
+
+def test_a_full_disk_for_tensorboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    register()
+    bar = progress_bar.TensorboardProgressBarWrapper([], str(tmp_path))
+    bar.log = bar._log_to_tensorboard
+    bar.log({"loss": 1.0}, "train", 1)
+    (writer,) = (w.file_writer.event_writer for w in progress_bar._tensorboard_writers.values())
+
+    def flush() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(writer, "flush", flush)
+        with pytest.raises(LowbitError, match=f"cannot write {tmp_path}: No space left on device"):
+            bar.log({"loss": 1.0}, "train", 2)
+        # Nothing is left to fail again at the end.
+        assert not progress_bar._tensorboard_writers
+        writer.close()
 
 
 # Quantizers
