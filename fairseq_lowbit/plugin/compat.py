@@ -23,6 +23,7 @@ from torch.multiprocessing import ProcessExitedException
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import writing
 from fairseq_lowbit.plugin import interruption
+from fairseq_lowbit.plugin.run_files import writing_tensorboard
 
 _BUFFER_BYTES = 16384
 _CPU_BACKENDS = ("legacy_ddp", "no_c10d")
@@ -112,7 +113,7 @@ def _explain_tensorboard_failures() -> None:
 
     @wraps(log)
     def explained(self: Any, *args: Any, **kwargs: Any) -> None:
-        with writing(self.tensorboard_logdir):
+        with writing_tensorboard(self.tensorboard_logdir):
             log(self, *args, **kwargs)
 
     progress_bar.TensorboardProgressBarWrapper._log_to_tensorboard = explained

@@ -37,24 +37,24 @@ def apply() -> None:
 
 def _verify(verify: Any) -> Any:
     @wraps(verify)
-    def explained(save_dir: str) -> None:
+    def guarded(save_dir: str) -> None:
         with writing(save_dir):
             verify(save_dir)
 
-    return explained
+    return guarded
 
 
 def _save(save: Any) -> Any:
     # One process writes; without a word from it the others would wait for an update that it, out
     # of disk space, never makes.
     @wraps(save)
-    def together_or_not(cfg: Any, trainer: Any, *args: Any) -> str | None:
+    def guarded(cfg: Any, trainer: Any, *args: Any) -> str | None:
         with together():
             _refuse_non_finite(trainer.get_model())
             with writing(cfg.save_dir):
                 return save(cfg, trainer, *args)
 
-    return together_or_not
+    return guarded
 
 
 def _refuse_non_finite(model: torch.nn.Module) -> None:
@@ -68,17 +68,17 @@ def _refuse_non_finite(model: torch.nn.Module) -> None:
 
 def _validate(validate: Any) -> Any:
     @wraps(validate)
-    def unless_stopping(cfg: Any, trainer: LowbitTrainer, *args: Any) -> Losses:
+    def guarded(cfg: Any, trainer: LowbitTrainer, *args: Any) -> Losses:
         if trainer.stopping:
             raise ValidationCutShort
         return validate(cfg, trainer, *args)
 
-    return unless_stopping
+    return guarded
 
 
 def _validate_and_save(validate_and_save: Any) -> Any:
     @wraps(validate_and_save)
-    def or_stop(
+    def guarded(
         cfg: Any, trainer: LowbitTrainer, task: Any, epoch_itr: Any, *args: Any
     ) -> tuple[Losses, bool]:
         try:
@@ -90,12 +90,12 @@ def _validate_and_save(validate_and_save: Any) -> Any:
         checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
         return [None], True
 
-    return or_stop
+    return guarded
 
 
 def _train(train: Any) -> Any:
     @wraps(train)
-    def resumed(cfg: Any, trainer: LowbitTrainer, task: Any, epoch_itr: Any) -> tuple[Losses, bool]:
+    def guarded(cfg: Any, trainer: LowbitTrainer, task: Any, epoch_itr: Any) -> tuple[Losses, bool]:
         try:
             if trainer.missed_validation:
                 _make_up_validation(cfg, trainer, task, epoch_itr)
@@ -115,7 +115,7 @@ def _train(train: Any) -> Any:
             sys.exit(interruption.STOPPED)
         return result
 
-    return resumed
+    return guarded
 
 
 def _make_up_validation(cfg: Any, trainer: LowbitTrainer, task: Any, epoch_itr: Any) -> None:

@@ -96,7 +96,7 @@ def _difference(held: list[dict[str, str]]) -> str:
     what = [name for name in other if held[0].get(name) != other[name]]
     if what[0] in held[0]:
         return f"their {what[0]} differ in content"
-    return f"{what[0]} here, {next(iter(held[0]))} there"
+    return f"{what[0]} instead of {next(iter(held[0]))}"
 
 
 @torch.no_grad()

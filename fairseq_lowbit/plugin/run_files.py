@@ -1,7 +1,8 @@
 """What a run leaves beside its checkpoints: the precision plan, health records, skipped files."""
 
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class RunFiles:
             with open(path, "a") as file:
                 file.write(json.dumps({"update": update, **health.to_mapping()}) + "\n")
         if self._tensorboard_logdir:
-            with writing(self._tensorboard_logdir):
+            with writing_tensorboard(self._tensorboard_logdir):
                 self._write_tensorboard(update, health)
 
     def _forget_from(self, update: int) -> None:
@@ -113,6 +114,22 @@ class RunFiles:
             for key in ("sqnr_db", "clipped", "levels_used"):
                 writer.add_scalar(f"{key}/{entry.name}", getattr(entry, key), update)
         writer.flush()
+
+
+@contextmanager
+def writing_tensorboard(folder: str) -> Iterator[None]:
+    """:func:`writing`, after which nothing is written to ``folder`` any more."""
+    try:
+        with writing(folder):
+            yield
+    except LowbitError:
+        # They would try again, with a traceback each, when the interpreter ends.
+        writers = progress_bar._tensorboard_writers
+        for writer in writers.values():
+            for file in getattr(writer, "all_writers", {}).values():
+                file.event_writer._closed = True
+        writers.clear()
+        raise
 
 
 def read_health(folder: Path) -> list[dict[str, Any]]:

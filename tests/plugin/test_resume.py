@@ -84,11 +84,12 @@ def test_killed_again_and_again(
     assert_same_end(run, uninterrupted)
 
 
-# Every fifth update is saved once and copied to checkpoint_best.pt and checkpoint_last.pt.
+# Every fifth update is saved once and copied to checkpoint_best.pt and checkpoint_last.pt; the
+# fourth time, in the middle of an epoch, under its number first.
 @pytest.mark.parametrize(
     "moment",
     [
-        ("kill_while_saving", 3),
+        ("kill_while_saving", 4),
         ("kill_while_copying", 3),
         ("kill_in_update", 17),
     ],
@@ -102,11 +103,13 @@ def test_killed_at_the_worst_moment(
     assert killed.status == -signal.SIGKILL, killed.output
     done = len(killed.logged("loss"))
     assert 5 < done < UPDATES
-    load_model(killed.last)
+    assert all(load_model(path).updates < UPDATES for path in killed.checkpoints.glob("*.pt"))
+    assert killed.last.exists()
     run = trainer.fork(folder, "bitla_w1a1", *options)
     assert "calibrating" not in run.output
     assert len(run.logged("loss")) < UPDATES
     assert_same_end(run, uninterrupted)
+    assert not list(run.checkpoints.glob("*.tmp"))
 
 
 def test_asked_to_stop_again_and_again(

@@ -1,13 +1,18 @@
 """What a run of days may meet: one message says what it was, and no checkpoint is lost."""
 
+import errno
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from fairseq.logging import progress_bar
 
+from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import load_model
+from fairseq_lowbit.plugin import register
 
 SCALE = "encoder.layers.1.fc1.input_quantizer"
 
@@ -61,9 +66,6 @@ def test_not_finite(
         return
     assert last_update(run) == last
     assert all(torch.isfinite(value).all() for value in load_model(run.last).model.parameters())
-    resumed = trainer.fork(run.folder, "bitla_w1a1", *options)
-    assert resumed.status == 0, resumed.output
-    assert last_update(resumed) == 15
 
 
 # Files that cannot be written
@@ -71,15 +73,16 @@ def test_not_finite(
 
 def test_a_full_disk(trainer, teacher: Path, tmp_path: Path) -> None:
     options = (f"task.teacher={teacher}", "optimization.max_update=15")
-    # The second of the three checkpoints.
+    # The second of three, best so far, at the end of an epoch.
     run = trainer.fork(tmp_path / "run", "bitla_w1a1", *options, accident=("fill_disk", 2))
     message = run.message()
-    assert message.startswith(f"cannot write {run.checkpoints}/checkpoint_")
-    assert ".pt: File too large" in message
-    # Nothing is left of the second one, nothing is missing of the first.
-    assert not list(run.checkpoints.glob("*.tmp"))
-    assert load_model(run.checkpoints / "checkpoint_best.pt").updates == 5
-    assert last_update(run) == 5
+    assert message.startswith(f"cannot write {run.checkpoints}/checkpoint_best.pt: File too large")
+    assert {path.name for path in run.checkpoints.iterdir() if path.suffix != ".json"} == {
+        "checkpoint_best.pt",
+        "checkpoint_last.pt",
+        "health.jsonl",
+    }
+    assert load_model(run.checkpoints / "checkpoint_best.pt").updates == last_update(run) == 5
     resumed = trainer.fork(run.folder, "bitla_w1a1", *options)
     assert resumed.status == 0, resumed.output
     assert last_update(resumed) == 15
@@ -123,6 +126,25 @@ def test_a_file_where_a_folder_has_to_be(key: str, trainer, teacher: Path, tmp_p
     assert "Traceback" not in run.output
     assert f"cannot write {blocked}: a file is where a folder has to be" in run.output
     assert run.output.count("num_updates=") == 0
+
+
+def test_a_full_disk_for_tensorboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    register()
+    bar = progress_bar.TensorboardProgressBarWrapper([], str(tmp_path))
+    bar.log = bar._log_to_tensorboard
+    bar.log({"loss": 1.0}, "train", 1)
+    (writer,) = (w.file_writer.event_writer for w in progress_bar._tensorboard_writers.values())
+
+    def flush() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(writer, "flush", flush)
+        with pytest.raises(LowbitError, match=f"cannot write {tmp_path}: No space left on device"):
+            bar.log({"loss": 1.0}, "train", 2)
+        # Nothing is left to fail again at the end.
+        assert not progress_bar._tensorboard_writers
+        writer.close()
 
 
 # Quantizers
