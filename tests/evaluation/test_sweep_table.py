@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fairseq_lowbit.cli.main import main
+from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation import measured_runs
 from fairseq_lowbit.evaluation.collection import Entry, records
 from fairseq_lowbit.evaluation.compare import compare
@@ -271,7 +272,7 @@ def test_folders_that_cannot_be_written(
     folder = make_run("exp/a", calibrated("bitla_w1a1"))
 
     def refuse(path: Path) -> None:
-        raise PermissionError(path)
+        raise LowbitError(f"cannot write {path}")
 
     monkeypatch.setattr(measured_runs, "atomic_write", refuse)
     assert table(tmp_path / "exp").rows["a"]["cosine"] != ""

@@ -158,7 +158,9 @@ def test_forward_and_backward_are_finite_and_reach_everything(
         if name == "mask_emb":
             continue
         assert torch.isfinite(parameter.grad).all(), name
-        assert parameter.grad.abs().sum() > 0, name
+        # The group norm behind the first convolution takes a constant away.
+        if name != "feature_extractor.conv_layers.0.0.input_quantizer.shift":
+            assert parameter.grad.abs().sum() > 0, name
 
 
 @pytest.mark.parametrize("method", ["stretched", "squashed", "absmax", "minmax"])
