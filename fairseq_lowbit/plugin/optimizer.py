@@ -30,7 +30,7 @@ class LowbitAdamConfig(FairseqDataclass):
         default=1.0, metadata={"help": "rate of shifts relative to optimization.lr"}
     )
     squashed_lr_ratio: float = field(
-        default=10.0, metadata={"help": "rate of squashed weights relative to optimization.lr"}
+        default=3.0, metadata={"help": "rate of squashed weights relative to optimization.lr"}
     )
     lr: list[float] = II("optimization.lr")
 
