@@ -73,8 +73,8 @@ class ElasticQuantizer(LearnedQuantizer):
         row_size: values that share a scale, where there are several.
         shift_shape: None without shift, () per tensor, (features,) per channel.
 
-    Parameters: ``log_scale`` () or [scales, 1], so that a learning rate is a relative change of the
-    scale, and ``shift``.
+    Parameters: ``log_scale`` () or [scales, 1] and ``relative_shift``, in units of the scale, so
+    that a learning rate means the same for small values, such as probabilities, as for large ones.
 
     >>> quantizer = ElasticQuantizer(LevelSet("signed", 2), gradient_values=4)
     >>> quantizer.set_scale(torch.tensor(0.5))
@@ -94,7 +94,7 @@ class ElasticQuantizer(LearnedQuantizer):
         self.gradient_scale = 1.0 / math.sqrt(gradient_values * levels.gradient_divisor)
         shape = () if scales is None else (scales, 1)
         self.log_scale = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
-        self.shift = (
+        self.relative_shift = (
             None
             if shift_shape is None
             else nn.Parameter(torch.zeros(shift_shape, dtype=torch.float32))
@@ -109,8 +109,14 @@ class ElasticQuantizer(LearnedQuantizer):
         return scale + (scale.clamp_min(SCALE_FLOOR) - scale).detach()
 
     @property
+    def shift(self) -> Tensor | None:
+        """beta = relative_shift * alpha, in the unit of the values; None without shift."""
+        return None if self.relative_shift is None else self.relative_shift * self.scale
+
+    @property
     def is_per_tensor(self) -> bool:
-        return self.log_scale.dim() == 0 and (self.shift is None or self.shift.dim() == 0)
+        shift = self.relative_shift
+        return self.log_scale.dim() == 0 and (shift is None or shift.dim() == 0)
 
     def forward(self, x: Tensor, length_ratio: Tensor | None = None) -> Tensor:
         """See :meth:`Quantizer.forward`; scale and shift are multiplied by ``length_ratio``
@@ -138,8 +144,8 @@ class ElasticQuantizer(LearnedQuantizer):
         """Sets alpha (and beta), broadcast to their shapes, and marks the quantizer calibrated."""
         with torch.no_grad():
             self.log_scale.copy_(scale.float().clamp_min(SCALE_FLOOR).log())
-            if shift is not None and self.shift is not None:
-                self.shift.copy_(shift)
+            if shift is not None and self.relative_shift is not None:
+                self.relative_shift.copy_(shift / self.scale)
         self.mark_calibrated(True)
 
     def start_calibration(self, calibrator: Calibrator) -> None:
@@ -147,25 +153,25 @@ class ElasticQuantizer(LearnedQuantizer):
         scale and shift are forgotten."""
         self._calibrator = calibrator
         self.mark_calibrated(False)
-        if self.shift is not None:
+        if self.relative_shift is not None:
             with torch.no_grad():
-                self.shift.zero_()
+                self.relative_shift.zero_()
 
     def finish_calibration(self) -> None:
         self._calibrator = None
 
     def name_groups(self) -> None:
         self.log_scale.param_group = SCALE_GROUP
-        if self.shift is not None:
-            self.shift.param_group = SHIFT_GROUP
+        if self.relative_shift is not None:
+            self.relative_shift.param_group = SHIFT_GROUP
 
     def _parameters_for(self, length_ratio: Tensor | None) -> tuple[Tensor, Tensor | None]:
         self.check_calibrated()
         if length_ratio is None:
             return self.scale, self.shift
-        shift = None if self.shift is None else self.shift * length_ratio
+        shift = None if self.relative_shift is None else self.shift * length_ratio
         return self.scale * length_ratio, shift
 
     def _calibrate_on(self, x: Tensor) -> None:
-        with_shift = self.levels.kind == "non_negative" and self.shift is not None
+        with_shift = self.levels.kind == "non_negative" and self.relative_shift is not None
         self.set_scale(*self._calibrator.fit(x, self.levels, with_shift))

@@ -70,7 +70,7 @@ def test_collapsed_ones_are_named(name: str, damage: Callable, words: str) -> No
 def test_one_bit_says_nothing_with_one_level() -> None:
     model = calibrated("bitla_w1a1")
     with torch.no_grad():
-        model.get_submodule(INPUT).shift.fill_(100.0)
+        model.get_submodule(INPUT).relative_shift.fill_(100.0)
     assert collapsed(model)[INPUT] == "1 of 2 levels in use"
 
 

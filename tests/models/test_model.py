@@ -155,8 +155,8 @@ def test_codes_of_the_front_end_are_the_same_alone_and_in_a_padded_batch() -> No
     model, waveform = build(POST_NORM, "bitla_w2a2"), waveforms()
     calibrate(model, [waveform], model.final_output)
     for _, quantizer in quantizers(model):
-        if quantizer.shift is not None:  # thresholds as they may look after training
-            nn.init.normal_(quantizer.shift, std=0.1)
+        if quantizer.relative_shift is not None:  # thresholds as they may look after training
+            nn.init.normal_(quantizer.relative_shift, std=0.1)
     quantizer = model.post_extract_proj.input_quantizer
     batch = model.extract(waveform, torch.tensor(LENGTHS))
     for row, samples in enumerate(LENGTHS):
@@ -172,8 +172,8 @@ def test_quantized_model_gives_the_same_alone_and_in_a_padded_batch(precision: s
     model, waveform = build(POST_NORM, precision), waveforms()
     calibrate(model, [waveform], model.final_output)
     for _, quantizer in quantizers(model):
-        if getattr(quantizer, "shift", None) is not None:
-            nn.init.constant_(quantizer.shift, -0.02)
+        if getattr(quantizer, "relative_shift", None) is not None:
+            nn.init.constant_(quantizer.relative_shift, -0.02)
     with torch.no_grad():
         outputs, mask = model.hidden_states(waveform, torch.tensor(LENGTHS))
         for row, samples in enumerate(LENGTHS):

@@ -144,13 +144,13 @@ def test_ratios_of_quantizer_rates(train: Callable, student_run, teacher: Path) 
     for name, value in tensors(frozen, "log_scale").items():
         assert torch.equal(value, calibrated.state()["model"][name]), name
         assert not torch.equal(value, student_run.state()["model"][name]), name
-    for part in ("_quantizer.shift", "fc1.weight"):
+    for part in ("_quantizer.relative_shift", "fc1.weight"):
         learned, before = tensors(frozen, part), tensors(calibrated, part)
         assert any(not torch.equal(learned[name], before[name]) for name in learned), part
 
     weights, scales, shifts = frozen.state()["last_optimizer_state"]["param_groups"]
     assert len(scales["params"]) == len(tensors(frozen, "log_scale"))
-    assert len(shifts["params"]) == len(tensors(frozen, "_quantizer.shift"))
+    assert len(shifts["params"]) == len(tensors(frozen, "_quantizer.relative_shift"))
     assert weights["lr"] > 0
     assert scales["lr"] == 0
     assert shifts["lr"] == pytest.approx(0.25 * weights["lr"])

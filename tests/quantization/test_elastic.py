@@ -182,11 +182,11 @@ def test_gradient_follows_the_length_ratio() -> None:
     for row, value in enumerate([2.0, 0.5]):
         one = quantizer_of(non_negative(2), 0.25 * value, -0.1 * value)
         one(x[row]).sum().backward()
-        # d(ratio * alpha)/d(log alpha) is the product itself: no further factor on log_scale.
+        # d(ratio * alpha)/d(log alpha) is the product itself, and beta/alpha has no ratio.
         expected[0] += one.log_scale.grad.item()
-        expected[1] += value * one.shift.grad.item()
+        expected[1] += one.relative_shift.grad.item()
     assert both.log_scale.grad.item() == pytest.approx(expected[0], rel=1e-4)
-    assert both.shift.grad.item() == pytest.approx(expected[1], rel=1e-4)
+    assert both.relative_shift.grad.item() == pytest.approx(expected[1], rel=1e-4)
 
 
 def test_shift_per_channel_gets_its_channels_gradient() -> None:
@@ -195,7 +195,21 @@ def test_shift_per_channel_gets_its_channels_gradient() -> None:
     x = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
     g = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
     quantizer(x).backward(g)
-    torch.testing.assert_close(quantizer.shift.grad, -x.grad.sum((0, 1)) / math.sqrt(4 * 1))
+    expected = -0.3 * x.grad.sum((0, 1)) / math.sqrt(4 * 1)
+    torch.testing.assert_close(quantizer.relative_shift.grad, expected)
+
+
+@pytest.mark.parametrize("levels", [signed(2), non_negative(1), non_negative(3)], ids=str)
+def test_gradients_do_not_depend_on_the_unit_of_the_values(levels: LevelSet) -> None:
+    """As a learning rate then means the same for probabilities of 1/500 as for values of 1."""
+    x = torch.randn(500, generator=torch.Generator().manual_seed(0))
+
+    def gradients(unit: float) -> Tensor:
+        quantizer = quantizer_of(levels, 0.5 * unit, 0.1 * unit)
+        ((quantizer(unit * x) - unit * x) / unit).square().mean().backward()
+        return torch.stack([quantizer.log_scale.grad, quantizer.relative_shift.grad])
+
+    torch.testing.assert_close(gradients(1 / 1024), gradients(1.0))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +244,7 @@ def test_deep_copy_keeps_calibration_and_optimizer_groups() -> None:
     assert torch.equal(twin(x), source(x))
     assert twin.log_scale is not source.log_scale
     assert twin.log_scale.param_group == source.log_scale.param_group == "quantizer_scale"
-    assert twin.shift.param_group == source.shift.param_group == "quantizer_shift"
+    assert twin.relative_shift.param_group == source.relative_shift.param_group == "quantizer_shift"
 
 
 def test_calibration_forgets_what_was_before_it() -> None:
@@ -267,7 +281,7 @@ def test_forward_and_backward_never_wait_for_the_device(levels: LevelSet) -> Non
         ratio = torch.ones(2, 1, 1)
         quantizer(x, ratio).square().sum().backward()
         assert x.grad.shape == x.shape
-        assert quantizer.shift.grad.shape == (4,)
+        assert quantizer.relative_shift.grad.shape == (4,)
         with pytest.raises(DataDependentOutputException):
             x.sum().item()
 

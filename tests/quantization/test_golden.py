@@ -29,16 +29,23 @@ CASES = [
 
 
 class GivenScale(ElasticQuantizer):
-    """Takes alpha as it stands: exp(log(alpha)) would miss the ties by a rounding."""
+    """Takes alpha and beta as they stand: exp(log(alpha)) would miss the ties by a rounding."""
 
-    def __init__(self, alpha: Tensor, **kwargs: Any) -> None:
-        super().__init__(**kwargs, scales=len(alpha) if alpha.dim() else None)
-        self.set_scale(alpha)
+    def __init__(self, alpha: Tensor, beta: Tensor | None, **kwargs: Any) -> None:
+        shift_shape = None if beta is None else tuple(beta.shape)
+        scales = len(alpha) if alpha.dim() else None
+        super().__init__(**kwargs, scales=scales, shift_shape=shift_shape)
         self.alpha = nn.Parameter(alpha)
+        self.beta = None if beta is None else nn.Parameter(beta)
+        self.set_scale(alpha)
 
     @property
     def scale(self) -> Tensor:
         return self.alpha
+
+    @property
+    def shift(self) -> Tensor | None:
+        return self.beta
 
 
 def load(stem: str, index: int) -> tuple[dict[str, Any], LevelSet]:
@@ -54,14 +61,7 @@ def build(case: dict[str, Any], levels: LevelSet) -> tuple[GivenScale, Tensor | 
     beta = None if case["beta"] is None else torch.tensor(case["beta"])
     if beta is not None and len(beta) == 1:
         beta = beta[0]
-    quantizer = GivenScale(
-        alpha,
-        levels=levels,
-        gradient_values=case["gradient_values"],
-        shift_shape=None if beta is None else tuple(beta.shape),
-    )
-    if beta is not None:
-        quantizer.set_scale(alpha, beta)
+    quantizer = GivenScale(alpha, beta, levels=levels, gradient_values=case["gradient_values"])
     ratio = None if case["ratio"] is None else torch.tensor(case["ratio"])[:, None]
     return quantizer, ratio
 
@@ -110,8 +110,8 @@ def test_gradients_agree(stem: str, index: int) -> None:
     assert_close(quantizer.alpha.grad, case["dalpha"])
     assert_close(quantizer.alpha.grad / case["gradient_factor"], case["dalpha_sum"])
     if case["beta"] is not None:
-        assert_close(quantizer.shift.grad, case["dbeta"])
-        assert_close(quantizer.shift.grad / case["gradient_factor"], case["dbeta_sum"])
+        assert_close(quantizer.beta.grad, case["dbeta"])
+        assert_close(quantizer.beta.grad / case["gradient_factor"], case["dbeta_sum"])
 
 
 @pytest.mark.parametrize("stem", SETS)
