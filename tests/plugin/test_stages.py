@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from fairseq.logging import progress_bar
 from omegaconf import DictConfig, OmegaConf
 
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.evaluation.runs import write_finished
 from fairseq_lowbit.plugin import callback
 from fairseq_lowbit.plugin.configs import compose_config
 from fairseq_lowbit.plugin.stages import Schedule, read_stages, stage_configs, stops_early
@@ -58,7 +61,8 @@ def save(path: Path, updates: int) -> None:
 def finish(schedule: Schedule, *indices: int) -> None:
     for index in indices:
         make_checkpoint(schedule, index, updates=5)
-        schedule.mark_finished(index, schedule.made_updates(index))
+        folder = schedule.checkpoint(index).parent
+        write_finished(folder, 5, 100, asdict(schedule.stages[index]))
 
 
 @pytest.fixture
@@ -191,14 +195,6 @@ def test_stages_follow_each_other(schedule: Schedule, tmp_path: Path) -> None:
     make_checkpoint(schedule, 2)
     assert schedule.first_unfinished() == 2
     assert schedule.checkpoint(2) == tmp_path / "checkpoint_last.pt"
-    mark = json.loads((tmp_path / "stage1_bitla_w8a8" / "finished.json").read_text())
-    assert mark == {
-        "precision": "bitla_w8a8",
-        "updates": 30,
-        "teacher": "original",
-        "lr": None,
-        "made_updates": 5,
-    }
 
 
 def test_what_no_later_stage_needs_may_be_deleted(schedule: Schedule) -> None:
@@ -248,6 +244,23 @@ def test_a_folder_with_other_stages(schedule: Schedule, tmp_path: Path) -> None:
     assert at(tmp_path, [*THREE[:2], THREE[2] | {"updates": 500}]).first_unfinished() == 2
 
 
+@pytest.mark.parametrize("content", ["", "{", "null", "[1]", "\x00\xff", '"finished"'])
+def test_a_damaged_mark(content: str, schedule: Schedule, tmp_path: Path) -> None:
+    finish(schedule, 0)
+    make_checkpoint(schedule, 1)
+    mark = tmp_path / "stage1_bitla_w8a8" / "finished.json"
+    mark.write_text(content, encoding="latin-1")
+    with pytest.raises(LowbitError) as refused:
+        schedule.first_unfinished()
+    message = str(refused.value)
+    for part in (str(mark), "damaged", "stage 1 of 3 (bitla_w8a8)", "hydra.run.dir"):
+        assert part in message
+    assert "\n" not in message
+    # What the message offers mends it.
+    mark.write_text(re.search(r"write ({.*}) into", message)[1])
+    assert schedule.first_unfinished() == 1
+
+
 def test_a_folder_of_a_run_without_stages(schedule: Schedule, tmp_path: Path) -> None:
     make_checkpoint(schedule, 2)
     with pytest.raises(LowbitError, match=r"hydra\.run\.dir"):
@@ -270,7 +283,8 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., li
             save(folder / "checkpoint_last.pt", end)
 
         monkeypatch.setattr(callback, "_hydra_main", train)
-        made = config(THREE, checkpoint__save_dir=str(tmp_path), **(NO_EARLY_STOP | changes))
+        own = {"checkpoint__save_dir": str(tmp_path), "common__log_file": None}
+        made = config(THREE, **own, **(NO_EARLY_STOP | changes))
         callback.train_in_stages(made)
         return precisions
 
@@ -291,7 +305,11 @@ def test_only_a_finished_stage_is_followed_by_the_next(trained: Callable, tmp_pa
         trained(SystemExit(75))
     assert not list(tmp_path.rglob("finished.json"))
     assert trained(30) == ["bitla_w8a8", "bitla_w4a4"]
+    mark = json.loads((tmp_path / "stage1_bitla_w8a8" / "finished.json").read_text())
+    assert mark == {**asdict(read_stages(config(THREE))[0]), "made_updates": 30, "max_update": 30}
+    assert not (tmp_path / "stage2_bitla_w4a4" / "finished.json").exists()
     assert trained(29, checkpoint__patience=3) == ["bitla_w4a4", "bitla_w2a2"]
+    assert json.loads((tmp_path / "finished.json").read_text())["made_updates"] == 29
 
 
 def test_each_stage_is_a_wandb_run_of_its_own(
