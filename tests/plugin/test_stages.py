@@ -78,6 +78,8 @@ def test_names_are_completed_by_the_method_of_the_run() -> None:
     ]
     mixed = [{"precision": "bitl_w2a2"}, {"precision": "w2a2"}]
     assert [stage.precision for stage in read_stages(config(mixed))] == ["bitl_w2a2", "bitla_w2a2"]
+    squashed = config([{"precision": "w8"}, {"precision": "w2"}], model__precision__name="sqwq_w2")
+    assert [stage.precision for stage in read_stages(squashed)] == ["sqwq_w8", "sqwq_w2"]
 
 
 def test_no_stages_without_a_schedule() -> None:
@@ -85,11 +87,20 @@ def test_no_stages_without_a_schedule() -> None:
     assert read_stages(compose_config("hubert_fastconv", ["task.data=/data"])) == []
 
 
-@pytest.mark.parametrize("name", ["w8a8_w4a4_w2a2_w1a1", "w1a2_w1a1"])
-@pytest.mark.parametrize("method", ["bitl", "bitla"])
-def test_schedules_that_come_with_the_package(name: str, method: str) -> None:
+@pytest.mark.parametrize(
+    "method, name",
+    [
+        ("bitl", "w8a8_w4a4_w2a2_w1a1"),
+        ("bitla", "w8a8_w4a4_w2a2_w1a1"),
+        ("bitl", "w1a2_w1a1"),
+        ("bitla", "w1a2_w1a1"),
+        ("sqwq", "w8_w4_w2_w1"),
+    ],
+)
+def test_schedules_that_come_with_the_package(method: str, name: str) -> None:
     given = ["task.data=/data", "task.teacher=/t.pt", f"schedule={name}"]
-    composed = compose_config(f"{method}_w1a1", [*given, "task.stages.1.teacher=previous"])
+    last = f"{method}_{name.split('_')[-1]}"
+    composed = compose_config(last, [*given, "task.stages.1.teacher=previous"])
     stages = read_stages(composed)
     assert [stage.precision for stage in stages] == [f"{method}_{bits}" for bits in name.split("_")]
     assert [stage.teacher for stage in stages][:2] == ["original", "previous"]
@@ -157,6 +168,7 @@ W2 = {"precision": "w2a2"}
         ([{"precision": "w8a8"}, {**W2, "teacher": "last"}], ["stages.1.teacher", "'last'"]),
         ([{"precision": "w8a8", "teacher": "previous"}, W2], ["stages.0.teacher", "original"]),
         ([W2, W2], ["task.stages.1.precision", "bitla_w2a2"]),
+        ([{"precision": "w8"}, W2], ["stages.0.precision", "bitla_w8'", "write bitla_w8aM"]),
         ([{"precision": "w4a4"}, {"precision": "w1a1"}], ["this is a run of bitla_w2a2"]),
         ("w8a8", ["task.stages", "w8a8"]),
         (["w8a8", "w2a2"], ["task.stages", "w8a8"]),
