@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.paper import SOURCE, TABLE, PaperRow
+from fairseq_lowbit.evaluation.paper import ORIGINS, SOURCE, TABLE, PaperRow
 from fairseq_lowbit.evaluation.tables import print_table
 from fairseq_lowbit.files import atomic_write
 from fairseq_lowbit.models import Architecture, Hubert, WithoutWeights, read_checkpoint
@@ -18,6 +18,8 @@ from fairseq_lowbit.profiling import Profile, profile
 from fairseq_lowbit.profiling.cost import CONVERSION_RATE
 from fairseq_lowbit.profiling.tables import (
     module_table,
+    paper_notes,
+    paper_rows,
     paper_table,
     profile_row,
     profile_table,
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     reference = profile(meta_model(model_config(REFERENCE, [])), REFERENCE, args.seconds)
     if args.paper:
-        return _paper(reference, args.conversion_rate)
+        return _paper(reference, args)
     profiles, problems = _profiles(args.targets, args.set, args.seconds)
     rows = [profile_row(p, reference, args.conversion_rate) for p in profiles]
     if rows:
@@ -94,8 +96,12 @@ def read_target(target: str, overrides: list[str]) -> Hubert:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.paper and (args.targets or args.set or args.seconds != _PAPER_SECONDS):
-        raise LowbitError("--paper has its own models and 10 s: leave targets, --set and --seconds")
+    if args.paper and (
+        args.targets or args.set or args.per_module or args.seconds != _PAPER_SECONDS
+    ):
+        raise LowbitError(
+            "--paper has its own models and 10 s: leave targets, --set, --seconds and --per-module"
+        )
     if not args.paper and not args.targets:
         raise LowbitError("name a configuration, a precision or a checkpoint, or give --paper")
     if not args.seconds > 0:
@@ -138,19 +144,26 @@ def _show(rows: list[dict[str, Any]], profiles: list[Profile], args: argparse.Na
     )
 
 
-def _paper(reference: Profile, conversion_rate: float) -> int:
+def _paper(reference: Profile, args: argparse.Namespace) -> int:
     rows = []
     for published in TABLE:
         counted = profile(_paper_model(published), published.name, _PAPER_SECONDS)
         if published.without_final_projection:
             costs = tuple(c for c in counted.costs if c.module != "final_proj")
             counted = replace(counted, costs=costs)
-        rows.append((published, profile_row(counted, reference, conversion_rate)))
+        row = profile_row(counted, reference, args.conversion_rate)
+        rows.append((published, paper_rows(published, row)))
+    cells = [cell for _, found in rows for cell in found]
+    if args.csv:
+        with atomic_write(args.csv) as file:
+            write_csv(cells, file)
+    if args.json:
+        print(json.dumps(cells, indent=1))
+        return 0
     print_table(paper_table(rows))
-    print(f"{SOURCE}. K = {conversion_rate:g}.")
-    for published in TABLE:
-        if published.note:
-            print(f"{published.name}: {published.note}")
+    print(f"{SOURCE}. K = {args.conversion_rate:g}.\n{ORIGINS}")
+    print("WER is measured, not counted: this code has not been run at that scale.\n")
+    print("\n".join(paper_notes(rows)))
     return 0
 
 

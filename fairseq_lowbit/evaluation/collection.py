@@ -136,7 +136,7 @@ def _status(run: Run) -> str:
         return "failed"
     if run.updates is None:
         return "no checkpoint"
-    return "finished" if run.updates >= run.planned else "unfinished"
+    return "finished" if run.is_finished else "unfinished"
 
 
 def _teacher_records(members: list[Entry]) -> list[Record]:

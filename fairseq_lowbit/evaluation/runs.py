@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from fairseq_lowbit.models import read_checkpoint, updates_of
 CONFIG_FILE = Path(".hydra", "config.yaml")
 OVERRIDES_FILE = Path(".hydra", "overrides.yaml")
 FAILURE_FILE = "failure.txt"
+FINISHED_FILE = "finished.json"
 PLAN_FILE = "precision_plan.json"
 LAST_CHECKPOINT = "checkpoint_last.pt"
 LOSSES = {"lowbit_kd": "distillation", "lowbit_hubert": "hubert"}
@@ -46,6 +47,7 @@ class Run:
         storage_mb: planned size of the stored model; None before the model was built.
         overrides: what its command line added to the configuration, ``key=value`` each.
         failure: why the job failed, or why its checkpoint cannot be read; None for neither.
+        is_finished: training came to its end at ``checkpoint``, by its last update or before.
     """
 
     folder: Path
@@ -62,6 +64,7 @@ class Run:
     storage_mb: float | None
     overrides: tuple[str, ...] = ()
     failure: str | None = None
+    is_finished: bool = False
 
 
 def folder_name(overrides: Iterable[str], leave_out: Iterable[str] = ()) -> str:
@@ -96,6 +99,33 @@ def forget_failure(folder: Path) -> None:
     (folder / FAILURE_FILE).unlink(missing_ok=True)
 
 
+def write_finished(
+    folder: Path, made_updates: int, max_update: int, stage: Mapping[str, Any] | None = None
+) -> None:
+    """Leaves word that training has come to its end, as it also does by ``checkpoint.patience`` and
+    the like.
+
+    Args:
+        folder: of its checkpoints.
+        made_updates: behind the last of them.
+        max_update: how many it was to make at most.
+        stage: of a schedule, its settings.
+    """
+    told = {**(stage or {}), "made_updates": made_updates, "max_update": max_update}
+    with atomic_write(folder / FINISHED_FILE) as file:
+        json.dump(told, file)
+
+
+def _is_finished(folder: Path, updates: int | None, planned: int) -> bool:
+    """Whether training has come to its end at this checkpoint; a longer one has yet to."""
+    if updates is not None and updates >= planned > 0:
+        return True
+    with suppress(ValueError, KeyError, TypeError):
+        told = json.loads(_read(folder / FINISHED_FILE))
+        return (told["made_updates"], told["max_update"]) == (updates, planned)
+    return False
+
+
 def find_runs(root: Path) -> list[Path]:
     """Folders of runs, and of their stages, at and below ``root``, in the order of their names."""
     return [folder for folder in _folders(root) if is_run(folder) or _is_stage(folder)]
@@ -125,13 +155,15 @@ def read_run(folder: Path) -> Run:
     if is_run(folder):
         return _read_run(folder)
     state = read_checkpoint(folder / LAST_CHECKPOINT, mmap=True)
+    settings, updates = _settings(OmegaConf.create(state["cfg"]), folder), updates_of(state)
     return Run(
         folder=folder,
         checkpoint=folder / LAST_CHECKPOINT,
-        updates=updates_of(state),
+        updates=updates,
         best_loss=_best_loss(state),
         storage_mb=_stored_mb(folder),
-        **_settings(OmegaConf.create(state["cfg"]), folder),
+        is_finished=_is_finished(folder, updates, settings["planned"]),
+        **settings,
     )
 
 
@@ -153,6 +185,7 @@ def _read_run(folder: Path) -> Run:
         best_loss=best_loss,
         storage_mb=_stored_mb(checkpoints),
         failure=_read(folder / FAILURE_FILE).strip() or problem,
+        is_finished=_is_finished(checkpoints, updates, settings["planned"]),
         **settings,
     )
 

@@ -4,6 +4,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,18 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 import fairseq_lowbit
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.runs import forget_failure, write_failure
+from fairseq_lowbit.evaluation.runs import (
+    LAST_CHECKPOINT,
+    forget_failure,
+    write_failure,
+    write_finished,
+)
 from fairseq_lowbit.files import writing
+from fairseq_lowbit.models import read_checkpoint, updates_of
 from fairseq_lowbit.plugin import register
-from fairseq_lowbit.plugin.processes import SharedError, is_first, rank
+from fairseq_lowbit.plugin.processes import SharedError, gather, is_first, rank, together
 from fairseq_lowbit.plugin.run_files import print_summary
-from fairseq_lowbit.plugin.stages import Schedule, stage_configs, stops_early
+from fairseq_lowbit.plugin.stages import Schedule, Stage, stage_configs, stops_early
 from fairseq_lowbit.plugin.sweeps import fixed_keys, refuse_shadowed, report_failed_job
 
 logger = logging.getLogger(__name__)
@@ -85,6 +92,7 @@ class FairseqJob(Callback):
         task_function.__globals__["_hydra_main"] = train_in_stages
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        _close_log_files()
         error = job_return._return_value
         folder = Path(config.hydra.runtime.output_dir)
         if isinstance(error, BaseException):
@@ -137,7 +145,7 @@ def train_in_stages(config: DictConfig) -> None:
     schedule = Schedule.from_config(config)
     if not schedule.stages:
         schedule.refuse_other_stages()
-        _hydra_main(config)
+        _train_to_end(config)
         return
     configs = stage_configs(config, schedule)
     for index in range(schedule.first_unfinished(), len(configs)):
@@ -148,14 +156,39 @@ def train_in_stages(config: DictConfig) -> None:
             f"{schedule.stages[index].teacher}"
         )
         _forget_last_job()
-        _hydra_main(own)
-        if own is configs[-1]:
+        if not _train_to_end(own, schedule.stages[index]):
+            logger.warning(f"{schedule.describe(index)} was interrupted: run the same command")
             break
-        made = schedule.made_updates(index)
-        if made < own.optimization.max_update and not stops_early(own):
-            logger.warning(f"{schedule.describe(index)} was interrupted after {made} updates")
-            break
-        schedule.mark_finished(index, made)
+
+
+def _train_to_end(config: DictConfig, stage: Stage | None = None) -> bool:
+    """fairseq's training, once.
+
+    Returns:
+        whether it came to its own end, and the last checkpoint with it; the same on every process.
+
+    Raises:
+        SharedError: no word of its end could be left.
+    """
+    if config.common.log_file:
+        with writing(config.common.log_file), open(config.common.log_file, "a"):
+            pass
+    _hydra_main(config)
+    # The first process decides and writes: others may not see its checkpoint yet.
+    with together():
+        is_finished = is_first() and _leave_word(config, stage)
+    return gather(is_finished)[0]
+
+
+def _leave_word(config: DictConfig, stage: Stage | None) -> bool:
+    folder, planned = Path(config.checkpoint.save_dir), config.optimization.max_update
+    if not (folder / LAST_CHECKPOINT).is_file():  # checkpoint.no_save
+        return False
+    made = updates_of(read_checkpoint(folder / LAST_CHECKPOINT, mmap=True))
+    if made < planned and not stops_early(config):
+        return False
+    write_finished(folder, made, planned, stage and asdict(stage))
+    return True
 
 
 def absolute(key: str, value: str) -> str:
@@ -175,6 +208,7 @@ def _absolute_override(override: str) -> str:
 
 def _forget_last_job() -> None:
     """fairseq keeps these on functions and modules, where the next job of a sweep finds them."""
+    _close_log_files()
     for function in (checkpoint_utils.save_checkpoint, train.should_stop_early):
         if hasattr(function, "best"):
             del function.best
@@ -184,6 +218,14 @@ def _forget_last_job() -> None:
     # wandb refuses another configuration, and steps that begin anew, in a run that is still open.
     if getattr(progress_bar.wandb, "run", None) is not None:
         progress_bar.wandb.finish()
+
+
+def _close_log_files() -> None:
+    """fairseq leaves ``common.log_file`` open: the next job, or stage, would write there too."""
+    for own in (train.logger, progress_bar.logger):
+        for handler in [h for h in own.handlers if isinstance(h, logging.FileHandler)]:
+            own.removeHandler(handler)
+            handler.close()
 
 
 def user_mistake(error: Any) -> str | None:

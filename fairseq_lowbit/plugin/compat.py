@@ -1,12 +1,14 @@
 """What fairseq needs on today's torch. Each mend says which failure it answers."""
 
 import argparse
+import logging
 import multiprocessing.util
 import os
 import pickle
 import shutil
 import socket
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -38,6 +40,7 @@ def apply() -> None:
     _explain_broken_checkpoints()
     _explain_tensorboard_failures()
     _close_tensorboard_writers()
+    _log_every_line_once()
     _launch_processes()
     if not torch.cuda.is_available():
         _count_processes_on_cpu()
@@ -125,7 +128,21 @@ def _close_tensorboard_writers() -> None:
     multiprocessing.util.Finalize(None, progress_bar._close_writers, exitpriority=100)
 
 
+def _log_every_line_once() -> None:
+    # fairseq opens common.log_file again for every epoch, and writes each line as often.
+    build = progress_bar.progress_bar
+
+    @wraps(build)
+    def built(*args: Any, log_file: str | None = None, **kwargs: Any) -> Any:
+        is_open = any(isinstance(h, logging.FileHandler) for h in progress_bar.logger.handlers)
+        return build(*args, log_file=None if is_open else log_file, **kwargs)
+
+    progress_bar.progress_bar = built
+
+
 def _launch_processes() -> None:
+    # The stages of a schedule share their process group, of which fairseq warns.
+    warnings.filterwarnings("ignore", message="Distributed is already initialized")
     # fairseq spawns a process per device and waits. The signal of a cluster, sent to the one that
     # waits, would end it and with it the others before they have saved. On CPUs it spawns none.
     call_main = distributed_utils.call_main

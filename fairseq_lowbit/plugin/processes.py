@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import distributed
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.plugin.dataset import SpeechDataset
+from fairseq_lowbit.precision import Plan
 
 Value = TypeVar("Value")
 
@@ -88,6 +90,20 @@ def refuse_different_data(split: str, dataset: SpeechDataset) -> None:
             f"split {split}: rank {', '.join(others)} and rank 0 have different data: "
             f"{_difference(held)} ({manifest.path}). Give every process the same manifests and "
             "labels"
+        )
+
+
+def refuse_different_models(plan: Plan, folder: Path) -> None:
+    """Raises the same LowbitError on every process when not all train the same model into
+    ``folder``: some of them may not see which stages of a schedule are finished."""
+    held = gather((plan.to_mapping(), folder.name))
+    others = [str(number) for number, own in enumerate(held) if own != held[0]]
+    if others:
+        other = next(own for own in held if own != held[0])
+        names = [f"{model['precision']['name']} in {name}" for model, name in (other, held[0])]
+        raise SharedError(
+            f"rank {', '.join(others)} and rank 0 train different models ({' and '.join(names)}): "
+            "give every process the same configuration, and one hydra.run.dir that all of them see"
         )
 
 

@@ -9,20 +9,16 @@ import json
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
-import torch
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.files import atomic_write
-from fairseq_lowbit.models.checkpoint import read_checkpoint
+from fairseq_lowbit.evaluation.runs import FINISHED_FILE, LAST_CHECKPOINT
 from fairseq_lowbit.plugin.configs import meta_model, read_model_config
-from fairseq_lowbit.plugin.run_files import LAST_CHECKPOINT
 from fairseq_lowbit.precision import parse_precision
 
-MARK_FILE = "finished.json"
 ORIGINAL, PREVIOUS = "original", "previous"
 OWN_DIR = "give this run a hydra.run.dir of its own"
 # Settings that would give every stage the same start, or none a successor.
@@ -197,23 +193,9 @@ class Schedule:
                 f"the schedule that it was begun with, or {OWN_DIR}"
             )
 
-    def made_updates(self, index: int) -> int:
-        """Updates behind a stage's last checkpoint.
-
-        Raises:
-            LowbitError: it has none.
-        """
-        return int(read_checkpoint(self.checkpoint(index))["optimizer_history"][-1]["num_updates"])
-
-    def mark_finished(self, index: int, made: int) -> None:
-        """Lets the next start of this run go on behind this stage; from the first process only."""
-        if torch.distributed.is_initialized() and torch.distributed.get_rank():
-            return
-        with atomic_write(self._mark(index)) as file:
-            json.dump({**asdict(self.stages[index]), "made_updates": made}, file)
-
     def _mark(self, index: int) -> Path:
-        return self.checkpoint(index).with_name(MARK_FILE)
+        """What a finished stage leaves, so that the next start of this run goes on behind it."""
+        return self.checkpoint(index).with_name(FINISHED_FILE)
 
     def _has_begun(self, index: int) -> bool:
         return self.checkpoint(index).is_file() or self._mark(index).is_file()
@@ -223,13 +205,26 @@ class Schedule:
         return ", ".join(map(str, places))
 
     def _refuse_other_training(self, index: int) -> None:
-        mark = json.loads(self._mark(index).read_text())
-        for key, value in asdict(self.stages[index]).items():
+        mark, settings = self._read_mark(index), asdict(self.stages[index])
+        for key, value in settings.items():
             if mark.get(key) != value:
                 raise LowbitError(
                     f"{self.describe(index)} was trained with {key} {mark.get(key)}, as "
                     f"{self._mark(index)} says, not with {value}: give it as it was, or {OWN_DIR}"
                 )
+
+    def _read_mark(self, index: int) -> dict[str, Any]:
+        try:
+            mark = json.loads(self._mark(index).read_text())
+        except (OSError, ValueError):
+            mark = None
+        if not isinstance(mark, dict):
+            raise LowbitError(
+                f"{self._mark(index)} is damaged, which says how {self.describe(index)} was "
+                f"trained: if it was as it is given now, write "
+                f"{json.dumps(asdict(self.stages[index]))} into that file; else {OWN_DIR}"
+            )
+        return mark
 
 
 def stage_configs(config: DictConfig, schedule: Schedule) -> list[DictConfig]:

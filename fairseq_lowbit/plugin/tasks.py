@@ -27,6 +27,7 @@ from fairseq_lowbit.plugin.processes import (
     gather,
     is_first,
     refuse_different_data,
+    refuse_different_models,
     share_weights,
     together,
 )
@@ -151,13 +152,20 @@ class _SpeechTask(FairseqTask):
         return indices
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Hubert:
-        self.model = super().build_model(cfg, from_checkpoint)
         if not from_checkpoint:
+            return self._build_for_training(cfg)
+        self.model = super().build_model(cfg, from_checkpoint)
+        return self.model
+
+    def _build_for_training(self, cfg: Any) -> Hubert:
+        with together():
+            self.model = super().build_model(cfg)
             self._initialize(self.model)
-            with together():
-                self.files.refuse_other_plan(self.model.plan)
-                self.files.refuse_unwritable()
-                self.files.write_plan(self.model.plan)
+        refuse_different_models(self.model.plan, self.files.folder)
+        with together():
+            self.files.refuse_other_plan(self.model.plan)
+            self.files.refuse_unwritable()
+            self.files.write_plan(self.model.plan)
         return self.model
 
     def _initialize(self, model: Hubert) -> None:
@@ -377,7 +385,8 @@ class LowbitDistillationTask(_SpeechTask):
             return
         if not cfg.teacher:
             raise LowbitError("task.teacher is not set: name the teacher's checkpoint")
-        self.teacher: LoadedModel = load_model(cfg.teacher)
+        with together():
+            self.teacher: LoadedModel = load_model(cfg.teacher)
         self.teacher.model.requires_grad_(False)
         if not self.teacher.has_final_projection:
             logger.info(f"teacher {cfg.teacher} has no final_proj: the final term is off")

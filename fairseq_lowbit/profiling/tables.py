@@ -6,7 +6,7 @@ from typing import Any, TextIO
 
 from rich.table import Table
 
-from fairseq_lowbit.evaluation.paper import PaperRow
+from fairseq_lowbit.evaluation.paper import CELLS, PaperRow
 from fairseq_lowbit.evaluation.tables import fold_layers
 from fairseq_lowbit.precision.grammar import FLOAT_BITS
 from fairseq_lowbit.profiling.cost import ACTIVATION_BYTES, Cost, Profile
@@ -77,23 +77,61 @@ def write_csv(rows: Sequence[dict[str, Any]], file: TextIO) -> None:
     writer.writerows(rows)
 
 
-def paper_table(rows: Sequence[tuple[PaperRow, dict[str, Any]]]) -> Table:
+def paper_rows(published: PaperRow, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The known cells of a row of the paper, each with ours, as plain data.
+
+    Args:
+        row: of :func:`profile_row`; what it cannot count is None in the result.
+    """
+    counted = {
+        "storage_mb": row["storage_bytes"] / 1e6,
+        "gflops": row["flops"] / 1e9,
+        "gquantops": row["quantops"] / 1e9,
+        "runtime": row["runtime"],
+    }
+    return [
+        {
+            "name": published.name,
+            "cell": key,
+            "paper": cell.value,
+            "paper_upper": cell.upper,
+            "origin": cell.origin,
+            "ours": counted.get(key),
+            "difference": cell.difference(counted[key]) if key in counted else None,
+            "note": cell.note,
+        }
+        for key, cell in published.cells.items()
+    ]
+
+
+def paper_table(rows: Sequence[tuple[PaperRow, list[dict[str, Any]]]]) -> Table:
     """The known cells of the paper, each with ours and the difference."""
     table = Table(title="published and counted, 10 s of audio", title_justify="left")
     table.add_column("model", no_wrap=True)
     table.add_column("cell", no_wrap=True)
     for head in ("paper", "ours", "difference"):
         table.add_column(head, justify="right")
-    for published, row in rows:
-        ours = {
-            "storage MB": (published.storage_mb, row["storage_bytes"] / 1e6),
-            "GFLOPs": (published.gflops, row["flops"] / 1e9),
-            "QuantOps Gbit": (published.gquantops, row["quantops"] / 1e9),
-            "runtime": (published.runtime, row["runtime"]),
-        }
-        for cell, (theirs, own) in ours.items():
-            if theirs is not None:
-                difference = f"{own - theirs:+.2f} ({own / theirs - 1:+.1%})"
-                table.add_row(published.name, cell, f"{theirs:.2f}", f"{own:.2f}", difference)
+    table.add_column("origin")
+    for published, cells in rows:
+        for row in cells:
+            ours, difference = "-", "-"
+            if row["ours"] is not None:
+                ours = f"{row['ours']:.2f}"
+                difference = f"{row['difference']:+.2f} ({row['difference'] / row['paper']:+.1%})"
+            shown = (str(published.cells[row["cell"]]), ours, difference, row["origin"])
+            table.add_row(published.name, CELLS[row["cell"]], *shown)
         table.add_section()
     return table
+
+
+def paper_notes(rows: Sequence[tuple[PaperRow, list[dict[str, Any]]]]) -> list[str]:
+    """Why cells differ, a line for each reason that begins with the cells it explains."""
+    explained: dict[str, dict[str, list[str]]] = {}
+    for row in (row for _, cells in rows for row in cells if row["note"]):
+        models = explained.setdefault(row["note"], {})
+        models.setdefault(CELLS[row["cell"]], []).append(row["name"])
+    lines = []
+    for note, found in explained.items():
+        cells = (f"{cell} of {', '.join(models)}" for cell, models in found.items())
+        lines.append(f"{'; '.join(cells)}: {note}.")
+    return lines

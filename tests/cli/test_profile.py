@@ -1,8 +1,10 @@
 """``fairseq-lowbit profile``: counted costs, and the paper's beside them."""
 
 import csv
+import io
 import json
 import re
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from fairseq_lowbit.cli.main import main
-from fairseq_lowbit.evaluation.paper import TABLE
+from fairseq_lowbit.evaluation.paper import CELLS, TABLE
 from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.precision import Precision
 from tests.shapes import TINY
@@ -69,29 +71,48 @@ def test_csv(tmp_path: Path, capsys) -> None:
     assert [float(row["storage_bytes"]) for row in found] == [r["storage_bytes"] for r in expected]
 
 
-def test_the_paper_cell_by_cell(capsys) -> None:
-    assert main(["profile", "--paper"]) == 0
+@pytest.fixture(scope="module")
+def paper_cells() -> list[dict]:
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        assert main(["profile", "--paper", "--json"]) == 0
+    return json.loads(printed.getvalue())
+
+
+def test_the_paper_cell_by_cell(paper_cells: list[dict], tmp_path: Path, capsys) -> None:
+    known = [(row.name, key) for row in TABLE for key in row.cells]
+    assert [(cell["name"], cell["cell"]) for cell in paper_cells] == known
+    assert main(["profile", "--paper", f"--csv={tmp_path / 'paper.csv'}"]) == 0
     output = capsys.readouterr().out
-    cells = re.findall(r"│ (\S.*?) +│ (\S.*?) +│ +([\d.]+) │ +([\d.]+) │ +(\S.*?) │", output)
-    known = [
-        (row.name, cell)
-        for row in TABLE
-        for cell, value in (
-            ("storage MB", row.storage_mb),
-            ("GFLOPs", row.gflops),
-            ("QuantOps Gbit", row.gquantops),
-            ("runtime", row.runtime),
-        )
-        if value is not None
-    ]
-    assert [(name, cell) for name, cell, *_ in cells] == known
-    storage = {name: (float(p), float(own)) for name, cell, p, own, _ in cells if "MB" in cell}
-    assert set(storage) >= {"HuBERT-FastConv", "DistilHuBERT", "SqWQ W8", "BiT-LA W1A1"}
-    for name, (paper, own) in storage.items():
-        assert own == pytest.approx(paper, abs=0.011), name
-    # Where the paper counts otherwise, it is said.
-    assert "HuBERT-FastConv: the paper counts" in output
-    assert "BiT-L W1A1: FLOPs and QuantOps of the paper" in output
+    form = r"│ (\S.*?) +│ (\S.*?) +│ +(\S.*?) │ +(\S+) │ +(\S.*?) │ (\w+) +│"
+    printed = re.findall(form, output)
+    shown = [(c["name"], CELLS[c["cell"]], c["origin"]) for c in paper_cells]
+    assert [(name, cell, origin) for name, cell, *_, origin in printed] == shown
+    assert ("HuBERT Base", "storage MB", "189.1 to 189.4", "189.14") in [p[:4] for p in printed]
+    assert ("BiT-L W1A1", "GFLOPs", "82.29", "20.87", "-61.42 (-74.6%)", "published") in printed
+    assert ("SqWQ W2", "WER %", "12.56", "-", "-", "published") in printed
+    for cell in paper_cells:
+        if cell["note"]:
+            (line,) = [line for line in output.splitlines() if cell["note"] in line]
+            assert CELLS[cell["cell"]] in line.partition(": ")[0]
+            assert cell["name"] in line.partition(": ")[0]
+    rows = list(csv.DictReader((tmp_path / "paper.csv").open()))
+    assert [row["note"] for row in rows] == [cell["note"] or "" for cell in paper_cells]
+
+
+def test_storage_is_the_papers(paper_cells: list[dict]) -> None:
+    storage = [cell for cell in paper_cells if cell["cell"] == "storage_mb"]
+    assert len(storage) == len(TABLE)
+    for cell in storage:
+        assert abs(cell["difference"]) <= 0.01, cell["name"]
+
+
+def test_every_difference_has_its_reason(paper_cells: list[dict]) -> None:
+    counted = [cell for cell in paper_cells if cell["ours"] is not None]
+    assert {cell["cell"] for cell in counted} == {"storage_mb", "gflops", "gquantops", "runtime"}
+    for cell in counted:
+        differs = abs(cell["difference"]) > 0.01 * cell["paper"]
+        assert differs == (cell["note"] is not None), cell
 
 
 def test_one_bad_target_leaves_the_others(checkpoint: Path, tmp_path: Path, capsys) -> None:
@@ -120,6 +141,7 @@ def test_one_bad_target_leaves_the_others(checkpoint: Path, tmp_path: Path, caps
         (("float", "--conversion-rate", "-3"), "--conversion-rate -3"),
         ((), "name a configuration"),
         (("float", "--paper"), "--paper has its own models"),
+        (("--paper", "--per-module"), "--paper has its own models"),
     ],
 )
 def test_contradictions(arguments: tuple, message: str, capsys) -> None:

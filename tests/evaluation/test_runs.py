@@ -12,6 +12,7 @@ from fairseq_lowbit.evaluation.runs import (
     forget_failure,
     read_run,
     write_failure,
+    write_finished,
 )
 from fairseq_lowbit.models import Hubert
 
@@ -76,6 +77,40 @@ def test_what_a_run_tells(make_run: Callable, model: Hubert) -> None:
     assert (run.updates, run.planned, run.best_loss, run.loss) == (7, 10, 0.25, "hubert")
     assert (run.precision, run.rules, run.overrides) == ("float", 0, ("quant=x", "+sweep=optuna"))
     assert run.storage_mb == pytest.approx(model.plan.bytes / 1e6)
+
+
+@pytest.mark.parametrize(
+    "updates, told, is_finished",
+    [
+        (10, None, True),
+        (7, None, False),
+        (7, (7, 10), True),
+        (7, (7, 8), False),  # prolonged since
+        (7, (5, 10), False),  # gone on since, without patience
+        (7, "", False),
+        (7, "[7, 10]", False),
+        (7, "{}", False),
+    ],
+)
+def test_where_training_ends(
+    updates: int, told: object, is_finished: bool, make_run: Callable, model: Hubert
+) -> None:
+    run = make_run("run", model, updates=updates)
+    stage = make_run("run/checkpoints/stage1_float", model, updates=updates, is_stage=True)
+    for folder, checkpoints in ((run, run / "checkpoints"), (stage, stage)):
+        if isinstance(told, tuple):
+            write_finished(checkpoints, *told)
+        elif told is not None:
+            (checkpoints / "finished.json").write_text(told)
+        assert read_run(folder).is_finished is is_finished
+
+
+def test_a_run_without_a_last_update(make_run: Callable, model: Hubert) -> None:
+    """optimization.max_update=0: it ends by something else."""
+    run = make_run("run", model, planned=0)
+    assert not read_run(run).is_finished
+    write_finished(run / "checkpoints", 10, 0)
+    assert read_run(run).is_finished
 
 
 @pytest.mark.parametrize(

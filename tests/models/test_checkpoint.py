@@ -211,6 +211,27 @@ def test_starting_from_squashed_weights_takes_the_float_weights_they_stand_for()
     torch.testing.assert_close(target.detach(), operator.weight_quantizer.target(operator.weight))
 
 
+def test_squashed_weights_go_on_at_another_width() -> None:
+    """From the float weights they stand for: from decoded ones a wider step could not tell those
+    on one level apart."""
+    source, model = build("sqwq_w4", seed=1), Hubert(SHAPE, 5, Precision("sqwq_w2"))
+    trained = source.encoder.layers[0].fc1
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        trained.weight.add_(0.3 * torch.randn(trained.weight.shape, generator=generator))
+        trained.weight_quantizer.log_gain.add_(0.1)
+    start_from(model, loaded(source))
+    calibrate(model, [torch.randn(2, 600, generator=generator)], model.final_output)
+    own = model.encoder.layers[0].fc1
+    stood_for = trained.weight_quantizer.target(trained.weight)
+    decoded = trained.weight_quantizer(trained.weight).detach()
+    error = (own.weight_quantizer.target(own.weight) - stood_for).abs()
+    assert error.median() < 1e-6 < 0.01 * (decoded - stood_for).abs().median()
+    # The spread of every channel is the target again, which training had left.
+    off = [(p.weight.std(1, correction=0) - 0.84).abs().max() for p in (own, trained)]
+    assert off[0] < 1e-3 < 0.1 < off[1]
+
+
 @pytest.mark.parametrize("precision", ["sqwq_w2", "sqwq_w8", "bitl_w2a2"])
 def test_starting_makes_calibration_necessary_again(precision: str) -> None:
     """Scales belong to other weights, and squashed ones would be read as if they were squashed."""

@@ -59,6 +59,7 @@ RULE = "match: '*.fc1'"
         ("task.teacher=null", ["task.teacher"]),
         ("task.teacher=/no/such/teacher.pt", ["/no/such/teacher.pt"]),
         ("task.init_from=/no/such/start.pt", ["/no/such/start.pt"]),
+        ("common.log_file=/no/such/folder/x.log", ["cannot write /no/such/folder/x.log"]),
         ("task.min_sample_size=1000000", [".tsv", "files", "1000000", "task.min_sample_size"]),
     ],
 )

@@ -1,8 +1,11 @@
 """Several processes of one run, on CPUs: they train what one trains, and stop together."""
 
+import json
 import os
+import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import load_model
 from fairseq_lowbit.plugin import register
 from fairseq_lowbit.plugin.interruption import STOPPED
+from tests.plugin.conftest import Run, free_port, user_environment
 
 UPDATES = 8
 # 6 updates per epoch of one process with two micro-batches each; no masks, which would be drawn
@@ -205,6 +209,84 @@ def test_a_killed_process_ends_the_others(trainer, teacher: Path, tmp_path: Path
     assert "Traceback" not in first.output
     assert "rank 0: another process of this run has ended" in first.output
     assert load_model(first.last).updates == 4
+
+
+# Schedules
+
+STAGES = ("task.stages=[{precision: w2a2, updates: 4}, {precision: w1a1, updates: 4}]", *OPTIONS)
+BOTH = ["stage 1 of 2 (bitla_w2a2)", "stage 2 of 2 (bitla_w1a1)"]
+
+
+def started(run) -> list[str]:
+    """Which stages a process has trained, in its own words."""
+    return re.findall(r"INFO\] - (stage \d of \d \(\w+\)): \d+ updates", run.output)
+
+
+@pytest.fixture(scope="module")
+def staged(trainer, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A schedule by the command of the README."""
+    folder = tmp_path_factory.mktemp("staged") / "run"
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    launched = [torchrun, "--nproc_per_node=2", f"--master_port={free_port()}"]
+    command = trainer.command(folder, "bitla_w1a1", f"task.teacher={teacher}", *STAGES)
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = user_environment() | {"PYTHONWARNINGS": ""}
+    done = subprocess.run(
+        [*launched, *command], cwd=folder.parent, env=environment, check=False, **pipe
+    )
+    return Run(done.returncode, done.stdout, folder)
+
+
+def test_torchrun_goes_through_a_schedule(staged: Run) -> None:
+    assert staged.status == 0, staged.output
+    assert "Traceback" not in staged.output
+    assert "already initialized" not in staged.output
+    # Said and written by one process.
+    assert started(staged) == BOTH
+    for precision in ("bitla_w2a2", "bitla_w1a1"):
+        assert staged.output.count(f"\nprecision {precision}") == 1
+    first = staged.checkpoints / "stage1_bitla_w2a2"
+    for folder, name in ((first, "bitla_w2a2"), (staged.checkpoints, "bitla_w1a1")):
+        loaded = load_model(folder / "checkpoint_last.pt")
+        assert (loaded.updates, loaded.model.plan.precision.name) == (4, name)
+        assert json.loads((folder / "finished.json").read_text())["made_updates"] == 4
+    assert staged.state()["cfg"]["task"]["init_from"] == str(first / "checkpoint_last.pt")
+
+
+def test_a_schedule_killed_behind_a_switch(
+    staged: Run, trainer, teacher: Path, tmp_path: Path
+) -> None:
+    folder, options = tmp_path / "run", (f"task.teacher={teacher}", *STAGES)
+    accident = ("kill_in_update", 6)
+    killed = trainer.fork_ranks(folder, "bitla_w1a1", *options, accidents=(accident, accident))
+    assert [run.status for run in killed] == [-signal.SIGKILL] * 2, killed[0].output
+    assert started(killed[0]) == BOTH
+    # A process that does not see the finished stage would train another one than the first.
+    elsewhere = ((), (f"hydra.run.dir={tmp_path / 'elsewhere'}",))
+    message = refused(trainer.fork_ranks(folder, "bitla_w1a1", *options, each=elsewhere))
+    for part in ("rank 1", "bitla_w2a2 in stage1_bitla_w2a2", "bitla_w1a1 in checkpoints"):
+        assert part in message
+    first, second = trainer.fork_ranks(folder, "bitla_w1a1", *options)
+    assert (first.status, second.status) == (0, 0), first.output + second.output
+    assert started(first) == BOTH[1:]
+    assert not started(second)
+    for place in ("stage1_bitla_w2a2/checkpoint_last.pt", "checkpoint_last.pt"):
+        own, expected = (
+            torch.load(run.checkpoints / place, weights_only=False)["model"]
+            for run in (first, staged)
+        )
+        for name, value in expected.items():
+            assert torch.equal(own[name], value), (place, name)
+
+
+def test_a_mark_that_cannot_be_written_stops_all(trainer, teacher: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    blocked = folder / "checkpoints" / "stage1_bitla_w2a2" / "finished.json" / "in the way"
+    blocked.mkdir(parents=True)
+    first, second = trainer.fork_ranks(folder, "bitla_w1a1", f"task.teacher={teacher}", *STAGES)
+    assert "finished.json" in first.message()
+    assert (second.status, "ERROR" in second.output) == (2, False)
+    assert load_model(blocked.parents[1] / "checkpoint_last.pt").updates == 4
 
 
 # Launching without GPUs

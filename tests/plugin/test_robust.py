@@ -10,9 +10,11 @@ import pytest
 import torch
 from fairseq.logging import progress_bar
 
+from fairseq_lowbit.cli.main import main
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import load_model
 from fairseq_lowbit.plugin import register
+from fairseq_lowbit.plugin.interruption import STOPPED
 
 SCALE = "encoder.layers.1.fc1.input_quantizer"
 
@@ -66,6 +68,38 @@ def test_not_finite(
         return
     assert last_update(run) == last
     assert all(torch.isfinite(value).all() for value in load_model(run.last).model.parameters())
+
+
+# The end
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        ("checkpoint.patience=1", "optimization.lr=[1e-30]"),
+        ("optimization.max_epoch=2",),
+        ("optimization.stop_time_hours=1e-9",),
+    ],
+    ids=["patience", "epochs", "time"],
+)
+def test_a_run_that_ends_before_its_last_update_is_finished(
+    end: tuple, trainer, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = ("bitla_w1a1", f"task.teacher={teacher}", "optimization.max_update=1000")
+
+    def statuses() -> list[str]:
+        assert main(["sweep-table", str(tmp_path), "--no-evaluate"]) == 0
+        return re.findall(r"/1000 .*│ (\w+) +│", capsys.readouterr().out)
+
+    run = trainer.fork(tmp_path / "run", *options, *end)
+    assert run.status == 0, run.output
+    assert last_update(run) < 1000
+    assert statuses() == ["finished"]
+    # Interrupted, it has not come to its end, and neither has a longer one that goes on from it.
+    accident = ("signal_in_update", 3)
+    stopped = trainer.fork(run.folder, *options, accident=accident)
+    assert stopped.status == STOPPED, stopped.output
+    assert statuses() == ["unfinished"]
 
 
 # Files that cannot be written

@@ -202,6 +202,17 @@ def test_a_sweep_over_schedules(trainer, teacher: Path, tmp_path: Path) -> None:
     assert plain["task"]["init_from"] is None
 
 
+def test_a_stage_whose_checkpoint_is_gone(
+    trainer, teacher: Path, uninterrupted, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted.folder, folder)
+    gone = folder / "checkpoints" / FOLDERS[1] / "checkpoint_last.pt"
+    gone.unlink()
+    run = trainer.fork(folder, "bitla_w1a1", f"task.teacher={teacher}", STAGES)
+    assert run.message().startswith(f"{gone} is gone, from which stage 3 of 3")
+
+
 def test_contradictions_are_told_before_training(trainer, teacher: Path, tmp_path: Path) -> None:
     stages = "task.stages=[{precision: w8a8}, {precision: w1a2}]"
     run = trainer.fork(tmp_path / "run", "bitla_w1a1", f"task.teacher={teacher}", stages)

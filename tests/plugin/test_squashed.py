@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fairseq_lowbit.models import load_model
-from fairseq_lowbit.nn import is_calibrated, quantizers, squashed_weights
+from fairseq_lowbit.nn import float_state, is_calibrated, quantizers, squashed_weights
 from fairseq_lowbit.quantization import SquashedQuantizer, squash_penalty
 
 UPDATES = 20
@@ -92,6 +92,27 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
     for index, state in expected["last_optimizer_state"]["state"].items():
         assert all(torch.equal(moments[index][key], value) for key, value in state.items())
     assert run.health() == squashed_run.health()
+
+
+def test_a_schedule_of_widths(train: Callable, teacher: Path) -> None:
+    """The second stage stands still: it ends with the weights it took over."""
+    stages = "task.stages=[{precision: w4, updates: 8}, {precision: w1, updates: 2, lr: 1e-30}]"
+    log = "common.log_file=updates.log"
+    run = train("sqwq_w1", f"task.teacher={teacher}", *OPTIONS, stages, log)
+    told = re.findall(r"num_updates=(\d+)", (run.folder / "updates.log").read_text())
+    assert list(map(int, told)) == [*range(1, 9), 1, 2]
+    assert run.output.count("squashed the weights of 12 modules") == 2
+    first, last = (
+        load_model(path).model
+        for path in (run.checkpoints / "stage1_sqwq_w4" / "checkpoint_last.pt", run.last)
+    )
+    assert last.plan.precision.name == "sqwq_w1"
+    before = torch.load(teacher, weights_only=False)["model"]
+    state, handed_on = float_state(last), float_state(first)
+    for layer in ("0.fc1", "1.self_attn.out_proj"):
+        name = f"encoder.layers.{layer}.weight"
+        error = (state[name] - handed_on[name]).abs().median()
+        assert error < 1e-6 < (handed_on[name] - before[name]).abs().median()
 
 
 def test_masked_prediction_trains_squashed_weights_in_bf16(train: Callable, teacher: Path) -> None:

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from fairseq.logging import progress_bar
 from omegaconf import DictConfig, OmegaConf
 
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.evaluation.runs import write_finished
 from fairseq_lowbit.plugin import callback
 from fairseq_lowbit.plugin.configs import compose_config
 from fairseq_lowbit.plugin.stages import Schedule, read_stages, stage_configs, stops_early
@@ -58,7 +61,8 @@ def save(path: Path, updates: int) -> None:
 def finish(schedule: Schedule, *indices: int) -> None:
     for index in indices:
         make_checkpoint(schedule, index, updates=5)
-        schedule.mark_finished(index, schedule.made_updates(index))
+        folder = schedule.checkpoint(index).parent
+        write_finished(folder, 5, 100, asdict(schedule.stages[index]))
 
 
 @pytest.fixture
@@ -74,6 +78,8 @@ def test_names_are_completed_by_the_method_of_the_run() -> None:
     ]
     mixed = [{"precision": "bitl_w2a2"}, {"precision": "w2a2"}]
     assert [stage.precision for stage in read_stages(config(mixed))] == ["bitl_w2a2", "bitla_w2a2"]
+    squashed = config([{"precision": "w8"}, {"precision": "w2"}], model__precision__name="sqwq_w2")
+    assert [stage.precision for stage in read_stages(squashed)] == ["sqwq_w8", "sqwq_w2"]
 
 
 def test_no_stages_without_a_schedule() -> None:
@@ -81,11 +87,20 @@ def test_no_stages_without_a_schedule() -> None:
     assert read_stages(compose_config("hubert_fastconv", ["task.data=/data"])) == []
 
 
-@pytest.mark.parametrize("name", ["w8a8_w4a4_w2a2_w1a1", "w1a2_w1a1"])
-@pytest.mark.parametrize("method", ["bitl", "bitla"])
-def test_schedules_that_come_with_the_package(name: str, method: str) -> None:
+@pytest.mark.parametrize(
+    "method, name",
+    [
+        ("bitl", "w8a8_w4a4_w2a2_w1a1"),
+        ("bitla", "w8a8_w4a4_w2a2_w1a1"),
+        ("bitl", "w1a2_w1a1"),
+        ("bitla", "w1a2_w1a1"),
+        ("sqwq", "w8_w4_w2_w1"),
+    ],
+)
+def test_schedules_that_come_with_the_package(method: str, name: str) -> None:
     given = ["task.data=/data", "task.teacher=/t.pt", f"schedule={name}"]
-    composed = compose_config(f"{method}_w1a1", [*given, "task.stages.1.teacher=previous"])
+    last = f"{method}_{name.split('_')[-1]}"
+    composed = compose_config(last, [*given, "task.stages.1.teacher=previous"])
     stages = read_stages(composed)
     assert [stage.precision for stage in stages] == [f"{method}_{bits}" for bits in name.split("_")]
     assert [stage.teacher for stage in stages][:2] == ["original", "previous"]
@@ -153,6 +168,7 @@ W2 = {"precision": "w2a2"}
         ([{"precision": "w8a8"}, {**W2, "teacher": "last"}], ["stages.1.teacher", "'last'"]),
         ([{"precision": "w8a8", "teacher": "previous"}, W2], ["stages.0.teacher", "original"]),
         ([W2, W2], ["task.stages.1.precision", "bitla_w2a2"]),
+        ([{"precision": "w8"}, W2], ["stages.0.precision", "bitla_w8'", "write bitla_w8aM"]),
         ([{"precision": "w4a4"}, {"precision": "w1a1"}], ["this is a run of bitla_w2a2"]),
         ("w8a8", ["task.stages", "w8a8"]),
         (["w8a8", "w2a2"], ["task.stages", "w8a8"]),
@@ -191,14 +207,6 @@ def test_stages_follow_each_other(schedule: Schedule, tmp_path: Path) -> None:
     make_checkpoint(schedule, 2)
     assert schedule.first_unfinished() == 2
     assert schedule.checkpoint(2) == tmp_path / "checkpoint_last.pt"
-    mark = json.loads((tmp_path / "stage1_bitla_w8a8" / "finished.json").read_text())
-    assert mark == {
-        "precision": "bitla_w8a8",
-        "updates": 30,
-        "teacher": "original",
-        "lr": None,
-        "made_updates": 5,
-    }
 
 
 def test_what_no_later_stage_needs_may_be_deleted(schedule: Schedule) -> None:
@@ -248,6 +256,23 @@ def test_a_folder_with_other_stages(schedule: Schedule, tmp_path: Path) -> None:
     assert at(tmp_path, [*THREE[:2], THREE[2] | {"updates": 500}]).first_unfinished() == 2
 
 
+@pytest.mark.parametrize("content", ["", "{", "null", "[1]", "\x00\xff", '"finished"'])
+def test_a_damaged_mark(content: str, schedule: Schedule, tmp_path: Path) -> None:
+    finish(schedule, 0)
+    make_checkpoint(schedule, 1)
+    mark = tmp_path / "stage1_bitla_w8a8" / "finished.json"
+    mark.write_text(content, encoding="latin-1")
+    with pytest.raises(LowbitError) as refused:
+        schedule.first_unfinished()
+    message = str(refused.value)
+    for part in (str(mark), "damaged", "stage 1 of 3 (bitla_w8a8)", "hydra.run.dir"):
+        assert part in message
+    assert "\n" not in message
+    # What the message offers mends it.
+    mark.write_text(re.search(r"write ({.*}) into", message)[1])
+    assert schedule.first_unfinished() == 1
+
+
 def test_a_folder_of_a_run_without_stages(schedule: Schedule, tmp_path: Path) -> None:
     make_checkpoint(schedule, 2)
     with pytest.raises(LowbitError, match=r"hydra\.run\.dir"):
@@ -270,7 +295,8 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., li
             save(folder / "checkpoint_last.pt", end)
 
         monkeypatch.setattr(callback, "_hydra_main", train)
-        made = config(THREE, checkpoint__save_dir=str(tmp_path), **(NO_EARLY_STOP | changes))
+        own = {"checkpoint__save_dir": str(tmp_path), "common__log_file": None}
+        made = config(THREE, **own, **(NO_EARLY_STOP | changes))
         callback.train_in_stages(made)
         return precisions
 
@@ -291,7 +317,11 @@ def test_only_a_finished_stage_is_followed_by_the_next(trained: Callable, tmp_pa
         trained(SystemExit(75))
     assert not list(tmp_path.rglob("finished.json"))
     assert trained(30) == ["bitla_w8a8", "bitla_w4a4"]
+    mark = json.loads((tmp_path / "stage1_bitla_w8a8" / "finished.json").read_text())
+    assert mark == {**asdict(read_stages(config(THREE))[0]), "made_updates": 30, "max_update": 30}
+    assert not (tmp_path / "stage2_bitla_w4a4" / "finished.json").exists()
     assert trained(29, checkpoint__patience=3) == ["bitla_w4a4", "bitla_w2a2"]
+    assert json.loads((tmp_path / "finished.json").read_text())["made_updates"] == 29
 
 
 def test_each_stage_is_a_wandb_run_of_its_own(

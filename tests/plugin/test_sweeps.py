@@ -83,17 +83,23 @@ def test_rules(sweep: Callable, trainer, teacher: Path, tmp_path: Path) -> None:
 def test_the_same_sweep_resumes_and_another_one_starts_anew(
     sweep: Callable, tmp_path: Path
 ) -> None:
-    first = sweep("optimizer.scale_lr_ratio=0.3,1")
+    log = "common.log_file=updates.log"
+    first = sweep("optimizer.scale_lr_ratio=0.3,1", log)
     assert first.status == 0, first.output
-    second = sweep("optimizer.scale_lr_ratio=1,3", "optimization.max_update=10")
+    second = sweep("optimizer.scale_lr_ratio=1,3", "optimization.max_update=10", log)
     assert second.status == 0, second.output
-    found = {
-        float(name.removeprefix("optimizer.scale_lr_ratio-")): state(job)
+    folders = {
+        float(name.removeprefix("optimizer.scale_lr_ratio-")): job
         for name, job in jobs(tmp_path).items()
     }
+    found = {ratio: state(job) for ratio, job in folders.items()}
     made = {ratio: own["optimizer_history"][-1]["num_updates"] for ratio, own in found.items()}
     assert made == {0.3: 5, 1: 10, 3: 10}
     assert second.output.count("Loaded checkpoint") == 1
+    # Each job's own updates are in its log, once each.
+    for ratio, job in folders.items():
+        told = re.findall(r"num_updates=(\d+)", (job / "updates.log").read_text())
+        assert [int(update) for update in told] == list(range(1, made[ratio] + 1))
     for ratio, own in found.items():
         assert own["cfg"]["optimizer"]["scale_lr_ratio"] == ratio
 
