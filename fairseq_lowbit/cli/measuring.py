@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fairseq_lowbit.cli.targets import Target
 from fairseq_lowbit.errors import LowbitError
@@ -98,8 +98,11 @@ def run_targets(targets: Mapping[str, Target], args: argparse.Namespace) -> Outc
 def _progress(steps: int) -> Iterator[Announce]:
     """A bar on a terminal, in a log a line per stage."""
     console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     # Drawn between the runs only: a thread that draws would take time from what is timed.
-    with Progress(console=console, transient=True, auto_refresh=False) as progress:
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, auto_refresh=False
+    ) as progress:
         task = progress.add_task("", total=steps)
         stages: set[str] = set()
 
@@ -149,9 +152,9 @@ def notes(rows: Sequence[Row], reference: str) -> list[str]:
     fake = [row["name"] for row in rows if row["arithmetic"] == FAKE_QUANTIZATION]
     if fake:
         lines.append(
-            f"{', '.join(fake)}: run as {FAKE_QUANTIZATION}, all of the float model's work and the "
-            "quantizers' besides, so slower than it. The estimate is for arithmetic on packed "
-            "integers, which is not built yet."
+            f"{', '.join(fake)}: run as {FAKE_QUANTIZATION}, which is all the work of a float "
+            "model of that shape and the quantizers' besides, so slower. The estimate is for "
+            "arithmetic on packed integers, which is not built yet."
         )
     drawn = [row["name"] for row in rows if row["weights"] == "random"]
     if drawn:

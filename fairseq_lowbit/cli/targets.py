@@ -12,7 +12,7 @@ from fairseq_lowbit.models import (
     read_checkpoint,
 )
 from fairseq_lowbit.nn import is_calibrated
-from fairseq_lowbit.plugin.configs import meta_model, model_config
+from fairseq_lowbit.plugin.configs import ModelConfig, meta_model, model_config
 from fairseq_lowbit.precision import Precision
 from fairseq_lowbit.profiling.measured import with_random_weights
 
@@ -41,7 +41,7 @@ class Target:
             LowbitError: there is no such thing, or it cannot be read.
         """
         if not self.has_weights:
-            return meta_model(self._config())
+            return meta_model(self.config())
         state = read_checkpoint(self.source, mmap=True)
         config = state["cfg"]["model"]
         precision = config.get("precision")
@@ -59,12 +59,20 @@ class Target:
             LowbitError: as :meth:`read`; quantizers of a checkpoint that have no scales yet.
         """
         if not self.has_weights:
-            config = self._config()
+            config = self.config()
             return with_random_weights(config, config.precision)
         model = load_model(self.source).model
         if not is_calibrated(model):
-            raise LowbitError(f"the quantizers of {self.source} were never calibrated: calibrate")
+            raise LowbitError(
+                f"{self.source} has quantizers that were never calibrated, so it cannot run: want "
+                "a checkpoint that training or fairseq-lowbit ptq wrote"
+            )
         return model
 
-    def _config(self):
+    def config(self) -> ModelConfig:
+        """What a name asks for.
+
+        Raises:
+            LowbitError: there is no such name, or an override does not fit.
+        """
         return model_config(self.source, list(self.overrides))

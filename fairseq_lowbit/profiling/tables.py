@@ -80,7 +80,8 @@ def measured_table(rows: Sequence[dict[str, Any]]) -> Table:
     for head in ("audio s", "threads"):
         table.add_column(head, justify="right")
     table.add_column("model", no_wrap=True)
-    for head in ("time ms", "real-time factor", "measured runtime", "estimated", "peak memory MB"):
+    table.add_column("time ms", justify="right", no_wrap=True)
+    for head in ("real-time factor", "measured runtime", "estimated", "peak memory MB"):
         table.add_column(head, justify="right")
     for (seconds, threads), found in _by_condition(rows).items():
         for name, entry in found:
