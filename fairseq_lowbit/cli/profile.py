@@ -183,12 +183,11 @@ def _measured_rows(
 
 
 def _show(rows: list[dict[str, Any]], profiles: list[Profile], args: argparse.Namespace) -> None:
-    if args.json:
-        if args.per_module:
-            rows = [
-                {**row, "modules": [cost.to_mapping() for cost in p.costs]}
-                for row, p in zip(rows, profiles, strict=True)
-            ]
+    if args.json and args.per_module:
+        modules = [[cost.to_mapping() for cost in entry.costs] for entry in profiles]
+        pairs = zip(rows, modules, strict=True)
+        print(json.dumps([{**row, "modules": own} for row, own in pairs], indent=1))
+    elif args.json:
         print(json.dumps(rows, indent=1))
     else:
         _print_tables(rows, profiles, args)
