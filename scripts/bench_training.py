@@ -28,8 +28,6 @@ import argparse
 import json
 import logging
 import os
-import platform
-import re
 import resource
 import statistics
 import sys
@@ -50,6 +48,7 @@ from rich.table import Table
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.tables import print_table
+from fairseq_lowbit.machine import this_machine
 from fairseq_lowbit.models import Architecture, Hubert, LoadedModel, start_from
 from fairseq_lowbit.nn import calibrate, quantizers
 from fairseq_lowbit.plugin import register
@@ -274,11 +273,10 @@ def measure(setting: Setting, precisions: list[str]) -> list[dict[str, Any]]:
 
 
 def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.M) if info.exists() else None
+    here = this_machine()
     return {
-        "cpu": found[1] if found else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
+        "cpu": here.cpu,
+        "cores": here.cores,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

@@ -117,21 +117,6 @@ def test_composition(
     assert len(finding.problems) == problems
 
 
-@pytest.mark.parametrize(
-    "cpuinfo, features",
-    [
-        (
-            "model name\t: x\nflags\t\t: fpu avx2 avx512f avx512_bf16 amx_tile\n",
-            ["avx2", "avx512f", "avx512_bf16", "amx"],
-        ),
-        ("processor\t: 0\nFeatures\t: fp asimd asimddp\n", ["neon", "dotprod"]),
-        ("nothing of the kind\n", []),
-    ],
-)
-def test_cpu_features(cpuinfo: str, features: list[str]) -> None:
-    assert doctor.cpu_features(cpuinfo) == features
-
-
 def test_report_ends_with_problems_and_mends() -> None:
     problem = Problem("it is broken", "mend it so")
     text = doctor.report([Finding("python", ("3.11",)), Finding("torch", ("none",), (problem,))])

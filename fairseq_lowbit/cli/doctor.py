@@ -7,7 +7,6 @@ inside it. fairseq is asked through its metadata and through our plugin, never i
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fairseq_lowbit import __version__
+from fairseq_lowbit.machine import this_machine
 
 HELP = "check the installation; every problem comes with its mend"
 
@@ -38,17 +38,6 @@ OPTIONAL_MODULES = {
     "s3prl": "SUPERB tasks (from its source tree, and pip install 'fairseq-lowbit[superb]')",
     "tensorboardX": "training curves for TensorBoard",
 }
-
-# Instruction sets that low-bit arithmetic profits from: flag in /proc/cpuinfo -> usual name.
-X86_FEATURES = {
-    "avx2": "avx2",
-    "avx512f": "avx512f",
-    "avx512_vnni": "avx512_vnni",
-    "avx512_vpopcntdq": "avx512_vpopcntdq",
-    "avx512_bf16": "avx512_bf16",
-    "amx_tile": "amx",
-}
-ARM_FEATURES = {"asimd": "neon", "asimddp": "dotprod", "sve": "sve"}
 
 
 @dataclass(frozen=True)
@@ -185,13 +174,10 @@ def check_extras() -> Finding:
 
 def check_machine() -> Finding:
     """Processor, its instruction sets, and GPUs."""
-    cpuinfo = Path("/proc/cpuinfo")
-    features = cpu_features(cpuinfo.read_text()) if cpuinfo.exists() else None
-    known = "not known on this system" if features is None else " ".join(features) or "none"
     return Finding(
         "machine",
         (
-            f"{platform.machine()}, {os.cpu_count()} cores; low-bit instructions: {known}",
+            f"{platform.machine()}, {this_machine()}",
             f"GPUs: {', '.join(gpus()) or 'none'}",
         ),
     )
@@ -207,17 +193,6 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_extras,
     check_machine,
 )
-
-
-def cpu_features(cpuinfo: str) -> list[str]:
-    """Names of the useful instruction sets in the text of /proc/cpuinfo."""
-    for line in cpuinfo.splitlines():
-        key, _, value = line.partition(":")
-        known = {"flags": X86_FEATURES, "Features": ARM_FEATURES}.get(key.strip())
-        if known is not None:
-            flags = set(value.split())
-            return [name for flag, name in known.items() if flag in flags]
-    return []
 
 
 def gpus() -> list[str]:

@@ -1,22 +1,27 @@
-"""``fairseq-lowbit profile``: what models cost, counted and not measured."""
+"""``fairseq-lowbit profile``: what models cost, counted; with ``--measure`` also when they run."""
 
 import argparse
 import json
+import math
 import sys
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fairseq_lowbit.cli import measuring
+from fairseq_lowbit.cli.targets import Target
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.paper import ORIGINS, SOURCE, TABLE, PaperRow
 from fairseq_lowbit.evaluation.tables import print_table
 from fairseq_lowbit.files import atomic_write
-from fairseq_lowbit.models import Architecture, Hubert, WithoutWeights, read_checkpoint
+from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.plugin.configs import meta_model, model_config
-from fairseq_lowbit.precision import Precision
 from fairseq_lowbit.profiling import Profile, profile
 from fairseq_lowbit.profiling.cost import CONVERSION_RATE
 from fairseq_lowbit.profiling.tables import (
+    flat_measurements,
+    measured_table,
     module_table,
     paper_notes,
     paper_rows,
@@ -26,13 +31,20 @@ from fairseq_lowbit.profiling.tables import (
     write_csv,
 )
 
-HELP = "count storage, FLOPs, QuantOps and memory of configurations and checkpoints"
+HELP = (
+    "count storage, FLOPs, QuantOps and memory of configurations and checkpoints; with --measure "
+    "also run them"
+)
+# What estimated and measured runtimes are relative to.
 REFERENCE = "hubert_fastconv"
 _PAPER_SECONDS = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "Exit status: 0; 1 if a target could not be read, the others are still shown."
+    parser.epilog = (
+        "Exit status: 0; 1 if a target could not be read or run, the others are still shown; 130 "
+        "if --measure was interrupted, what it measured until then is shown."
+    )
     parser.add_argument(
         "targets",
         nargs="*",
@@ -58,44 +70,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--per-module", action="store_true", help="every operator of each target")
     parser.add_argument("--paper", action="store_true", help="the paper's Table 1 beside ours")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV too")
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        metavar="FILE",
+        help="write CSV too: a row per model, with --measure one per model, length and threads",
+    )
+    measuring.add_arguments(parser)
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """A target with its counts by seconds of audio."""
+
+    name: str
+    target: Target
+    profiles: dict[float, Profile]
 
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
-    reference = profile(meta_model(model_config(REFERENCE, [])), REFERENCE, args.seconds)
+    lengths = {args.seconds, *measuring.lengths(args)}
+    reference = _count(REFERENCE, Target(REFERENCE), lengths)
     if args.paper:
-        return _paper(reference, args)
-    profiles, problems = _profiles(args.targets, args.set, args.seconds)
-    rows = [profile_row(p, reference, args.conversion_rate) for p in profiles]
+        return _paper(reference.profiles[_PAPER_SECONDS], args)
+    counted, problems = _count_all(args, lengths)
+    rows, is_interrupted = [], False
+    if args.measure and counted:
+        counted = _with_reference(counted, reference)
+        rows, outcome = _measured_rows(counted, reference, args)
+        problems += outcome.problems
+        is_interrupted = outcome.is_interrupted
+    else:
+        rows = [_row(entry, reference, args.seconds, args) for entry in counted]
     if rows:
-        _show(rows, profiles, args)
+        _show(rows, [entry.profiles[args.seconds] for entry in counted], args)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
+    if is_interrupted:
+        print("interrupted: shown is what had been measured until then", file=sys.stderr)
+        return 130
     return int(bool(problems))
 
 
-def read_target(target: str, overrides: list[str]) -> Hubert:
-    """The model of a configuration, a precision or a checkpoint, on the meta device.
-
-    Raises:
-        LowbitError: there is no such thing, or it cannot be read.
-    """
-    path = Path(target)
-    if path.suffix != ".pt" and not path.exists():
-        return meta_model(model_config(target, overrides))
-    state = read_checkpoint(path, mmap=True)
-    config = state["cfg"]["model"]
-    precision = config.get("precision")
-    with WithoutWeights():
-        return Hubert(
-            Architecture.from_mapping(config),
-            len(state["model"].get("label_embs_concat", ())),
-            Precision.from_mapping(precision) if precision else None,
-        )
-
-
 def _check(args: argparse.Namespace) -> None:
+    if args.paper and args.measure:
+        raise LowbitError(
+            f"--paper counts only: name what to measure, profile {REFERENCE} bitla_w1a1 --measure"
+        )
     if args.paper and (
         args.targets or args.set or args.per_module or args.seconds != _PAPER_SECONDS
     ):
@@ -104,36 +126,85 @@ def _check(args: argparse.Namespace) -> None:
         )
     if not args.paper and not args.targets:
         raise LowbitError("name a configuration, a precision or a checkpoint, or give --paper")
-    if not args.seconds > 0:
-        raise LowbitError(f"--seconds {args.seconds:g}: want more than 0")
-    if not args.conversion_rate > 0:
-        raise LowbitError(f"--conversion-rate {args.conversion_rate:g}: want more than 0")
+    _check_positive("--seconds", args.seconds)
+    _check_positive("--conversion-rate", args.conversion_rate)
+    for seconds in measuring.lengths(args):
+        _check_positive("--measure-seconds", seconds)
+    if args.csv and not args.csv.absolute().parent.is_dir():
+        raise LowbitError(f"--csv: there is no folder {args.csv.parent}")
 
 
-def _profiles(
-    targets: list[str], overrides: list[str], seconds: float
-) -> tuple[list[Profile], list[str]]:
-    profiles, problems = [], []
-    for target in targets:
+def _check_positive(option: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise LowbitError(f"{option} {value:g}: want more than 0")
+
+
+def _count_all(
+    args: argparse.Namespace, lengths: Iterable[float]
+) -> tuple[list[_Counted], list[str]]:
+    """What could be counted, and what is wrong with the others."""
+    # To measure a model twice would tell nothing new.
+    sources = dict.fromkeys(args.targets) if args.measure else args.targets
+    counted, problems = [], []
+    for source in sources:
         try:
-            profiles.append(profile(read_target(target, overrides), target, seconds))
+            counted.append(_count(source, Target(source, tuple(args.set)), lengths))
         except LowbitError as error:
-            problems.append(f"{target}: {error}")
-    return profiles, problems
+            problems.append(f"{source}: {error}")
+    return counted, problems
+
+
+def _count(name: str, target: Target, lengths: Iterable[float]) -> _Counted:
+    model = target.read()
+    return _Counted(name, target, {seconds: profile(model, name, seconds) for seconds in lengths})
+
+
+def _row(
+    entry: _Counted, reference: _Counted, seconds: float, args: argparse.Namespace
+) -> dict[str, Any]:
+    return profile_row(entry.profiles[seconds], reference.profiles[seconds], args.conversion_rate)
+
+
+def _with_reference(counted: list[_Counted], reference: _Counted) -> list[_Counted]:
+    """Measured runtimes are relative to the reference, so it runs even when it was not named."""
+    if any(entry.target == reference.target for entry in counted):
+        return counted
+    name = f"{REFERENCE} (reference)"
+    profiles = {s: replace(counts, name=name) for s, counts in reference.profiles.items()}
+    return [_Counted(name, reference.target, profiles), *counted]
+
+
+def _measured_rows(
+    counted: list[_Counted], reference: _Counted, args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], measuring.Outcome]:
+    outcome = measuring.run_targets({entry.name: entry.target for entry in counted}, args)
+    (reference_name,) = (e.name for e in counted if e.target == reference.target)
+    rows = []
+    for entry in counted:
+        row = _row(entry, reference, args.seconds, args)
+        estimates = {s: _row(entry, reference, s, args) for s in measuring.lengths(args)}
+        measuring.add_measurements(row, entry.target, estimates, outcome.record, reference_name)
+        rows.append(row)
+    return rows, outcome
 
 
 def _show(rows: list[dict[str, Any]], profiles: list[Profile], args: argparse.Namespace) -> None:
+    if args.json and args.per_module:
+        modules = [[cost.to_mapping() for cost in entry.costs] for entry in profiles]
+        pairs = zip(rows, modules, strict=True)
+        print(json.dumps([{**row, "modules": own} for row, own in pairs], indent=1))
+    elif args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        _print_tables(rows, profiles, args)
     if args.csv:
         with atomic_write(args.csv) as file:
-            write_csv(rows, file)
-    if args.json:
-        if args.per_module:
-            rows = [
-                {**row, "modules": [cost.to_mapping() for cost in p.costs]}
-                for row, p in zip(rows, profiles, strict=True)
-            ]
-        print(json.dumps(rows, indent=1))
-        return
+            write_csv(flat_measurements(rows) if args.measure else rows, file)
+
+
+def _print_tables(
+    rows: list[dict[str, Any]], profiles: list[Profile], args: argparse.Namespace
+) -> None:
     if args.per_module:
         for entry in profiles:
             print_table(module_table(entry))
@@ -142,6 +213,9 @@ def _show(rows: list[dict[str, Any]], profiles: list[Profile], args: argparse.Na
         f"runtime: (FLOPs + QuantOps/K) / FLOPs of {REFERENCE}, K = {args.conversion_rate:g}, an "
         "estimate.\nactivations: most that one operator reads and writes, fp32."
     )
+    if args.measure and any(row["measured"] for row in rows):
+        print_table(measured_table(rows))
+        print("\n".join(measuring.notes(rows, REFERENCE)))
 
 
 def _paper(reference: Profile, args: argparse.Namespace) -> int:

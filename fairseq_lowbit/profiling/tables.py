@@ -70,9 +70,73 @@ def _kind(cost: Cost) -> tuple[int, int]:
     return cost.bits, cost.operations
 
 
+def measured_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """What was measured beside what was estimated for the same audio, models under each other.
+
+    Args:
+        rows: with ``name`` and ``measured``, as ``profile --measure --json`` prints them.
+    """
+    table = Table(title="measured beside estimated", title_justify="left")
+    for head in ("audio s", "threads"):
+        table.add_column(head, justify="right")
+    table.add_column("model", no_wrap=True)
+    table.add_column("time ms", justify="right", no_wrap=True)
+    for head in ("real-time factor", "measured runtime", "estimated", "peak memory MB"):
+        table.add_column(head, justify="right")
+    for (seconds, threads), found in _by_condition(rows).items():
+        for name, entry in found:
+            table.add_row(f"{seconds:g}", str(threads), name, *_measured_cells(entry))
+        table.add_section()
+    return table
+
+
+def _by_condition(
+    rows: Sequence[dict[str, Any]],
+) -> dict[tuple[float, int], list[tuple[str, dict[str, Any]]]]:
+    found: dict[tuple[float, int], list[tuple[str, dict[str, Any]]]] = {}
+    for row in rows:
+        for entry in row["measured"]:
+            key = entry["seconds"], entry["threads"]
+            found.setdefault(key, []).append((row["name"], entry))
+    return found
+
+
+def _measured_cells(entry: dict[str, Any]) -> tuple[str, ...]:
+    time, low, high = (_milliseconds(entry[key]) for key in ("time_s", "time_min_s", "time_max_s"))
+    runtime, peak = entry["measured_runtime"], entry["peak_resident_bytes"]
+    return (
+        f"{time} ({low} to {high})",
+        f"{entry['real_time_factor']:.3f}",
+        "-" if runtime is None else f"{runtime:.3f}",
+        f"{entry['runtime']:.3f}",
+        "-" if peak is None else f"{peak / 1e6:,.0f}",
+    )
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f}" if seconds > 0.1 else f"{1e3 * seconds:.1f}"
+
+
+def flat_measurements(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per model, length of audio and number of threads; what is counted is counted at that
+    length. A model that was not measured keeps its one row."""
+    flat = []
+    for row in rows:
+        common = {key: row[key] for key in row if key not in ("measured", "machine")}
+        machine = {key: _text(value) for key, value in row["machine"].items()}
+        for entry in row["measured"] or [{}]:
+            single = {key: value for key, value in entry.items() if key != "times_s"}
+            flat.append({**common, **single, **machine})
+    return flat
+
+
+def _text(value: Any) -> Any:
+    return " ".join(value) if isinstance(value, (list, tuple)) else value
+
+
 def write_csv(rows: Sequence[dict[str, Any]], file: TextIO) -> None:
-    """Every field of every row."""
-    writer = csv.DictWriter(file, list(rows[0]))
+    """Every field of every row; a field that only some rows have is empty in the others."""
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
     writer.writeheader()
     writer.writerows(rows)
 

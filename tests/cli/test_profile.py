@@ -5,26 +5,31 @@ import io
 import json
 import re
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from fairseq_lowbit.cli import measuring
 from fairseq_lowbit.cli.main import main
+from fairseq_lowbit.cli.targets import Target
 from fairseq_lowbit.evaluation.paper import CELLS, TABLE
 from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.precision import Precision
+from fairseq_lowbit.profiling.measured import Runnable, runnable, with_random_weights
 from tests.shapes import TINY
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    model = Hubert(TINY, classes=5, precision=Precision("bitla_w2a2"))
+    return save(Hubert(TINY, classes=5, precision=Precision("bitla_w2a2")), tmp_path / "student.pt")
+
+
+def save(model: Hubert, path: Path) -> Path:
     config = {**asdict(TINY), "precision": model.plan.precision.to_mapping()}
-    state = {"cfg": {"model": config, "task": {}}, "model": model.state_dict()}
-    torch.save(state, tmp_path / "student.pt")
-    return tmp_path / "student.pt"
+    torch.save({"cfg": {"model": config, "task": {}}, "model": model.state_dict()}, path)
+    return path
 
 
 def rows(capsys: pytest.CaptureFixture, *arguments: str, status: int = 0) -> list[dict]:
@@ -65,8 +70,9 @@ def test_the_conversion_rate_is_a_choice(capsys) -> None:
 
 def test_csv(tmp_path: Path, capsys) -> None:
     file = tmp_path / "costs.csv"
-    expected = rows(capsys, "float", "bitla_w1a1", "--csv", str(file))
+    expected = rows(capsys, "float", "bitla_w1a1", "--per-module", "--csv", str(file))
     found = list(csv.DictReader(file.open()))
+    assert set(found[0]) == set(expected[0]) - {"modules"}
     assert [row["name"] for row in found] == ["float", "bitla_w1a1"]
     assert [float(row["storage_bytes"]) for row in found] == [r["storage_bytes"] for r in expected]
 
@@ -140,10 +146,172 @@ def test_one_bad_target_leaves_the_others(checkpoint: Path, tmp_path: Path, caps
         (("float", "--conversion-rate", "0"), "--conversion-rate 0"),
         (("float", "--conversion-rate", "-3"), "--conversion-rate -3"),
         ((), "name a configuration"),
+        (("float", "--seconds", "inf"), "--seconds inf"),
         (("float", "--paper"), "--paper has its own models"),
         (("--paper", "--per-module"), "--paper has its own models"),
+        (("--paper", "--measure"), "--paper counts only"),
+        (("float", "--measure", "--measure-seconds", "2", "0"), "--measure-seconds 0"),
+        (("float", "--measure", "--measure-seconds", "nan"), "--measure-seconds nan"),
+        (("float", "--measure", "--measure-seconds", "0.001"), "0.001 s of audio give no frame"),
+        (("float", "--measure", "--repeats", "0"), "--repeats 0"),
+        (("float", "--measure-seconds", "2"), "belong to --measure"),
+        (("float", "--repeats", "2"), "belong to --measure"),
+        (("float", "--measure", "--csv", "gone/costs.csv"), "--csv: there is no folder gone"),
     ],
 )
 def test_contradictions(arguments: tuple, message: str, capsys) -> None:
     assert main(["profile", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+BRIEFLY = ("--measure", "--measure-seconds", "0.5", "--repeats", "1")
+OVERRIDE = ("--set", "model=fastconv_tiny")
+
+
+@pytest.fixture
+def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads on a busy core take seconds to wait for each other."""
+    monkeypatch.setattr(measuring, "usable_cores", lambda: 1)
+
+
+@pytest.fixture
+def small_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names load a tiny model."""
+    load = Target.load
+
+    def small(target: Target) -> Hubert:
+        if target.has_weights:
+            return load(target)
+        return with_random_weights(TINY, target.config().precision)
+
+    monkeypatch.setattr(Target, "load", small)
+
+
+def test_measured_beside_estimated(one_core, tmp_path: Path, capsys) -> None:
+    student = save(with_random_weights(TINY, Precision("bitla_w2a2")), tmp_path / "student.pt")
+    file = tmp_path / "measured.csv"
+    targets = ("bitla_w1a1", "bitla_w1a1", str(student))
+    assert main(["profile", "--json", *targets, *OVERRIDE, *BRIEFLY, "--csv", str(file)]) == 0
+    output, progress = capsys.readouterr()
+    found = json.loads(output)
+    assert "timing 0.5 s, 1 thread" in progress
+
+    names = ["hubert_fastconv (reference)", "bitla_w1a1", str(student)]
+    assert [row["name"] for row in found] == names
+    assert [row["weights"] for row in found] == ["random", "random", "checkpoint"]
+    fake = "fake quantization in fp32"
+    assert [row["arithmetic"] for row in found] == ["fp32", fake, fake]
+    for row in found:
+        assert row["seconds"] == 10
+        assert {"cpu", "cores", "instruction_sets", "torch"} == set(row["machine"])
+        (entry,) = row["measured"]
+        assert (entry["seconds"], entry["threads"]) == (0.5, 1)
+        assert entry["times_s"] == [entry["time_s"]]
+        assert entry["real_time_factor"] == entry["time_s"] / 0.5
+        assert entry["measured_runtime"] > 0
+        assert entry["peak_resident_bytes"] > row["libraries_resident_bytes"] / 2
+    assert found[0]["measured"][0]["measured_runtime"] == 1
+    assert found[0]["measured"][0]["runtime"] == 1
+
+    # What stands beside it is the profile of the same audio.
+    counted = rows(capsys, "bitla_w1a1", *OVERRIDE, "--seconds", "0.5")[0]
+    entry = found[1]["measured"][0]
+    for key in ("flops", "quantops", "runtime", "peak_activation_bytes"):
+        assert entry[key] == counted[key]
+
+    table = list(csv.DictReader(file.open()))
+    assert [row["name"] for row in table] == names
+    for line, row in zip(table, found, strict=True):
+        assert float(line["seconds"]) == 0.5
+        assert int(line["threads"]) == 1
+        for key in ("measured_runtime", "time_s", "runtime", "flops", "real_time_factor"):
+            assert float(line[key]) == row["measured"][0][key]
+        assert line["cpu"] == row["machine"]["cpu"]
+        assert float(line["storage_bytes"]) == row["storage_bytes"]
+
+
+def test_every_model_at_every_length_with_one_thread_and_all(
+    small_reference, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+) -> None:
+    monkeypatch.setattr(measuring, "usable_cores", lambda: 3)
+    monkeypatch.setattr(measuring, "runnable", lambda model: replace(runnable(model), run=len))
+    file = tmp_path / "measured.csv"
+    arguments = ("hubert_fastconv", "bitl_w1a1", "--measure", "--csv", str(file))
+    assert main(["profile", *arguments, "--repeats", "2", "--measure-seconds", "1", "0.5"]) == 0
+    conditions = [(0.5, 1), (0.5, 3), (1.0, 1), (1.0, 3)]
+    found = [
+        (row["name"], float(row["seconds"]), int(row["threads"]))
+        for row in csv.DictReader(file.open())
+    ]
+    names = ("hubert_fastconv", "bitl_w1a1")  # the named reference is the reference
+    assert found == [(name, *condition) for name in names for condition in conditions]
+
+    output = capsys.readouterr().out
+    table = output[output.index("measured beside estimated") :]
+    cells = re.findall(r"│ +([\d.]+) │ +(\d+) │ (\w+) ", table)
+    assert [(float(s), int(t), n) for s, t, n in cells] == [
+        (*condition, name) for condition in conditions for name in names
+    ]
+    assert "\nbitl_w1a1: run as fake quantization" in table
+    assert "\nhubert_fastconv, bitl_w1a1: no checkpoints" in table
+    assert f"torch {torch.__version__}" in table
+
+
+def test_what_computes_in_float_is_not_called_fake(small_reference, one_core, capsys) -> None:
+    assert main(["profile", "hubert_fastconv", *BRIEFLY]) == 0
+    assert "fake" not in capsys.readouterr().out
+
+
+def test_what_cannot_be_measured_leaves_the_others(
+    checkpoint: Path, small_reference, one_core, tmp_path: Path, capsys
+) -> None:
+    truncated = tmp_path / "truncated.pt"
+    truncated.write_bytes(checkpoint.read_bytes()[:1000])
+    targets = (str(truncated), "bitl_w9a1", str(checkpoint), "bitla_w1a1")
+    assert main(["profile", "--json", *targets, *BRIEFLY]) == 1
+    output, errors = capsys.readouterr()
+    measured = {row["name"]: len(row["measured"]) for row in json.loads(output)}
+    # The checkpoint can be counted, but its quantizers have no scales to run with.
+    assert measured == {"hubert_fastconv (reference)": 1, str(checkpoint): 0, "bitla_w1a1": 1}
+    messages = [line for line in errors.splitlines() if line.startswith("error: ")]
+    for message, part in zip(
+        messages, ("truncated, corrupt", "9 bits", "never calibrated"), strict=True
+    ):
+        assert part in message
+    # Where nothing can be read, nothing is run.
+    assert main(["profile", "--json", "bitl_w9a1", *BRIEFLY]) == 1
+    output, errors = capsys.readouterr()
+    assert (output, "timing" in errors) == ("", False)
+
+
+@pytest.mark.parametrize(
+    "last, times",
+    # Each model runs once for its memory and once to warm up; then the turns begin.
+    [(6, [1, 1]), (0, [0, 0])],
+)
+def test_an_interruption_shows_what_was_measured(
+    last: int,
+    times: list[int],
+    small_reference,
+    one_core,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys,
+) -> None:
+    runs = []
+
+    def run(waveform: torch.Tensor) -> None:
+        if len(runs) == last:
+            raise KeyboardInterrupt
+        runs.append(waveform)
+
+    monkeypatch.setattr(measuring, "runnable", lambda model: Runnable(run, "nothing"))
+    file = tmp_path / "measured.csv"
+    arguments = ("bitla_w1a1", "--measure", "--measure-seconds", "1", "--csv", str(file))
+    assert main(["profile", "--json", *arguments]) == 130
+    output, errors = capsys.readouterr()
+    found = [sum(len(entry["times_s"]) for entry in row["measured"]) for row in json.loads(output)]
+    assert found == times
+    assert "interrupted" in errors
+    # A row without measurements keeps its estimate.
+    assert [float(row["flops"]) > 0 for row in csv.DictReader(file.open())] == [True, True]

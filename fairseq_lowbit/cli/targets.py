@@ -1,0 +1,78 @@
+"""What a command takes for a model: a configuration's name, any precision by name, a checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.models import (
+    Architecture,
+    Hubert,
+    WithoutWeights,
+    load_model,
+    read_checkpoint,
+)
+from fairseq_lowbit.nn import is_calibrated
+from fairseq_lowbit.plugin.configs import ModelConfig, meta_model, model_config
+from fairseq_lowbit.precision import Precision
+from fairseq_lowbit.profiling.measured import with_random_weights
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model as a user named it.
+
+    Attributes:
+        overrides: Hydra's, for a name; a checkpoint has its own configuration.
+    """
+
+    source: str
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it is a checkpoint."""
+        path = Path(self.source)
+        return path.suffix == ".pt" or path.exists()
+
+    def read(self) -> Hubert:
+        """The model on the meta device.
+
+        Raises:
+            LowbitError: there is no such thing, or it cannot be read.
+        """
+        if not self.has_weights:
+            return meta_model(self.config())
+        state = read_checkpoint(self.source, mmap=True)
+        config = state["cfg"]["model"]
+        precision = config.get("precision")
+        with WithoutWeights():
+            return Hubert(
+                Architecture.from_mapping(config),
+                len(state["model"].get("label_embs_concat", ())),
+                Precision.from_mapping(precision) if precision else None,
+            )
+
+    def load(self) -> Hubert:
+        """The model ready to run; a name has no weights and gets random ones.
+
+        Raises:
+            LowbitError: as :meth:`read`; quantizers of a checkpoint that have no scales yet.
+        """
+        if not self.has_weights:
+            config = self.config()
+            return with_random_weights(config, config.precision)
+        model = load_model(self.source).model
+        if not is_calibrated(model):
+            raise LowbitError(
+                f"{self.source} has quantizers that were never calibrated, so it cannot run: want "
+                "a checkpoint that training or fairseq-lowbit ptq wrote"
+            )
+        return model
+
+    def config(self) -> ModelConfig:
+        """What a name asks for.
+
+        Raises:
+            LowbitError: there is no such name, or an override does not fit.
+        """
+        return model_config(self.source, list(self.overrides))
