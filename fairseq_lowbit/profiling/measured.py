@@ -223,9 +223,9 @@ def _measure_memory(
     record.arithmetic[candidate.name] = model.arithmetic
     for condition in grid:
         announce(stage, str(condition))
-        run = partial(model.run, _noise(condition))
         what = f"running {condition.seconds:g} s of audio"
         with within_free_memory(what), _running(condition):
+            run = partial(model.run, _noise(condition))
             record.peaks[candidate.name, condition] = peak_resident_bytes(run)
 
 
