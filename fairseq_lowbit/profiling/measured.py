@@ -191,6 +191,8 @@ def measure(
             record.failures[candidate.name] = str(error)
     record.libraries = resident_bytes()
     left = [candidate for candidate in candidates if candidate.name not in record.failures]
+    if not left:
+        return
     with within_free_memory(f"timing {len(left)} models in turns"):
         models = {}
         for candidate in left:
