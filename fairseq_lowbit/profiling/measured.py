@@ -191,6 +191,8 @@ def measure(
             record.failures[candidate.name] = str(error)
     record.libraries = resident_bytes()
     left = [candidate for candidate in candidates if candidate.name not in record.failures]
+    if not left:
+        return
     with within_free_memory(f"timing {len(left)} models in turns"):
         models = {}
         for candidate in left:
@@ -223,9 +225,9 @@ def _measure_memory(
     record.arithmetic[candidate.name] = model.arithmetic
     for condition in grid:
         announce(stage, str(condition))
-        run = partial(model.run, _noise(condition))
         what = f"running {condition.seconds:g} s of audio"
         with within_free_memory(what), _running(condition):
+            run = partial(model.run, _noise(condition))
             record.peaks[candidate.name, condition] = peak_resident_bytes(run)
 
 
