@@ -11,9 +11,8 @@ from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.paper import SOURCE, TABLE, PaperRow
 from fairseq_lowbit.evaluation.tables import print_table
 from fairseq_lowbit.files import atomic_write
-from fairseq_lowbit.models import Architecture, Hubert, WithoutWeights, read_checkpoint
+from fairseq_lowbit.models import Hubert, load_without_weights
 from fairseq_lowbit.plugin.configs import meta_model, model_config
-from fairseq_lowbit.precision import Precision
 from fairseq_lowbit.profiling import Profile, profile
 from fairseq_lowbit.profiling.cost import CONVERSION_RATE
 from fairseq_lowbit.profiling.tables import (
@@ -82,15 +81,7 @@ def read_target(target: str, overrides: list[str]) -> Hubert:
     path = Path(target)
     if path.suffix != ".pt" and not path.exists():
         return meta_model(model_config(target, overrides))
-    state = read_checkpoint(path, mmap=True)
-    config = state["cfg"]["model"]
-    precision = config.get("precision")
-    with WithoutWeights():
-        return Hubert(
-            Architecture.from_mapping(config),
-            len(state["model"].get("label_embs_concat", ())),
-            Precision.from_mapping(precision) if precision else None,
-        )
+    return load_without_weights(path)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -39,7 +39,7 @@ class Measurement:
 def stored_measurement(run: Run, seconds: float) -> Measurement | None:
     """What an earlier table measured, if run, teacher, data and ``seconds`` are the same still."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        stored = json.loads((run.folder / RESULTS_FILE).read_text())
+        stored = json.loads(_results(run).read_text())
         if stored["of"] == _fingerprint(run, seconds):
             return Measurement(_row(stored["row"]), _row(stored["teacher"]))
     return None
@@ -121,8 +121,15 @@ class _Bench:
 
 def _store(run: Run, fingerprint: dict[str, Any], measurement: Measurement) -> None:
     # In a folder that is not ours to write to, the next table measures again.
-    with suppress(LowbitError), atomic_write(run.folder / RESULTS_FILE) as file:
+    with suppress(LowbitError), atomic_write(_results(run)) as file:
         json.dump({"of": fingerprint, **asdict(measurement)}, file, indent=1)
+
+
+def _results(run: Run) -> Path:
+    """In the run's folder, or next to a checkpoint outside of any."""
+    if run.folder == run.checkpoint:
+        return run.checkpoint.with_suffix(f".{RESULTS_FILE}")
+    return run.folder / RESULTS_FILE
 
 
 def _fingerprint(run: Run, seconds: float) -> dict[str, Any]:

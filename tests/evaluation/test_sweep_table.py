@@ -175,7 +175,7 @@ def test_runs_that_are_not_well(
         "deaf": ("finished", f"no manifest {tmp_path}/nothing/test.tsv"),
         "dumb": ("finished", "--data"),
         "foreign": ("unreadable", "config.yaml is not the configuration"),
-        str(tmp_path / "empty"): ("unreadable", "no such folder"),
+        str(tmp_path / "empty"): ("unreadable", "no such file or folder"),
     }
     for name, (state, message) in expected.items():
         assert status[name][0] == state
@@ -284,12 +284,12 @@ def test_mistakes_of_the_command(
 ) -> None:
     folder = make_run("exp/a", None)
     for arguments, named in (
-        ([tmp_path / "no_such_folder"], "no such folder"),
+        ([tmp_path / "no_such_folder"], "no such file or folder"),
         ([tmp_path / "data", tmp_path / "gone"], "no run in this folder"),
         ([folder, "--data=/gone"], "--data /gone"),
         ([folder, "--teacher=/gone.pt"], "--teacher /gone.pt"),
         ([folder, f"--csv={tmp_path}"], "is a folder"),
-        ([folder, f"--markdown={folder}/.hydra/config.yaml/t.md"], "cannot be written"),
+        ([folder, f"--markdown={folder}/.hydra/config.yaml/t.md"], "cannot write"),
     ):
         assert main(["sweep-table", *map(str, arguments)]) == 2
         captured = capsys.readouterr()
