@@ -169,6 +169,11 @@ def _measured(row: Row) -> Record:
     return found
 
 
+def record_of_row(row: Row, **known: Any) -> Record:
+    """A record of what was measured of a model, and of what else is known of it."""
+    return _blank(name=row.name) | known | _measured(row)
+
+
 def _blank(**known: Any) -> Record:
     return dict.fromkeys(FIELDS) | known
 

@@ -41,7 +41,8 @@ def stored_measurement(run: Run, seconds: float) -> Measurement | None:
     with suppress(OSError, ValueError, KeyError, TypeError):
         stored = json.loads(_results(run).read_text())
         if stored["of"] == _fingerprint(run, seconds):
-            return Measurement(_row(stored["row"]), _row(stored["teacher"]))
+            teacher = stored["teacher"]
+            return Measurement(read_row(stored["row"]), teacher and read_row(teacher))
     return None
 
 
@@ -151,10 +152,12 @@ def _stamp(path: Path) -> list[int] | None:
     return None
 
 
-def _row(values: dict[str, Any] | None) -> Row | None:
-    """Back from JSON, where tuples are lists."""
-    if values is None:
-        return None
+def read_row(values: dict[str, Any]) -> Row:
+    """Back from JSON, where tuples are lists.
+
+    Raises:
+        KeyError, TypeError: these are not the values of a row.
+    """
     parts = {"agreement": Agreement, "masked": MaskedAccuracy, "probe": Probe}
     built = {
         key: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values[key].items()})

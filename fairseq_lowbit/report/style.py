@@ -1,10 +1,12 @@
 """How every figure of a report looks, on the page and in print."""
 
 import io
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 # Okabe and Ito's colours without yellow, which white swallows, and two darker ones: neighbours
@@ -68,6 +70,8 @@ _RC: dict[str, Any] = {
     "pdf.fonttype": 42,
 }
 _DPI = 160
+# Of the legend, whose handles and gaps are some characters wide.
+_CHARACTERS_PER_INCH, _HANDLE = 14, 6
 
 
 def styled() -> AbstractContextManager:
@@ -80,8 +84,27 @@ def new_figure(width: float = NARROW, height: float = 3.2) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def add_legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    """A legend below all axes, which covers nothing however long the names are; none for one name
+    that needs no telling apart."""
+    if len(handles) < 2:
+        return
+    labels = [shortened(str(handle.get_label())) for handle in handles]
+    longest = max(map(len, labels)) + _HANDLE
+    columns = int(figure.get_figwidth() * _CHARACTERS_PER_INCH / longest)
+    figure.legend(handles, labels, loc="outside lower left", ncols=min(max(1, columns), 4))
+
+
+def shortened(name: str, most: int = 40) -> str:
+    """A long name without its middle: runs of a sweep differ at either end."""
+    if len(name) <= most:
+        return name
+    head = (most - 1) // 2
+    return f"{name[:head]}…{name[head + 1 - most :]}"
+
+
 def as_bytes(figure: Figure, kind: str) -> bytes:
-    """A figure as ``svg``, ``png`` or ``pdf``."""
+    """A figure as ``svg``, ``png`` or ``pdf``; the first call settles its layout for all others."""
     # Without a date, so that the same figure makes the same file.
     undated = {
         "svg": {"Date": None},
@@ -90,5 +113,8 @@ def as_bytes(figure: Figure, kind: str) -> bytes:
     }
     file = io.BytesIO()
     with styled():
+        if figure.get_layout_engine() is not None:
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
         figure.savefig(file, format=kind, dpi=_DPI, metadata=undated[kind])
     return file.getvalue()
