@@ -35,10 +35,16 @@ def check_measuring_arguments(args: argparse.Namespace) -> None:
 
 
 def with_places(entries: Sequence[Entry], args: argparse.Namespace) -> list[Entry]:
-    """With the data and the teacher of the command line, where they are given."""
+    """With the data and the teacher of the command line, where they are given; the teacher itself
+    is its own run's model and nobody's student."""
     given = {"data": args.data, "teacher": args.teacher}
     given = {key: path for key, path in given.items() if path is not None}
-    return [replace(e, run=replace(e.run, **given)) if e.run else e for e in entries]
+
+    def place(run: Run) -> Run:
+        is_teacher = args.teacher and run.checkpoint.resolve() == args.teacher.resolve()
+        return replace(run, **given | {"teacher": None} if is_teacher else given)
+
+    return [replace(e, run=place(e.run)) if e.run else e for e in entries]
 
 
 def measure(entries: list[Entry], seconds: float, only_known: bool) -> None:

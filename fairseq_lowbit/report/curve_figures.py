@@ -127,8 +127,8 @@ def _loss_drawing(
     return Drawing(
         f"curve_{group}_{term}",
         name[0].upper() + name[1:],
-        f"{term} in the log. Thin: training, the mean between two lines of the log; thick: "
-        f"validation.{' Logarithmic.' if is_log else ''}{_grey(runs, colors)}",
+        f"{term}. Thin: training, means between two lines of the log; thick: validation."
+        f"{' The scale is logarithmic.' if is_log else ''}{_grey(runs, colors)}",
         figure,
     )
 

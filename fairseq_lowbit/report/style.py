@@ -1,6 +1,7 @@
 """How every figure of a report looks, on the page and in print."""
 
 import io
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -70,6 +71,8 @@ _RC: dict[str, Any] = {
     "pdf.fonttype": 42,
 }
 _DPI = 160
+# Writing PDF subsets fonts, which it tells at length.
+logging.getLogger("fontTools").setLevel(logging.WARNING)
 # Of the legend, whose handles and gaps are some characters wide.
 _CHARACTERS_PER_INCH, _HANDLE = 14, 6
 
