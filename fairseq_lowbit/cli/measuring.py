@@ -52,6 +52,9 @@ def measure(entries: list[Entry], seconds: float, only_known: bool) -> None:
 
     Args:
         only_known: measure nothing anew.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted, and has said so.
     """
     places = {}
     for index, entry in enumerate(entries):
@@ -70,7 +73,11 @@ def measure(entries: list[Entry], seconds: float, only_known: bool) -> None:
         name = entries[places[run]].name
         print(f"measuring {next(started)} of {len(places)}: {name}", file=sys.stderr, flush=True)
 
-    for run, result in measure_runs(places, seconds, announce):
-        index = places[run]
-        known = {"problem" if isinstance(result, str) else "measurement": result}
-        entries[index] = replace(entries[index], **known)
+    try:
+        for run, result in measure_runs(places, seconds, announce):
+            index = places[run]
+            known = {"problem" if isinstance(result, str) else "measurement": result}
+            entries[index] = replace(entries[index], **known)
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is kept, the same command goes on", file=sys.stderr)
+        raise

@@ -27,11 +27,9 @@ from fairseq_lowbit.report.choice import colors, worth_dissecting
 from fairseq_lowbit.report.columns import COSTS
 from fairseq_lowbit.report.contents import (
     Sections,
+    all_details,
     comparison,
-    details_of,
     figures_folder,
-    has_details,
-    note_on_choice,
     problems_of,
     summary_of,
 )
@@ -128,11 +126,11 @@ def _page(
     args: argparse.Namespace, sources: Sources, subjects: list[Subject], pictures: Pictures
 ) -> Page:
     colored = colors(subjects, COSTS[0])
-    chosen = _chosen(subjects, args)
+    chosen, why = _chosen(subjects, args)
     sections = Sections(subjects, colored, pictures, lambda what: _say(f"drawing {what}"))
     drawn = sections.build(
         dissect_all(chosen, lambda subject: _say(f"taking {subject.name} apart")),
-        note_on_choice(chosen, subjects, bool(args.dissect)),
+        why,
     )
     heads, lines = comparison(subjects, colored)
     return Page(
@@ -144,17 +142,19 @@ def _page(
         lines=lines,
         findings=sources.findings,
         sections=drawn,
-        details=[details_of(subject) for subject in subjects if has_details(subject)],
+        details=all_details(subjects),
         environment=[(found.topic, found.lines) for found in (check() for check in _ENVIRONMENT)],
     )
 
 
-def _chosen(subjects: Sequence[Subject], args: argparse.Namespace) -> list[Subject]:
+def _chosen(subjects: Sequence[Subject], args: argparse.Namespace) -> tuple[list[Subject], str]:
+    """Which models to look into, and why."""
     if args.no_dissect:
-        return []
+        return [], ""
     if args.dissect:
-        return [s for s in subjects if s.name in args.dissect]
-    return worth_dissecting(subjects, COSTS[0], MOST_DISSECTED)
+        return [s for s in subjects if s.name in args.dissect], "Those that --dissect named."
+    chosen, why = worth_dissecting(subjects, COSTS[0], MOST_DISSECTED)
+    return chosen, f"{why} --dissect NAME looks into others."
 
 
 def _say(what: str) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
 from fairseq_lowbit.cli.measuring import (
@@ -49,7 +48,6 @@ def run(args: argparse.Namespace) -> int:
     try:
         measure(entries, args.seconds, only_known=args.no_evaluate)
     except KeyboardInterrupt:
-        print("interrupted: what was measured is kept, the same command goes on", file=sys.stderr)
         was_interrupted = True
     groups = records(entries, args.sort)
     print_table(rich_table(groups, args.paper))

@@ -72,13 +72,17 @@ def rich_table(groups: Sequence[Sequence[Record]], with_paper: bool) -> Table:
 
 def _name_cell(record: Record) -> Text:
     cell = Text(record["name"])
-    # A job of a sweep has most of them in its name.
-    overrides = [t for t in record["overrides"] or () if folder_name([t]) not in record["name"]]
+    overrides = untold_overrides(record)
     if overrides:
         cell.append(f"\n  {' '.join(overrides)}", style="dim")
     if record["message"]:
         cell.append(f"\n  {record['message']}", style="red")
     return cell
+
+
+def untold_overrides(record: Record) -> list[str]:
+    """Those that its name does not tell; a job of a sweep has most of them in its name."""
+    return [t for t in record["overrides"] or () if folder_name([t]) not in record["name"]]
 
 
 def write_csv(groups: Sequence[Sequence[Record]], file: TextIO) -> None:

@@ -17,7 +17,8 @@ def deciding_quality(subjects: Sequence[Subject]) -> Column:
     def count(column: Column) -> int:
         return sum(column.value(s) is not None for s in subjects if not s.is_float)
 
-    return max((*_DECIDING, VALIDATION_LOSS), key=count)
+    best = max(_DECIDING, key=count)
+    return best if count(best) else VALIDATION_LOSS
 
 
 def front(subjects: Sequence[Subject], cost: Column, quality: Column) -> list[Subject]:
@@ -55,14 +56,21 @@ def standing_out(subjects: Sequence[Subject], colors: Mapping[str, str]) -> list
     return [subject for subject in subjects if colors[subject.name] != FAINT]
 
 
-def worth_dissecting(subjects: Sequence[Subject], cost: Column, most: int) -> list[Subject]:
-    """Quantized models with a checkpoint on the Pareto front, from the cheapest to the best; evenly
-    spaced ones if there are more than ``most``."""
+def worth_dissecting(
+    subjects: Sequence[Subject], cost: Column, most: int
+) -> tuple[list[Subject], str]:
+    """Quantized models with a checkpoint on the Pareto front, from the cheapest to the best, and
+    why these; evenly spaced ones if there are more than ``most``."""
     able = [s for s in subjects if s.costs is not None and not s.is_float]
-    best = front(able, cost, deciding_quality(able)) or able
-    if len(best) <= most:
-        return best
-    return [best[round(i * (len(best) - 1) / (most - 1))] for i in range(most)]
+    quality = deciding_quality(able)
+    best = front(able, cost, quality)
+    why = f"on the Pareto front of {quality.head} against {cost.head}"
+    if not best:
+        best, why = able, "in the order of the table, since no quality is known"
+    if len(best) > most:
+        best = [best[round(i * (len(best) - 1) / (most - 1))] for i in range(most)]
+        why = f"evenly spaced {why}"
+    return best, f"{len(best)} of the {len(able)} quantized models with a checkpoint, {why}."
 
 
 def _by_merit(subjects: Sequence[Subject], cost: Column) -> list[Subject]:

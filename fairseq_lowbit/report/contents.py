@@ -1,6 +1,5 @@
 """What a report says, from the models it tells of: tables, figures, and what was missing."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,10 +9,10 @@ from omegaconf import OmegaConf
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.runs import CONFIG_FILE
+from fairseq_lowbit.evaluation.sweep_table import untold_overrides
 from fairseq_lowbit.evaluation.tables import PLAN_HEADS, plan_rows
 from fairseq_lowbit.models import read_checkpoint
-from fairseq_lowbit.report.choice import deciding_quality
-from fairseq_lowbit.report.columns import COLUMNS, COSTS
+from fairseq_lowbit.report.columns import COLUMNS
 from fairseq_lowbit.report.curve_figures import (
     Trained,
     health_drawings,
@@ -22,7 +21,7 @@ from fairseq_lowbit.report.curve_figures import (
 )
 from fairseq_lowbit.report.curves import Training, read_bands, read_training
 from fairseq_lowbit.report.dissection import Dissected
-from fairseq_lowbit.report.drawing import Drawing
+from fairseq_lowbit.report.drawing import Drawing, slug
 from fairseq_lowbit.report.page import Details, Group, Head, Line, Pictures, Section
 from fairseq_lowbit.report.subjects import Subject
 from fairseq_lowbit.report.tradeoff_figures import tradeoff_drawings
@@ -47,15 +46,15 @@ def comparison(
     heads = [Head(column.head, column.unit, column.note) for column in columns]
     teachers = {s.record["teacher"] for s in subjects} - {None}
     lines = []
-    for subject in subjects:
+    for index, subject in enumerate(subjects):
         record = subject.record
-        details = [" ".join(record["overrides"] or ())]
+        details = [" ".join(untold_overrides(record))]
         if len(teachers) > 1 and record["teacher"]:
             details.append(f"teacher {record['teacher']}")
         lines.append(
             Line(
                 name=subject.name,
-                anchor=anchor(subject) if has_details(subject) else None,
+                anchor=_anchor(index) if has_details(subject) else None,
                 color=colors[subject.name],
                 precision=precision_of(subject),
                 details=", ".join(filter(None, details)),
@@ -128,7 +127,7 @@ class Sections:
         groups = []
         for loss in dict.fromkeys(run.subject.record["loss"] for run in runs):
             members = [run for run in runs if run.subject.record["loss"] == loss]
-            drawings = loss_drawings(members, self.colors, _slug(loss))
+            drawings = loss_drawings(members, self.colors, slug(loss or "other"))
             notes = []
             if len(members) == 1:
                 notes.append(f"Of one run: {members[0].subject.name}.")
@@ -151,7 +150,8 @@ class Sections:
         try:
             training = read_training(subject.folder)
         except LowbitError as error:
-            self.problems.append(f"{subject.name}: {error}")
+            if subject.checkpoint is not None:  # else it has not come that far
+                self.problems.append(f"{subject.name}: {error}")
         bands = read_bands(subject.checkpoint.parent) if subject.checkpoint else {}
         return Trained(subject, training, bands) if training.terms or bands else None
 
@@ -171,15 +171,21 @@ class Sections:
         return Group([self.pictures.add(drawing) for drawing in drawings], title, notes)
 
 
-def anchor(subject: Subject) -> str:
-    return f"run-{_slug(subject.name)}"
-
-
 def has_details(subject: Subject) -> bool:
     return subject.costs is not None or subject.folder is not None
 
 
-def details_of(subject: Subject) -> Details:
+def all_details(subjects: Sequence[Subject]) -> list[Details]:
+    """Of those that have any."""
+    known = ((index, s) for index, s in enumerate(subjects) if has_details(s))
+    return [_details(subject, _anchor(index)) for index, subject in known]
+
+
+def _anchor(index: int) -> str:
+    return f"run-{index + 1}"
+
+
+def _details(subject: Subject, anchor: str) -> Details:
     """Where a run is, what decided its bits, and its configuration."""
     record = subject.record
     made = None if record["updates"] is None else f"{record['updates']:,}"
@@ -194,7 +200,7 @@ def details_of(subject: Subject) -> Details:
         "problem": record["message"] or subject.problem,
     }
     return Details(
-        anchor=anchor(subject),
+        anchor=anchor,
         name=subject.name,
         summary=", ".join(filter(None, (precision_of(subject), _status(subject)))),
         facts=[(what, str(value)) for what, value in facts.items() if value],
@@ -217,19 +223,6 @@ def _configuration(subject: Subject) -> str:
     return ""
 
 
-def note_on_choice(chosen: Sequence[Subject], subjects: Sequence[Subject], is_given: bool) -> str:
-    """Which models were taken apart, and why these."""
-    if is_given:
-        return "The models that --dissect named."
-    quality = deciding_quality(subjects).head
-    able = [s for s in subjects if s.costs is not None and not s.is_float]
-    return (
-        f"{len(chosen)} of the {len(able)} quantized models with a checkpoint: those on the Pareto "
-        f"front of {quality} against {COSTS[0].head}, evenly spaced where it is longer. --dissect "
-        "takes others apart."
-    )
-
-
 def summary_of(subjects: Sequence[Subject]) -> str:
     """One line below the title."""
     quantized = sum(not subject.is_float for subject in subjects)
@@ -240,7 +233,3 @@ def summary_of(subjects: Sequence[Subject]) -> str:
 def figures_folder(page: Path) -> Path:
     """Beside the page: ``report.html`` -> ``report_figures``."""
     return page.with_name(f"{page.stem}_figures")
-
-
-def _slug(text: str | None) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", (text or "other").lower()).strip("_") or "other"

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fairseq_lowbit.report.choice import standing_out
 from fairseq_lowbit.report.curves import Band, Curve, Training
-from fairseq_lowbit.report.drawing import Drawing
+from fairseq_lowbit.report.drawing import Drawing, slug
 from fairseq_lowbit.report.style import FAINT, add_legend, new_figure, styled
 from fairseq_lowbit.report.subjects import Subject
 
@@ -125,7 +125,7 @@ def _loss_drawing(
     _finish(axes, name)
     add_legend(figure, _legend(runs, colors))
     return Drawing(
-        f"curve_{group}_{term}",
+        f"curve_{group}_{slug(term)}",
         name[0].upper() + name[1:],
         f"{term}. Thin: training, means between two lines of the log; thick: validation."
         f"{' The scale is logarithmic.' if is_log else ''}{_grey(runs, colors)}",

@@ -1,5 +1,6 @@
 """What a report shows besides tables."""
 
+import re
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
@@ -20,3 +21,12 @@ class Drawing:
     title: str
     caption: str
     figure: Figure
+
+
+def slug(text: str) -> str:
+    """``text`` as a part of a drawing's name.
+
+    >>> slug("QAT w1a1")
+    'qat_w1a1'
+    """
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "other"

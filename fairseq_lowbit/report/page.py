@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -142,9 +143,7 @@ class Pictures:
 
     def add(self, drawing: Drawing) -> Picture:
         """Raises LowbitError when the folder cannot be written."""
-        same = sum(name == drawing.name for name in self.names)
-        self.names.append(drawing.name)
-        stem = f"{drawing.name}_{same + 1}" if same else drawing.name
+        stem = self._unused(drawing.name)
         files = {kind: as_bytes(drawing.figure, kind) for kind in _FILES}
         for kind, content in files.items():
             with atomic_write(self.folder / f"{stem}.{kind}", "wb") as file:
@@ -156,6 +155,13 @@ class Pictures:
         source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
         is_wide = drawing.figure.get_figwidth() > 1.2 * NARROW
         return Picture(drawing.title, drawing.caption, source, is_wide)
+
+    def _unused(self, name: str) -> str:
+        """A name for files that no other drawing has; models may be named alike."""
+        numbered = (f"{name}_{number}" for number in count(2))
+        free = next(stem for stem in chain([name], numbered) if stem not in self.names)
+        self.names.append(free)
+        return free
 
 
 def render(page: Page) -> str:

@@ -84,7 +84,7 @@ def gather(own: Iterable[Record], others: Iterable[Record]) -> list[Subject]:
             measurements.
     """
     subjects = [Subject(r["name"], r, checkpoint_of(r["folder"])) for r in own]
-    trained = {s.checkpoint for s in subjects if s.record["status"] is not None}
+    trained = {s.checkpoint for s in subjects if s.record["status"]} - {None}
     subjects = [s for s in subjects if s.record["status"] or s.checkpoint not in trained]
     folders = {subject.record["folder"] for subject in subjects} - {None}
     for record in others:

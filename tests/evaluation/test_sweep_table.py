@@ -6,11 +6,9 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
 from fairseq_lowbit.cli.main import main
 from fairseq_lowbit.errors import LowbitError
@@ -21,21 +19,7 @@ from fairseq_lowbit.evaluation.measure import Candidate, Reference, read_held_ou
 from fairseq_lowbit.evaluation.paper import paper_wer
 from fairseq_lowbit.evaluation.runs import Run
 from fairseq_lowbit.models import Hubert, LoadedModel
-from fairseq_lowbit.nn import calibrate
-from fairseq_lowbit.precision import Precision
-from tests.evaluation.conftest import SHAPE, build_teacher
-
-
-@cache
-def calibrated(precision: str) -> Hubert:
-    model = Hubert(SHAPE, precision=Precision(precision))
-    weights = build_teacher().state_dict()
-    model.load_state_dict(
-        {k: v for k, v in weights.items() if k in model.state_dict()}, strict=False
-    )
-    noise = torch.randn(1, 3200, generator=torch.Generator().manual_seed(0))
-    calibrate(model, [0.1 * noise], model.hidden_states)
-    return model.eval()
+from tests.evaluation.conftest import calibrated
 
 
 class Shown:

@@ -15,7 +15,7 @@ class ReportPage(HTMLParser):
         links, sources: values of ``href`` and ``src``.
         ids: in the order of the page.
         images: alternative texts.
-        rows: texts of the cells of every table row.
+        tables: texts of the cells of the rows of every table.
     """
 
     def __init__(self, html: str) -> None:
@@ -26,7 +26,7 @@ class ReportPage(HTMLParser):
         self.sources: list[str] = []
         self.ids: list[str] = []
         self.images: list[str] = []
-        self.rows: list[list[str]] = []
+        self.tables: list[list[list[str]]] = []
         self.words: list[str] = []
         self._cell: list[str] | None = None
         self.feed(html)
@@ -42,9 +42,14 @@ class ReportPage(HTMLParser):
         """What is there to read, with single spaces."""
         return re.sub(r"\s+", " ", " ".join(self.words))
 
+    @property
+    def comparison(self) -> list[list[str]]:
+        """The first table, its heads first."""
+        return self.tables[0]
+
     def row(self, name: str) -> list[str]:
-        """The one row whose first cell begins with ``name``."""
-        (found,) = (row for row in self.rows if row[0].split(" ")[0] == name)
+        """The one row of the comparison whose first cell begins with ``name``."""
+        (found,) = (row for row in self.comparison if row[0].split(" ")[0] == name)
         return found
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
@@ -57,8 +62,10 @@ class ReportPage(HTMLParser):
                 kept.append(values[key] or "")
         if tag == "img":
             self.images.append(values["alt"] or "")
+        if tag == "table":
+            self.tables.append([])
         if tag == "tr":
-            self.rows.append([])
+            self.tables[-1].append([])
         if tag in ("td", "th"):
             self._cell = []
 
@@ -66,7 +73,7 @@ class ReportPage(HTMLParser):
         assert self.open, f"</{tag}> closes nothing"
         assert self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
         if tag in ("td", "th"):
-            self.rows[-1].append(re.sub(r"\s+", " ", " ".join(self._cell or [])).strip())
+            self.tables[-1][-1].append(re.sub(r"\s+", " ", " ".join(self._cell or [])).strip())
             self._cell = None
 
     def handle_data(self, data: str) -> None:
