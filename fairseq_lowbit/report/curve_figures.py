@@ -128,13 +128,14 @@ def _loss_drawing(
     elif is_log:
         axes.set_yscale("log")
     name = _TERMS.get(term, term)
+    scale = " The scale is logarithmic." if axes.get_yscale() == "log" else ""
     _finish(axes, name)
     add_legend(figure, _legend(runs, colors))
     return Drawing(
         f"curve_{group}_{slug(term)}",
         name[0].upper() + name[1:],
         f"{term}. Thin: training, means between two lines of the log; thick: validation."
-        f"{' The scale is logarithmic.' if axes.get_yscale() == 'log' else ''}{_grey(runs, colors)}",
+        f"{scale}{_grey(runs, colors)}",
         figure,
     )
 
