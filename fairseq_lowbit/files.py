@@ -1,6 +1,7 @@
 """Writing files: an interruption leaves the old one whole, a full disk gives one clear message."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +27,21 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Makes the folder of a file that will be written later, before time is spent on it.
+
+    Raises:
+        LowbitError: see :func:`writing`; ``path`` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise LowbitError(f"{path} is a folder: name a file")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
 
 
 @contextmanager

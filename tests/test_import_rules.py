@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "evaluation": {"quantization", "precision", "nn", "models", "distillation", "data"},
     "data": set(),
 }
-MAY_IMPORT["plugin"] = set(MAY_IMPORT)
+MAY_IMPORT["plugin"] = MAY_IMPORT["report"] = set(MAY_IMPORT)
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 MAY_IMPORT["_hydra"] = set()
 

@@ -26,6 +26,7 @@ COMMANDS = (
     ("ptq", "quantize a checkpoint by calibration, without training"),
     ("evaluate", "measure a checkpoint"),
     ("sweep-table", "collect runs into one table"),
+    ("report", "one page from runs, checkpoints and tables"),
 )
 
 

@@ -4,16 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.models import (
-    Architecture,
-    Hubert,
-    WithoutWeights,
-    load_model,
-    read_checkpoint,
-)
+from fairseq_lowbit.models import Hubert, load_model, load_without_weights
 from fairseq_lowbit.nn import is_calibrated
 from fairseq_lowbit.plugin.configs import ModelConfig, meta_model, model_config
-from fairseq_lowbit.precision import Precision
 from fairseq_lowbit.profiling.measured import with_random_weights
 
 
@@ -42,15 +35,7 @@ class Target:
         """
         if not self.has_weights:
             return meta_model(self.config())
-        state = read_checkpoint(self.source, mmap=True)
-        config = state["cfg"]["model"]
-        precision = config.get("precision")
-        with WithoutWeights():
-            return Hubert(
-                Architecture.from_mapping(config),
-                len(state["model"].get("label_embs_concat", ())),
-                Precision.from_mapping(precision) if precision else None,
-            )
+        return load_without_weights(self.source)
 
     def load(self) -> Hubert:
         """The model ready to run; a name has no weights and gets random ones.

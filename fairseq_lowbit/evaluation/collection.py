@@ -11,7 +11,7 @@ from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.measure import Row
 from fairseq_lowbit.evaluation.measured_runs import Measurement
 from fairseq_lowbit.evaluation.paper import paper_wer
-from fairseq_lowbit.evaluation.runs import Run, find_runs, read_run
+from fairseq_lowbit.evaluation.runs import CALIBRATION, Run, find_runs, read_run, read_single
 
 # What every record holds, in the order of the CSV file's columns.
 FIELDS = (
@@ -56,19 +56,19 @@ class Entry:
     measurement: Measurement | None = None
 
 
-def collect(folders: Sequence[Path]) -> list[Entry]:
-    """The runs at and below ``folders``, each once, named from their common parent on; a folder
-    without any is an entry that says so.
+def collect(places: Sequence[Path]) -> list[Entry]:
+    """The runs at and below folders and the checkpoints among ``places``, each once, named from
+    their common parent on; a folder without any is an entry that says so.
 
     Left out are runs that were told to save nothing.
     """
     paths, entries = [], []
-    for folder in folders:
-        found = [path.resolve() for path in find_runs(folder)]
+    for place in places:
+        found = [path.resolve() for path in ([place] if place.is_file() else find_runs(place))]
         paths += [path for path in found if path not in paths]
         if not found:
-            what = "no run in this folder" if folder.is_dir() else "there is no such folder"
-            entries.append(Entry(str(folder), problem=what))
+            what = "no run in this folder" if place.is_dir() else "there is no such file or folder"
+            entries.append(Entry(str(place), problem=what))
     base = os.path.commonpath([path.parent for path in paths]) if paths else ""
     entries += [_entry(_name(path.relative_to(base)), path) for path in paths]
     return [entry for entry in entries if entry.run is None or entry.run.saves]
@@ -80,7 +80,7 @@ def _name(path: Path) -> str:
 
 def _entry(name: str, path: Path) -> Entry:
     try:
-        return Entry(name, read_run(path))
+        return Entry(name, read_single(path) if path.is_file() else read_run(path))
     except LowbitError as error:
         return Entry(name, problem=str(error))
 
@@ -110,6 +110,7 @@ def _record(entry: Entry, common: set[str]) -> Record:
     run, measurement = entry.run, entry.measurement
     if run is None:
         return _blank(name=entry.name, status="unreadable", message=entry.problem)
+    has_paper = not run.rules and run.loss != CALIBRATION
     told = common | {text for text in run.overrides if _key(text) in _TOLD_ELSEWHERE}
     record = _blank(
         name=entry.name,
@@ -123,7 +124,7 @@ def _record(entry: Entry, common: set[str]) -> Record:
         planned=run.planned,
         best_loss=run.best_loss,
         storage_mb=run.storage_mb,
-        paper_wer=None if run.rules else paper_wer(run.precision, run.loss),
+        paper_wer=paper_wer(run.precision, run.loss) if has_paper else None,
         teacher=run.teacher,
         data=run.data,
         folder=run.folder,
@@ -166,6 +167,11 @@ def _measured(row: Row) -> Record:
     for key, values in layers.items():
         found |= {key: values[-1], f"{key}_layers": " ".join(f"{v:.6g}" for v in values)}
     return found
+
+
+def record_of_row(row: Row, **known: Any) -> Record:
+    """A record of what was measured of a model, and of what else is known of it."""
+    return _blank(name=row.name) | known | _measured(row)
 
 
 def _blank(**known: Any) -> Record:

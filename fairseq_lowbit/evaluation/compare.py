@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.measure import Candidate, HeldOut, Reference, Row
+from fairseq_lowbit.evaluation.measured_runs import read_row
 from fairseq_lowbit.evaluation.probe import Probe
 from fairseq_lowbit.files import atomic_write
 from fairseq_lowbit.models import LoadedModel
 
+COMPARISON_FILE = "comparison.json"
 TRAINED_FACTOR = 3.0
 _SCORES = ("last-layer cosine", "SNR dB", "masked accuracy %")
 
@@ -58,10 +61,25 @@ class Comparison:
         return notes
 
     def write(self, folder: Path) -> None:
-        """``comparison.json`` in ``folder``."""
+        """:data:`COMPARISON_FILE` in ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / "comparison.json") as file:
+        with atomic_write(folder / COMPARISON_FILE) as file:
             json.dump({**asdict(self), "findings": self.findings()}, file, indent=1)
+
+    @classmethod
+    def read(cls, path: Path) -> "Comparison":
+        """What :meth:`write` wrote.
+
+        Raises:
+            LowbitError: it is another kind of file.
+        """
+        try:
+            stored = json.loads(path.read_text())
+            probe = stored["untrained_probe"]
+            untrained = probe and Probe(tuple(probe["mean"]), tuple(probe["std"]))
+            return cls(tuple(read_row(row) for row in stored["rows"]), untrained)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise LowbitError(f"{path} is not a comparison of fairseq-lowbit evaluate") from error
 
 
 def compare(

@@ -39,9 +39,10 @@ class Measurement:
 def stored_measurement(run: Run, seconds: float) -> Measurement | None:
     """What an earlier table measured, if run, teacher, data and ``seconds`` are the same still."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        stored = json.loads((run.folder / RESULTS_FILE).read_text())
+        stored = json.loads(_results(run).read_text())
         if stored["of"] == _fingerprint(run, seconds):
-            return Measurement(_row(stored["row"]), _row(stored["teacher"]))
+            teacher = stored["teacher"]
+            return Measurement(read_row(stored["row"]), teacher and read_row(teacher))
     return None
 
 
@@ -121,8 +122,15 @@ class _Bench:
 
 def _store(run: Run, fingerprint: dict[str, Any], measurement: Measurement) -> None:
     # In a folder that is not ours to write to, the next table measures again.
-    with suppress(LowbitError), atomic_write(run.folder / RESULTS_FILE) as file:
+    with suppress(LowbitError), atomic_write(_results(run)) as file:
         json.dump({"of": fingerprint, **asdict(measurement)}, file, indent=1)
+
+
+def _results(run: Run) -> Path:
+    """In the run's folder, or next to a checkpoint outside of any."""
+    if run.folder == run.checkpoint:
+        return run.checkpoint.with_suffix(f".{RESULTS_FILE}")
+    return run.folder / RESULTS_FILE
 
 
 def _fingerprint(run: Run, seconds: float) -> dict[str, Any]:
@@ -144,10 +152,12 @@ def _stamp(path: Path) -> list[int] | None:
     return None
 
 
-def _row(values: dict[str, Any] | None) -> Row | None:
-    """Back from JSON, where tuples are lists."""
-    if values is None:
-        return None
+def read_row(values: dict[str, Any]) -> Row:
+    """Back from JSON, where tuples are lists.
+
+    Raises:
+        KeyError, TypeError: these are not the values of a row.
+    """
     parts = {"agreement": Agreement, "masked": MaskedAccuracy, "probe": Probe}
     built = {
         key: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values[key].items()})

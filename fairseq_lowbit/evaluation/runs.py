@@ -23,8 +23,11 @@ OVERRIDES_FILE = Path(".hydra", "overrides.yaml")
 FAILURE_FILE = "failure.txt"
 FINISHED_FILE = "finished.json"
 PLAN_FILE = "precision_plan.json"
+HEALTH_FILE = "health.jsonl"
 LAST_CHECKPOINT = "checkpoint_last.pt"
 LOSSES = {"lowbit_kd": "distillation", "lowbit_hubert": "hubert"}
+# Of a checkpoint that was quantized without training, in place of a loss.
+CALIBRATION = "calibration"
 _FOLDER_LENGTH = 100
 _NOT_RUNS = {"tensorboard", ".hydra", ".submitit"}
 # Ten times as fast as the loader in Python, where libyaml was at hand when PyYAML was built.
@@ -36,8 +39,9 @@ class Run:
     """A run, or a stage of one, as its files tell.
 
     Attributes:
+        folder: of a checkpoint outside of any run, the checkpoint itself.
         precision: name of the precision; ``rules`` refine it.
-        loss: ``distillation``, ``hubert``, or the name of another criterion.
+        loss: ``distillation``, ``hubert``, the name of another criterion, or ``calibration``.
         data: None when the configuration names none.
         teacher: or else the checkpoint it started from; None for neither.
         planned: how many updates it was to make.
@@ -167,6 +171,38 @@ def read_run(folder: Path) -> Run:
     )
 
 
+def read_single(path: Path) -> Run:
+    """A checkpoint outside of any run, as far as its header tells.
+
+    Raises:
+        LowbitError: it is no checkpoint.
+    """
+    state = read_checkpoint(path, mmap=True)
+    config = OmegaConf.create(state["cfg"])
+
+    def select(key: str) -> Any:
+        return OmegaConf.select(config, key, throw_on_missing=False)
+
+    history = (state.get("optimizer_history") or [{}])[-1]
+    criterion = str(select("criterion._name"))
+    was_trained = history.get("optimizer_name") != ""  # write_model leaves it empty
+    data, teacher = select("task.data"), select("task.teacher") or select("task.init_from")
+    return Run(
+        folder=path,
+        checkpoint=path,
+        precision=str(select("model.precision.name") or "float"),
+        rules=len(select("model.precision.rules") or ()),
+        loss=LOSSES.get(criterion, criterion) if was_trained else CALIBRATION,
+        data=Path(data) if data else None,
+        teacher=Path(teacher) if teacher else None,
+        planned=updates_of(state),  # it was taken as it is
+        saves=True,
+        updates=updates_of(state),
+        best_loss=_best_loss(state),
+        storage_mb=None,
+    )
+
+
 def _read_run(folder: Path) -> Run:
     path = folder / CONFIG_FILE
     try:
@@ -245,6 +281,15 @@ def _overrides(path: Path) -> list[str]:
     with suppress(yaml.YAMLError):
         return [str(override) for override in yaml.safe_load(_read(path)) or ()]
     return []
+
+
+def read_health(folder: Path) -> list[dict[str, Any]]:
+    """The health records beside checkpoints, without the half of a line that a kill may leave."""
+    records = []
+    for line in _read(folder / HEALTH_FILE).splitlines():
+        with suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
 
 
 def _read(path: Path) -> str:

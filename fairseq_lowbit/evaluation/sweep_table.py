@@ -1,12 +1,14 @@
 """Many runs in one table: for the terminal, for a README and for a spreadsheet."""
 
 import csv
-from collections.abc import Sequence
-from typing import TextIO
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
 
 from rich.table import Table
 from rich.text import Text
 
+from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.collection import FIELDS, Record
 from fairseq_lowbit.evaluation.runs import folder_name
 
@@ -70,13 +72,17 @@ def rich_table(groups: Sequence[Sequence[Record]], with_paper: bool) -> Table:
 
 def _name_cell(record: Record) -> Text:
     cell = Text(record["name"])
-    # A job of a sweep has most of them in its name.
-    overrides = [t for t in record["overrides"] or () if folder_name([t]) not in record["name"]]
+    overrides = untold_overrides(record)
     if overrides:
         cell.append(f"\n  {' '.join(overrides)}", style="dim")
     if record["message"]:
         cell.append(f"\n  {record['message']}", style="red")
     return cell
+
+
+def untold_overrides(record: Record) -> list[str]:
+    """Those that its name does not tell; a job of a sweep has most of them in its name."""
+    return [t for t in record["overrides"] or () if folder_name([t]) not in record["name"]]
 
 
 def write_csv(groups: Sequence[Sequence[Record]], file: TextIO) -> None:
@@ -85,6 +91,50 @@ def write_csv(groups: Sequence[Sequence[Record]], file: TextIO) -> None:
     writer.writeheader()
     for record in (record for group in groups for record in group):
         writer.writerow(record | {"overrides": _joined(record)})
+
+
+def read_csv(path: Path) -> list[Record]:
+    """The records that :func:`write_csv` wrote.
+
+    Raises:
+        LowbitError: it is another kind of file.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows, heads = list(reader), reader.fieldnames or ()
+        missing = [field for field in FIELDS if field not in heads]
+        if missing:
+            raise ValueError(f"there is no column {missing[0]}")
+        return [{field: _READ.get(field, _number)(row[field]) for field in FIELDS} for row in rows]
+    except (OSError, csv.Error, TypeError, ValueError) as error:
+        raise LowbitError(f"{path} is not a table of sweep-table --csv: {error}") from error
+
+
+def _text(value: str) -> str | None:
+    return value or None
+
+
+def _path(value: str) -> Path | None:
+    return Path(value) if value else None
+
+
+def _number(value: str) -> float | None:
+    return float(value) if value else None
+
+
+def _count(value: str) -> int | None:
+    return int(value) if value else None
+
+
+_READ: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("status", "message", "precision", "loss"), _text),
+    **dict.fromkeys((field for field in FIELDS if field.endswith("_layers")), _text),
+    **dict.fromkeys(("rules", "updates", "planned"), _count),
+    **dict.fromkeys(("teacher", "data", "folder"), _path),
+    "name": str,
+    "overrides": lambda value: tuple(value.split()),
+}
 
 
 def markdown(groups: Sequence[Sequence[Record]], with_paper: bool) -> str:

@@ -15,6 +15,7 @@ from fairseq_lowbit.precision import Plan, PlanEntry
 from fairseq_lowbit.precision.grammar import FLOAT_BITS
 from fairseq_lowbit.precision.plan import FLOAT_BYTES
 
+PLAN_HEADS = ("module", "decided by", "method", "weight", "activation", "parameters", "kB")
 _LOG_WIDTH = 150
 Item = TypeVar("Item")
 
@@ -25,30 +26,44 @@ def print_table(table: Table) -> None:
 
 
 def plan_table(plan: Plan) -> Table:
-    """The plan; rows that differ in their layer number only are one (``layers.{0-11}.fc1``)."""
+    """The plan, see :func:`plan_rows`."""
     table = Table(title=f"precision {plan.precision.name}", title_justify="left")
-    table.add_column("module", no_wrap=True)
-    for column in ("decided by", "method"):
+    module, *texts, weight, activation, parameters, size = PLAN_HEADS
+    table.add_column(module, no_wrap=True)
+    for column in texts:
         table.add_column(column, overflow="fold")
-    for column in ("weight", "activation", "parameters", "kB"):
+    for column in (weight, activation, parameters, size):
         table.add_column(column, justify="right")
-    for names, entries in fold_layers(plan.entries, lambda e: e.module, _decision):
-        first = entries[0]
-        table.add_row(
+    *rows, total = plan_rows(plan)
+    for row in rows:
+        table.add_row(*row)
+    table.add_section()
+    table.add_row(*total)
+    return table
+
+
+def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """What ``PLAN_HEADS`` names, the total last; rows that differ in their layer number only are
+    one (``layers.{0-11}.fc1``)."""
+    rows = [
+        (
             names,
-            first.rule,
-            _method(first),
-            "-" if first.kind == "operand" else _bits(first.weight_bits),
-            _bits(first.activation_bits),
+            entries[0].rule,
+            _method(entries[0]),
+            "-" if entries[0].kind == "operand" else _bits(entries[0].weight_bits),
+            _bits(entries[0].activation_bits),
             f"{sum(e.parameters for e in entries):,}",
             f"{sum(e.bytes for e in entries) / 1e3:,.1f}",
         )
+        for names, entries in fold_layers(plan.entries, lambda e: e.module, _decision)
+    ]
     other, other_kb = plan.other_parameters, plan.other_parameters * FLOAT_BYTES / 1e3
-    table.add_row("(norms, embeddings)", "", "none", "float", "-", f"{other:,}", f"{other_kb:,.1f}")
-    table.add_section()
     sums = (f"{plan.parameters:,}", f"{plan.bytes / 1e3:,.1f}")
-    table.add_row("total stored (float parts at 16 bits)", "", "", "", "", *sums)
-    return table
+    return [
+        *rows,
+        ("(norms, embeddings)", "", "none", "float", "-", f"{other:,}", f"{other_kb:,.1f}"),
+        ("total stored (float parts at 16 bits)", "", "", "", "", *sums),
+    ]
 
 
 def health_table(record: dict[str, Any]) -> Table:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import atomic_write
 from fairseq_lowbit.models.architecture import Architecture
-from fairseq_lowbit.models.model import Hubert
+from fairseq_lowbit.models.model import Hubert, WithoutWeights
 from fairseq_lowbit.nn import float_state, forget_calibration
 from fairseq_lowbit.precision import Precision
 
@@ -69,24 +69,38 @@ def load_model(path: str | Path) -> LoadedModel:
         LowbitError: see :func:`read_checkpoint` and :func:`check_same_shapes`.
     """
     state = read_checkpoint(path)
-    weights: StateDict = state["model"]
-    config = dict(state["cfg"]["model"])
-    precision = config.get("precision")
-    classes = weights["label_embs_concat"].shape[0] if "label_embs_concat" in weights else 0
-    model = Hubert(
-        Architecture.from_mapping(config),
-        classes,
-        Precision.from_mapping(precision) if precision else None,
-    )
-    has_final_projection = "final_proj.weight" in weights
-    if not has_final_projection:
-        own = model.final_proj.state_dict(prefix="final_proj.")
-        weights = {**weights, **own}
-    check_same_shapes(model, weights, path)
+    model, weights = _build(state, path)
     model.load_state_dict(weights)
+    has_final_projection = "final_proj.weight" in state["model"]
     normalize = bool((state["cfg"].get("task") or {}).get("normalize", False))
     updates = updates_of(state)
     return LoadedModel(model.eval(), Path(path), updates, has_final_projection, normalize)
+
+
+def load_without_weights(path: str | Path) -> Hubert:
+    """A checkpoint's model on the meta device, for who wants its shape, plan and cost only.
+
+    Raises:
+        LowbitError: see :func:`load_model`.
+    """
+    with WithoutWeights():
+        return _build(read_checkpoint(path, mmap=True), path)[0]
+
+
+def _build(state: dict[str, Any], path: str | Path) -> tuple[Hubert, StateDict]:
+    """The model that a checkpoint asks for, and the weights that fit it."""
+    weights: StateDict = state["model"]
+    config = dict(state["cfg"]["model"])
+    precision = config.get("precision")
+    model = Hubert(
+        Architecture.from_mapping(config),
+        len(weights.get(_LABELS, ())),
+        Precision.from_mapping(precision) if precision else None,
+    )
+    if "final_proj.weight" not in weights:
+        weights = {**weights, **model.final_proj.state_dict(prefix="final_proj.")}
+    check_same_shapes(model, weights, path)
+    return model, weights
 
 
 def updates_of(state: dict[str, Any]) -> int:

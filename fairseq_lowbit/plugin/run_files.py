@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,12 @@ from fairseq.logging import progress_bar
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.health import Health
-from fairseq_lowbit.evaluation.runs import LAST_CHECKPOINT, PLAN_FILE
+from fairseq_lowbit.evaluation.runs import HEALTH_FILE, LAST_CHECKPOINT, PLAN_FILE, read_health
 from fairseq_lowbit.evaluation.tables import health_table, plan_table, print_table
 from fairseq_lowbit.files import atomic_write, writing
 from fairseq_lowbit.plugin.processes import is_first
 from fairseq_lowbit.precision import Plan
 
-HEALTH_FILE = "health.jsonl"
 UNUSABLE_FILE = "skipped_files.tsv"
 
 
@@ -130,15 +129,6 @@ def writing_tensorboard(folder: str) -> Iterator[None]:
                 file.event_writer._closed = True
         writers.clear()
         raise
-
-
-def read_health(folder: Path) -> list[dict[str, Any]]:
-    """The health records of a run, without the half of a line that a kill may leave."""
-    path, records = folder / HEALTH_FILE, []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        with suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
 
 
 def print_summary(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from fairseq_lowbit.data.manifest import read_manifest, write_manifest
 from fairseq_lowbit.evaluation.utterances import Utterances, read_batches
 from fairseq_lowbit.models import Architecture, Hubert, LoadedModel, load_model
 from fairseq_lowbit.models.extractor import output_lengths
+from fairseq_lowbit.nn import calibrate
+from fairseq_lowbit.precision import Precision
 from tests.shapes import TINY
 
 RATE = 16000
@@ -88,6 +91,19 @@ def build_teacher(shape: Architecture = SHAPE) -> Hubert:
                 if parameter.dim() == 2:
                     torch.nn.init.normal_(parameter, std=0.25)
     return model.requires_grad_(False)
+
+
+@cache
+def calibrated(precision: str) -> Hubert:
+    """The teacher in low precision, without training."""
+    model = Hubert(SHAPE, precision=Precision(precision))
+    weights = build_teacher().state_dict()
+    model.load_state_dict(
+        {k: v for k, v in weights.items() if k in model.state_dict()}, strict=False
+    )
+    noise = torch.randn(1, 3200, generator=torch.Generator().manual_seed(0))
+    calibrate(model, [0.1 * noise], model.hidden_states)
+    return model.eval()
 
 
 @pytest.fixture

@@ -6,11 +6,9 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
 from fairseq_lowbit.cli.main import main
 from fairseq_lowbit.errors import LowbitError
@@ -21,21 +19,7 @@ from fairseq_lowbit.evaluation.measure import Candidate, Reference, read_held_ou
 from fairseq_lowbit.evaluation.paper import paper_wer
 from fairseq_lowbit.evaluation.runs import Run
 from fairseq_lowbit.models import Hubert, LoadedModel
-from fairseq_lowbit.nn import calibrate
-from fairseq_lowbit.precision import Precision
-from tests.evaluation.conftest import SHAPE, build_teacher
-
-
-@cache
-def calibrated(precision: str) -> Hubert:
-    model = Hubert(SHAPE, precision=Precision(precision))
-    weights = build_teacher().state_dict()
-    model.load_state_dict(
-        {k: v for k, v in weights.items() if k in model.state_dict()}, strict=False
-    )
-    noise = torch.randn(1, 3200, generator=torch.Generator().manual_seed(0))
-    calibrate(model, [0.1 * noise], model.hidden_states)
-    return model.eval()
+from tests.evaluation.conftest import calibrated
 
 
 class Shown:
@@ -175,7 +159,7 @@ def test_runs_that_are_not_well(
         "deaf": ("finished", f"no manifest {tmp_path}/nothing/test.tsv"),
         "dumb": ("finished", "--data"),
         "foreign": ("unreadable", "config.yaml is not the configuration"),
-        str(tmp_path / "empty"): ("unreadable", "no such folder"),
+        str(tmp_path / "empty"): ("unreadable", "no such file or folder"),
     }
     for name, (state, message) in expected.items():
         assert status[name][0] == state
@@ -284,12 +268,12 @@ def test_mistakes_of_the_command(
 ) -> None:
     folder = make_run("exp/a", None)
     for arguments, named in (
-        ([tmp_path / "no_such_folder"], "no such folder"),
+        ([tmp_path / "no_such_folder"], "no such file or folder"),
         ([tmp_path / "data", tmp_path / "gone"], "no run in this folder"),
         ([folder, "--data=/gone"], "--data /gone"),
         ([folder, "--teacher=/gone.pt"], "--teacher /gone.pt"),
         ([folder, f"--csv={tmp_path}"], "is a folder"),
-        ([folder, f"--markdown={folder}/.hydra/config.yaml/t.md"], "cannot be written"),
+        ([folder, f"--markdown={folder}/.hydra/config.yaml/t.md"], "cannot write"),
     ):
         assert main(["sweep-table", *map(str, arguments)]) == 2
         captured = capsys.readouterr()

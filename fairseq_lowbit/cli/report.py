@@ -1,0 +1,161 @@
+"""``fairseq-lowbit report``: runs, checkpoints and tables on one page."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from fairseq_lowbit.cli.doctor import (
+    check_fairseq,
+    check_hydra,
+    check_machine,
+    check_python,
+    check_torch,
+)
+from fairseq_lowbit.cli.quality import (
+    add_measuring_arguments,
+    check_measuring_arguments,
+    measure,
+    with_places,
+)
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.evaluation.collection import Entry, collect, records
+from fairseq_lowbit.files import check_writable
+from fairseq_lowbit.report.choice import colors, worth_dissecting
+from fairseq_lowbit.report.columns import COSTS
+from fairseq_lowbit.report.contents import (
+    Sections,
+    all_details,
+    comparison,
+    figures_folder,
+    problems_of,
+    summary_of,
+)
+from fairseq_lowbit.report.dissection import dissect_all
+from fairseq_lowbit.report.page import Page, Pictures, write_page
+from fairseq_lowbit.report.sources import Sources, read_sources
+from fairseq_lowbit.report.subjects import Subject, gather
+
+HELP = "one page from runs, checkpoints and tables: costs, quality, curves, the insides of models"
+MOST_DISSECTED = 3
+_ENVIRONMENT = (check_python, check_torch, check_fairseq, check_hydra, check_machine)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "The page needs no network and no other file. What is measured of a run is kept beside it "
+        "and taken from there the next time. Exit status: 0; 1 if something could not be read or "
+        "measured, which the page says; 2 if there is nothing to show; 130 if interrupted."
+    )
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        type=Path,
+        help="a run, a folder with runs, a checkpoint (.pt), a table of sweep-table --csv, or a "
+        "comparison.json of evaluate",
+    )
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="the page (report.html)",
+    )
+    parser.add_argument(
+        "--figures", type=Path, metavar="DIR", help="PNG and PDF files (<page>_figures beside it)"
+    )
+    parser.add_argument("--title", default="Low-bit speech models", help="of the page")
+    add_measuring_arguments(parser)
+    parser.add_argument(
+        "--dissect",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"look into this model of the table (default: up to {MOST_DISSECTED} of the best)",
+    )
+    parser.add_argument("--no-dissect", action="store_true", help="look into no model")
+
+
+def run(args: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    figures = args.figures or figures_folder(args.out)
+    _check(args, figures)
+    sources = read_sources(args.sources)
+    entries = with_places(collect(sources.places), args)
+    _check_content(entries, sources, args.dissect)
+    measure(entries, args.seconds, only_known=args.no_evaluate)
+    groups = records(entries, "storage")
+    subjects = gather((r for group in groups for r in group), sources.records)
+    page = _page(args, sources, subjects, Pictures(figures))
+    write_page(page, args.out)
+    for problem in page.problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    size = args.out.stat().st_size / 1e6
+    print(f"page {args.out} ({size:.1f} MB), figures in {figures}")
+    return int(bool(page.problems))
+
+
+def _check(args: argparse.Namespace, figures: Path) -> None:
+    """What was given by hand has to be there, or to be writable, before time is spent."""
+    check_measuring_arguments(args)
+    if args.dissect and args.no_dissect:
+        raise LowbitError("--dissect and --no-dissect contradict each other")
+    check_writable(args.out)
+    check_writable(figures / "any")
+
+
+def _check_content(entries: Sequence[Entry], sources: Sources, dissect: Sequence[str]) -> None:
+    """Raises LowbitError when there is nothing to tell of, or not what is to be looked into."""
+    if not sources.records and not any(entry.run for entry in entries):
+        known = [f"{entry.name}: {entry.problem}" for entry in entries]
+        raise LowbitError("; ".join([*sources.problems, *known]))
+    names = [entry.name for entry in entries if entry.run and entry.run.updates is not None]
+    unknown = [name for name in dissect if name not in names]
+    if unknown:
+        raise LowbitError(
+            f"--dissect {unknown[0]}: there is no such run with a checkpoint; there are "
+            f"{', '.join(names) or 'none'}"
+        )
+
+
+def _page(
+    args: argparse.Namespace, sources: Sources, subjects: list[Subject], pictures: Pictures
+) -> Page:
+    colored = colors(subjects, COSTS[0])
+    chosen, why = _chosen(subjects, args)
+    sections = Sections(subjects, colored, pictures, lambda what: _say(f"drawing {what}"))
+    drawn = sections.build(
+        dissect_all(chosen, lambda subject: _say(f"taking {subject.name} apart")),
+        why,
+    )
+    heads, lines = comparison(subjects, colored)
+    return Page(
+        title=args.title,
+        created=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        summary=summary_of(subjects),
+        problems=[*sources.problems, *problems_of(subjects), *sections.problems],
+        heads=heads,
+        lines=lines,
+        findings=sources.findings,
+        sections=drawn,
+        details=all_details(subjects),
+        environment=[(found.topic, found.lines) for found in (check() for check in _ENVIRONMENT)],
+    )
+
+
+def _chosen(subjects: Sequence[Subject], args: argparse.Namespace) -> tuple[list[Subject], str]:
+    """Which models to look into, and why."""
+    if args.no_dissect:
+        return [], ""
+    if args.dissect:
+        return [s for s in subjects if s.name in args.dissect], "Those that --dissect named."
+    chosen, why = worth_dissecting(subjects, COSTS[0], MOST_DISSECTED)
+    return chosen, f"{why} --dissect NAME looks into others."
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)

@@ -1,0 +1,189 @@
+"""Training curves: every loss term, and the health of quantizers, over updates."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from fairseq_lowbit.report.choice import standing_out
+from fairseq_lowbit.report.curves import Band, Curve, Training
+from fairseq_lowbit.report.drawing import Drawing, slug
+from fairseq_lowbit.report.style import FAINT, add_legend, new_figure, styled
+from fairseq_lowbit.report.subjects import Subject
+
+# Of this many runs quartiles can be seen through each other.
+_MOST_BANDS = 3
+# A term that fell this far is drawn on a logarithmic scale.
+_LOG_RATIO = 20.0
+
+# Where a line has so few points, each is marked.
+_MOST_MARKERS = 12
+_SHARES = ("accuracy",)
+
+# Whose term it is, in words.
+_TERMS = {
+    "loss": "total loss",
+    "loss_final": "final output",
+    "loss_layers": "layer outputs",
+    "loss_attention": "attention maps",
+    "loss_squash": "spread of squashed weights",
+    "loss_masked": "masked frames",
+    "loss_unmasked": "unmasked frames",
+    "loss_features": "feature penalty",
+    "accuracy": "accuracy on masked frames",
+}
+_HEALTH = {
+    "sqnr_db": (
+        "signal to quantization noise",
+        "dB",
+        "median and quartiles of all quantizers, on one fixed batch",
+    ),
+    "clipped": (
+        "clipped values",
+        "%",
+        "share of values beyond the outermost level, median and quartiles of all quantizers",
+    ),
+    "levels_used": (
+        "levels used",
+        "%",
+        "share of the levels that occur, median and quartiles of all quantizers",
+    ),
+    "centered_std": (
+        "centred std. deviation",
+        "of the rms",
+        "median and extremes of the layers: near 0 a layer is constant over time, from 0.5 to 1 it "
+        "is healthy",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run and what it left over its updates."""
+
+    subject: Subject
+    training: Training = field(default_factory=Training)
+    bands: Mapping[str, Band] = field(default_factory=dict)
+
+
+def loss_drawings(runs: Sequence[Trained], colors: Mapping[str, str], group: str) -> list[Drawing]:
+    """A figure for every term of runs that were trained with the same loss.
+
+    Args:
+        group: name of the loss.
+    """
+    terms = dict.fromkeys(term for run in runs for term in run.training.terms)
+    return [
+        _loss_drawing([r for r in runs if term in r.training.terms], colors, group, term)
+        for term in terms
+        if not _is_zero(runs, term)
+    ]
+
+
+def silent_terms(runs: Sequence[Trained]) -> list[str]:
+    """Terms that were 0 all along."""
+    terms = dict.fromkeys(term for run in runs for term in run.training.terms)
+    return [_TERMS.get(term, term) for term in terms if _is_zero(runs, term)]
+
+
+def health_drawings(runs: Sequence[Trained], colors: Mapping[str, str]) -> list[Drawing]:
+    """A figure for every figure of health that some run has recorded."""
+    return [
+        _health_drawing([run for run in runs if key in run.bands], colors, key)
+        for key in _HEALTH
+        if any(key in run.bands for run in runs)
+    ]
+
+
+def _is_zero(runs: Sequence[Trained], term: str) -> bool:
+    curves = [c for run in runs for c in _both(run.training, term)]
+    return not any(value for curve in curves for value in curve.values)
+
+
+def _both(training: Training, term: str) -> list[Curve]:
+    return [curves[term] for curves in (training.train, training.valid) if term in curves]
+
+
+@styled()
+def _loss_drawing(
+    runs: Sequence[Trained], colors: Mapping[str, str], group: str, term: str
+) -> Drawing:
+    figure = new_figure()
+    axes = figure.subplots()
+    for run in _grey_first(runs, colors):
+        color = colors[run.subject.name]
+        if term in run.training.train:
+            curve = run.training.train[term].thinned()
+            axes.plot(curve.updates, curve.values, color=color, linewidth=1, alpha=0.45)
+        if term in run.training.valid:
+            curve = run.training.valid[term].thinned()
+            marker = "o" if len(curve.updates) <= _MOST_MARKERS else ""
+            axes.plot(curve.updates, curve.values, color=color, marker=marker, markersize=3)
+    values = [v for run in runs for c in _both(run.training, term) for v in c.thinned().values]
+    is_log = bool(values) and min(values) > 0 and max(values) > _LOG_RATIO * min(values)
+    if term in _SHARES:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    elif is_log:
+        axes.set_yscale("log")
+    name = _TERMS.get(term, term)
+    scale = " The scale is logarithmic." if axes.get_yscale() == "log" else ""
+    _finish(axes, name)
+    add_legend(figure, _legend(runs, colors))
+    return Drawing(
+        f"curve_{group}_{slug(term)}",
+        name[0].upper() + name[1:],
+        f"{term}. Thin: training, means between two lines of the log; thick: validation."
+        f"{scale}{_grey(runs, colors)}",
+        figure,
+    )
+
+
+@styled()
+def _health_drawing(runs: Sequence[Trained], colors: Mapping[str, str], key: str) -> Drawing:
+    title, unit, what = _HEALTH[key]
+    factor = 100 if unit == "%" else 1
+    figure = new_figure()
+    axes = figure.subplots()
+    for run in _grey_first(runs, colors):
+        band, color = run.bands[key], colors[run.subject.name]
+        middle, low, high = (
+            [factor * v for v in values] for values in (band.middle, band.low, band.high)
+        )
+        axes.plot(band.updates, middle, color=color)
+        if len(runs) <= _MOST_BANDS:
+            axes.fill_between(band.updates, low, high, color=color, alpha=0.15, linewidth=0)
+    _finish(axes, f"{title} ({unit})")
+    if unit == "%":
+        axes.set_ylim(bottom=0)
+    add_legend(figure, _legend(runs, colors))
+    if len(runs) > _MOST_BANDS:
+        what = what.replace(" and quartiles", "").replace(" and extremes", "")
+    return Drawing(
+        f"health_{key}",
+        title[0].upper() + title[1:],
+        f"{what[0].upper() + what[1:]}.{_grey(runs, colors)}",
+        figure,
+    )
+
+
+def _grey_first(runs: Iterable[Trained], colors: Mapping[str, str]) -> list[Trained]:
+    """So that grey lines lie below the others."""
+    return sorted(runs, key=lambda run: colors[run.subject.name] != FAINT)
+
+
+def _finish(axes: Axes, label: str) -> None:
+    axes.set(xlabel="updates", ylabel=label)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def _legend(runs: Sequence[Trained], colors: Mapping[str, str]) -> list[Line2D]:
+    shown = standing_out([run.subject for run in runs], colors)
+    return [Line2D([], [], color=colors[s.name], label=s.name) for s in shown]
+
+
+def _grey(runs: Sequence[Trained], colors: Mapping[str, str]) -> str:
+    others = len(runs) - len(standing_out([run.subject for run in runs], colors))
+    return f" Grey: {others} more runs." if others else ""

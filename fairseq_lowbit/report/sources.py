@@ -1,0 +1,61 @@
+"""What a report is made from: folders of runs, checkpoints, and tables that were made before."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.evaluation.collection import Record, record_of_row
+from fairseq_lowbit.evaluation.compare import COMPARISON_FILE, Comparison
+from fairseq_lowbit.evaluation.runs import CALIBRATION, find_runs
+from fairseq_lowbit.evaluation.sweep_table import read_csv
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Attributes:
+    places: folders of runs, and checkpoints.
+    records: of tables that were made before.
+    findings: what those say about themselves, in sentences.
+    problems: what could not be read, and why.
+    """
+
+    places: list[Path] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_sources(paths: Iterable[Path]) -> Sources:
+    """Tells what is what, and reads the tables; a folder's own comparison counts as one."""
+    sources = Sources()
+    for path in paths:
+        try:
+            _read_source(path, sources)
+        except LowbitError as error:
+            sources.problems.append(str(error))
+    return sources
+
+
+def _read_source(path: Path, sources: Sources) -> None:
+    if path.suffix == ".csv":
+        sources.records.extend(read_csv(path))
+    elif path.suffix == ".json":
+        _read_comparison(path, sources)
+    elif (path / COMPARISON_FILE).is_file():
+        if find_runs(path):
+            sources.places.append(path)
+        _read_comparison(path / COMPARISON_FILE, sources)
+    else:
+        sources.places.append(path)
+
+
+def _read_comparison(path: Path, sources: Sources) -> None:
+    comparison = Comparison.read(path)
+    for row in comparison.rows:
+        precision = "float" if row is comparison.teacher else None
+        loss = CALIBRATION if row.is_calibrated_only else None
+        sources.records.append(
+            record_of_row(row, status="finished", precision=precision, loss=loss)
+        )
+    sources.findings.extend(comparison.findings())

@@ -1,0 +1,171 @@
+"""The models that a report tells of: what is known of each, and what each costs."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.evaluation.collection import Record
+from fairseq_lowbit.evaluation.runs import read_run
+from fairseq_lowbit.models import Architecture, Hubert, WithoutWeights, load_without_weights
+from fairseq_lowbit.precision import Plan
+from fairseq_lowbit.profiling import Profile, profile
+from fairseq_lowbit.profiling.cost import CONVERSION_RATE
+
+SECONDS = 10.0
+FLOAT = "float"
+# What was measured of a model, and how far apart two measurements of the same one may be: threads
+# and processors add numbers in another order.
+_TOLERANCES = {"storage_mb": 0.0, "masked_accuracy": 1e-3, "cosine": 1e-4, "snr_db": 1e-2}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model costs for 10 s of audio.
+
+    Attributes:
+        runtime: an estimate, relative to the float model of the largest shape in the report.
+    """
+
+    plan: Plan
+    profile: Profile
+    runtime: float
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model: a row of the report's table.
+
+    Attributes:
+        name: unique in a report.
+        record: see :data:`fairseq_lowbit.evaluation.collection.FIELDS`.
+        checkpoint: None for a row that is known from a table only, or without one yet.
+        costs: None without a readable checkpoint.
+        problem: why there are none.
+    """
+
+    name: str
+    record: Record
+    checkpoint: Path | None = None
+    costs: Costs | None = None
+    problem: str | None = None
+
+    @property
+    def is_float(self) -> bool:
+        return self.record["precision"] == FLOAT and not self.record["rules"]
+
+    @property
+    def folder(self) -> Path | None:
+        """Of its run, if that is still there."""
+        folder = self.record["folder"]
+        return folder if folder is not None and folder.is_dir() else None
+
+    @property
+    def storage_mb(self) -> float | None:
+        if self.costs is not None:
+            return self.costs.profile.storage_bytes / 1e6
+        return self.value("storage_mb")
+
+    def value(self, key: str) -> Any:
+        """A measured or recorded figure; None where it is not known."""
+        value = self.record[key]
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def gather(own: Iterable[Record], others: Iterable[Record]) -> list[Subject]:
+    """The subjects of records, each model once, float ones first and then by storage.
+
+    Args:
+        own: of runs and checkpoints. A teacher known through its students gives way to its own run.
+        others: of tables made before; they give way to records of the same run, or of the same
+            measurements.
+    """
+    subjects = [Subject(r["name"], r, checkpoint_of(r["folder"])) for r in own]
+    trained = {s.checkpoint for s in subjects if s.record["status"]} - {None}
+    subjects = [s for s in subjects if s.record["status"] or s.checkpoint not in trained]
+    folders = {subject.record["folder"] for subject in subjects} - {None}
+    for record in others:
+        if record["folder"] not in folders and not _is_known(record, subjects):
+            subjects.append(Subject(record["name"], record, checkpoint_of(record["folder"])))
+    return sorted(_with_costs(_with_unique_names(subjects)), key=_rank)
+
+
+def checkpoint_of(folder: Path | None) -> Path | None:
+    """The checkpoint of a run's folder, or the file itself; None where there is none."""
+    if folder is None:
+        return None
+    if folder.is_file():
+        return folder.resolve()
+    try:
+        checkpoint = read_run(folder).checkpoint
+    except LowbitError:
+        return None
+    return checkpoint.resolve() if checkpoint.is_file() else None
+
+
+def _is_known(record: Record, subjects: Iterable[Subject]) -> bool:
+    return any(_are_same(record, subject.record) for subject in subjects)
+
+
+def _are_same(first: Record, second: Record) -> bool:
+    """Whether they tell the same measurements: no two models are that much alike."""
+    if first["masked_accuracy"] is first["cosine"] is None:
+        return False
+    pairs = [(first[key], second[key], gap) for key, gap in _TOLERANCES.items()]
+    return all(
+        a == b if a is None or b is None else math.isclose(a, b, rel_tol=1e-9, abs_tol=gap)
+        for a, b, gap in pairs
+    )
+
+
+def _rank(subject: Subject) -> tuple[bool, bool, float, str]:
+    size = subject.storage_mb
+    return not subject.is_float, size is None, size or 0.0, subject.name
+
+
+def _with_unique_names(subjects: Sequence[Subject]) -> list[Subject]:
+    counts: Counter[str] = Counter()
+    unique = []
+    for subject in subjects:
+        counts[subject.name] += 1
+        number = counts[subject.name]
+        name = subject.name if number == 1 else f"{subject.name} ({number})"
+        unique.append(replace(subject, name=name))
+    return unique
+
+
+def _with_costs(subjects: Sequence[Subject]) -> list[Subject]:
+    """With what their checkpoints' shapes and precisions cost, or why that is not known."""
+    models: dict[str, Hubert] = {}
+    problems: dict[str, str] = {}
+    for subject in subjects:
+        if subject.checkpoint is not None:
+            try:
+                models[subject.name] = load_without_weights(subject.checkpoint)
+            except LowbitError as error:
+                problems[subject.name] = str(error)
+    reference = _reference(models.values())
+    costs = {name: _costs(model, reference) for name, model in models.items()}
+    return [replace(s, costs=costs.get(s.name), problem=problems.get(s.name)) for s in subjects]
+
+
+def _costs(model: Hubert, reference: Profile) -> Costs:
+    counted = profile(model, model.plan.precision.name, SECONDS)
+    return Costs(model.plan, counted, counted.runtime(reference, CONVERSION_RATE))
+
+
+def _reference(models: Iterable[Hubert]) -> Profile | None:
+    """Of the float model with the most work among these shapes; None without any."""
+    shapes: list[Architecture] = []
+    for model in models:
+        if model.shape not in shapes:
+            shapes.append(model.shape)
+    profiles = []
+    for shape in shapes:
+        with WithoutWeights():
+            model = Hubert(shape)
+        profiles.append(profile(model, FLOAT, SECONDS))
+    return max(profiles, key=lambda p: p.flops, default=None)

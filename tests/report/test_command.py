@@ -1,0 +1,347 @@
+"""``fairseq-lowbit report``: its sources, what is wrong with some of them, and many at once.
+
+The whole page of real runs is in tests/plugin/test_report.py.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fairseq_lowbit.cli.main import main
+from fairseq_lowbit.evaluation import measured_runs
+from fairseq_lowbit.evaluation.agreement import Agreement
+from fairseq_lowbit.evaluation.collection import Record, record_of_row
+from fairseq_lowbit.evaluation.compare import Comparison
+from fairseq_lowbit.evaluation.masked import MaskedAccuracy
+from fairseq_lowbit.evaluation.measure import Row
+from fairseq_lowbit.evaluation.sweep_table import write_csv
+from fairseq_lowbit.models import Hubert, LoadedModel, write_model
+from tests.evaluation.conftest import calibrated
+from tests.report.page_parser import ReportPage
+
+QUICK = ("--no-evaluate", "--no-dissect")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What one call of the command printed and wrote."""
+
+    status: int
+    output: str
+    errors: str
+    page: ReportPage
+
+    @property
+    def problems(self) -> list[str]:
+        lines = self.errors.splitlines()
+        return [line.removeprefix("problem: ") for line in lines if line.startswith("problem: ")]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the comparison."""
+        return [row[0] for row in self.page.comparison[1:]]
+
+
+@pytest.fixture
+def report(tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., Shown]:
+    """``report(*arguments)``, which has to write a page."""
+
+    def run(*arguments: object) -> Shown:
+        file = tmp_path / "out" / "page.html"
+        status = main(["report", *map(str, arguments), "-o", str(file)])
+        captured = capsys.readouterr()
+        return Shown(status, captured.out, captured.err, ReportPage.read(file))
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """The one message of a call that must fail without output."""
+
+    def run(*arguments: object) -> str:
+        assert main(["report", *map(str, arguments)]) == 2
+        captured = capsys.readouterr()
+        assert not captured.out
+        assert len(captured.err.splitlines()) == 1
+        return captured.err.removeprefix("error: ").strip()
+
+    return run
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Measuring fails the test."""
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(measured_runs, "load_model", refuse)
+    return
+
+
+# Sources
+
+
+def test_sources_that_are_not_well(
+    report: Callable, make_trained: Callable, make_run: Callable, save: Callable, tmp_path: Path
+) -> None:
+    """Each costs its own row only, and is told once on the page and once on stderr."""
+    student = calibrated("bitla_w2a2")
+    make_trained("exp/good", student)
+    make_run("exp/silent", student)
+    (make_run("exp/failed", None) / "failure.txt").write_text("the loss is not finite\n")
+    good = save("student", student)
+    truncated, other, text = tmp_path / "half.pt", tmp_path / "lm.pt", tmp_path / "a.csv"
+    truncated.write_bytes(good.read_bytes()[:5000])
+    state = {"cfg": {"model": {"_name": "transformer_lm"}}, "model": {"decoder.w": torch.ones(2)}}
+    torch.save(state, other)
+    text.write_text("name,value\nx,1\n")
+    (tmp_path / "b.json").write_text("[]")
+    sources = [tmp_path / "exp", good, truncated, other, text, tmp_path / "b.json"]
+    shown = report(*sources, tmp_path / "gone", *QUICK)
+    assert shown.status == 1
+    for part in (
+        f"{text} is not a table of sweep-table --csv: there is no column status",
+        f"{tmp_path / 'b.json'} is not a comparison of fairseq-lowbit evaluate",
+        f"{tmp_path / 'gone'}: there is no such file or folder",
+        f"half.pt: checkpoint {truncated} is truncated",
+        f"lm.pt: checkpoint {other} is of another shape than the model",
+        "exp/failed: the loss is not finite",
+        f"exp/silent: {tmp_path / 'exp' / 'silent'} holds no training log",
+    ):
+        assert sum(part in problem for problem in shown.problems) == 1, (part, shown.problems)
+        assert part in shown.page.text
+    assert len(shown.problems) == 7
+    row = shown.page.row("exp/good")
+    assert row[1] == "bitla_w2a2"
+    assert float(row[2]) == pytest.approx(student.plan.bytes / 1e6, abs=0.005)
+    assert "curve_distillation_loss_attention.png" in figures(tmp_path)
+
+
+def figures(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "out" / "page_figures").iterdir()}
+
+
+def test_checkpoints_outside_of_runs(
+    report: Callable, teacher: LoadedModel, save: Callable, data: Path, tmp_path: Path
+) -> None:
+    """They are measured like runs; what was measured is kept beside them."""
+    student = calibrated("bitl_w4a4")
+    path = tmp_path / "ptq.pt"
+    state = torch.load(teacher.path)
+    state["cfg"]["criterion"] = {"_name": "lowbit_hubert"}
+    torch.save(state, teacher.path)
+    write_model(path, student, teacher)
+    arguments = (path, teacher.path, f"--data={data}", f"--teacher={teacher.path}", "--seconds=5")
+    shown = report(*arguments, "--no-dissect")
+    assert shown.status == 0, shown.problems
+    assert shown.names == ["teacher.pt", "ptq.pt"]
+    row = shown.page.row("ptq.pt")
+    assert row[1] == "bitl_w4a4, calibration"
+    cosine = row[[cell.split(" ")[0] for cell in shown.page.comparison[0]].index("cosine")]
+    assert -1 < float(cosine) < 1
+    assert (tmp_path / "ptq.evaluation.json").is_file()
+    assert "measuring 2 of 2" in shown.errors
+    again = report(*arguments, "--no-dissect")
+    assert "measuring" not in again.errors
+    assert again.page.comparison == shown.page.comparison
+
+
+def test_tables_made_before(
+    report: Callable,
+    make_run: Callable,
+    teacher: LoadedModel,
+    tmp_path: Path,
+    unmeasured: None,
+) -> None:
+    """Known runs are not shown twice; runs that are gone are known by their numbers."""
+    for name in ("kept", "gone"):
+        make_run(f"exp/{name}", calibrated("bitla_w1a1"))
+    table = tmp_path / "table.csv"
+    assert main(["sweep-table", str(tmp_path / "exp"), "--no-evaluate", f"--csv={table}"]) == 0
+    shutil.rmtree(tmp_path / "exp" / "gone")
+    numbers = row_of("QAT w1a1", 0.4, 0.9, 1.25)
+    Comparison((replace(numbers, name="FP", agreement=None), numbers), None).write(tmp_path)
+    shown = report(tmp_path / "exp", table, tmp_path / "comparison.json", *QUICK)
+    kept, gone = (shown.page.row(name) for name in ("kept", "gone"))
+    assert sorted(shown.names) == sorted(["FP", "QAT w1a1", "gone", "kept", teacher_name(tmp_path)])
+    assert kept[3] != "–" == gone[3]
+    assert gone[2] == kept[2]
+    assert shown.page.row("QAT")[2:4] == ["1.25", "–"]
+    assert "Teacher: masked accuracy is 4.0 times" in shown.page.text
+
+
+def teacher_name(folder: Path) -> str:
+    return f"teacher {folder.name}/teacher.pt"
+
+
+def row_of(name: str, accuracy: float, cosine: float, megabytes: float) -> Row:
+    close = Agreement((0.99, cosine), (20.0, 3.0))
+    return Row(name, False, megabytes, close, MaskedAccuracy(accuracy, 0.1), None)
+
+
+def test_a_comparison_of_the_same_runs(
+    report: Callable, make_run: Callable, tmp_path: Path
+) -> None:
+    """The demo's folder: its runs are in its comparison too, a calibrated row is only there."""
+    folder = make_run("demo/w1a1", calibrated("bitla_w1a1"))
+    first = report(tmp_path / "demo", "--seconds=5", "--no-dissect")
+    assert first.status == 1  # it left no log
+    stored = json.loads((folder / "evaluation.json").read_text())
+    teacher, own = (measured_runs.read_row(stored[key]) for key in ("teacher", "row"))
+    # As another number of threads adds them up, and named as evaluate was told to.
+    cosine = tuple(value + 1e-6 for value in own.agreement.cosine)
+    close = replace(own, name="QAT w1a1", agreement=replace(own.agreement, cosine=cosine))
+    lower = tuple(value - 0.1 for value in own.agreement.cosine)
+    other = replace(own, name="PTQ w1a1", agreement=replace(own.agreement, cosine=lower))
+    rows = (replace(teacher, name="FP"), replace(other, is_calibrated_only=True), close)
+    Comparison(rows, None).write(tmp_path / "demo")
+    shown = report(tmp_path / "demo", "--seconds=5", *QUICK)
+    assert sorted(shown.names) == sorted(["PTQ w1a1", "w1a1", teacher_name(tmp_path)])
+    assert shown.page.row("PTQ")[1] == "calibration"
+    # The row that stands for both has what either knows.
+    assert shown.page.row("w1a1")[3] != "–"
+
+
+def test_a_teacher_that_is_a_run_is_shown_once(
+    report: Callable, make_run: Callable, model: Hubert, tmp_path: Path, unmeasured: None
+) -> None:
+    folder = make_run("exp/teacher", model, teacher=None, loss="lowbit_hubert")
+    checkpoint = folder / "checkpoints" / "checkpoint_last.pt"
+    make_run("exp/student", calibrated("bitla_w1a1"), teacher=str(checkpoint))
+    assert report(tmp_path / "exp", *QUICK).names == ["teacher", "student"]
+    # Named by hand it is nobody's student either.
+    given = report(tmp_path / "exp", f"--teacher={checkpoint}", *QUICK)
+    assert given.names == ["teacher", "student"]
+
+
+# Content
+
+
+def test_whatever_a_user_named_is_text(
+    report: Callable, make_trained: Callable, tmp_path: Path, unmeasured: None
+) -> None:
+    name = '<img src="http:x" onerror=alert(1)>&amp;'
+    folder = make_trained(f"exp/{name}", calibrated("bitla_w1a1"), overrides=["a=</td><b>"])
+    (folder / "failure.txt").write_text("<script>alert(2)</script>\n")
+    shown = report(tmp_path / "exp", "--title=</title><script>alert(3)</script>", *QUICK)
+    assert name in shown.page.text
+    assert "<script>alert(2)</script>" in shown.page.text
+    assert shown.page.html.count("<script>") == 1
+    assert all(source.startswith("data:") for source in shown.page.sources)
+
+
+def test_many_runs_are_told_apart_as_far_as_colours_go(
+    report: Callable, tmp_path: Path, unmeasured: None
+) -> None:
+    """The Pareto front and the best have colours; the others are grey, and the caption says so."""
+    records = [
+        record_of_row(
+            row_of(f"run{i:02d}", 0.2 + 0.01 * ((7 * i) % 30), 0.5 + i / 100, 1 + (11 * i) % 30),
+            status="finished",
+            precision="bitla_w1a1",
+            rules=0,
+            loss="distillation",
+        )
+        for i in range(30)
+    ]
+    shown = report(write_table(tmp_path / "t.csv", records), *QUICK)
+    assert shown.status == 0
+    assert len(shown.names) == 30
+    assert "Grey: 22 more models." in shown.page.text
+    colors = [part.split('"')[0] for part in shown.page.html.split("background: ")[1:]]
+    swatches = [color for color in colors if color.startswith("#") and len(color) == 7]
+    assert len(swatches) == 30
+    assert len(set(swatches)) == 9
+    assert {"masked_accuracy_storage.pdf", "cosine_storage.png"} <= figures(tmp_path)
+    assert not any("runtime" in name for name in figures(tmp_path))
+    assert len(shown.page.html) < 1e6
+
+
+def write_table(path: Path, records: list[Record]) -> Path:
+    with open(path, "w") as file:
+        write_csv([records], file)
+    return path
+
+
+def test_what_cannot_be_taken_apart(
+    report: Callable, make_trained: Callable, data: Path, tmp_path: Path
+) -> None:
+    """Without its teacher a model is shown alone, without data not at all; the page says why."""
+    for name, settings in (
+        ("orphan", {"teacher": str(tmp_path / "gone.pt")}),
+        ("deaf", {"data": str(tmp_path / "nothing")}),
+        ("whole", {}),
+    ):
+        make_trained(f"exp/{name}", calibrated("bitla_w1a1"), **settings)
+    names = [f"--dissect={name}" for name in ("orphan", "deaf", "whole")]
+    shown = report(tmp_path / "exp", "--no-evaluate", *names)
+    assert shown.status == 1
+    (problem,) = shown.problems
+    assert problem.startswith(f"deaf could not be taken apart: no manifest {tmp_path}/nothing")
+    text = shown.page.text
+    assert f"without a teacher: checkpoint {tmp_path}/gone.pt does not exist" in text
+    assert f"beside its teacher {tmp_path}/teacher.pt" in text
+    assert "Those that --dissect named." in text
+    for name, is_shown in (("orphan", True), ("deaf", False), ("whole", True)):
+        assert any(figure.startswith(f"{name}_") for figure in figures(tmp_path)) == is_shown
+
+
+# Mistakes of the command
+
+
+def test_what_cannot_be_written_is_said_before_time_is_spent(
+    refused: Callable, make_run: Callable, tmp_path: Path, unmeasured: None
+) -> None:
+    folder = make_run("exp/a", calibrated("bitla_w1a1"))
+    file = folder / ".hydra" / "config.yaml"
+    assert f"cannot write {file}/page.html" in refused(folder, "-o", file / "page.html")
+    assert "is a folder: name a file" in refused(folder, "-o", tmp_path)
+    message = refused(folder, "-o", tmp_path / "page.html", "--figures", file)
+    assert "a file is where a folder has to be" in message
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_mistakes(refused: Callable, make_run: Callable, tmp_path: Path, unmeasured: None) -> None:
+    folder = make_run("exp/a", calibrated("bitla_w1a1"))
+    (tmp_path / "empty").mkdir()
+    out = ("-o", tmp_path / "page.html")
+    for arguments, named in (
+        ([tmp_path / "gone"], f"{tmp_path}/gone: there is no such file or folder"),
+        ([tmp_path / "empty"], f"{tmp_path}/empty: no run in this folder"),
+        ([tmp_path / "gone.csv"], "gone.csv"),
+        ([folder, "--data=/gone"], "--data /gone holds no test.tsv"),
+        ([folder, "--teacher=/gone.pt"], "--teacher /gone.pt does not exist"),
+        (
+            [folder, "--dissect=b"],
+            "--dissect b: there is no such run with a checkpoint; there are a",
+        ),
+        ([folder, "--dissect=a", "--no-dissect"], "contradict"),
+    ):
+        assert named in refused(*arguments, *out)
+        assert not (tmp_path / "page.html").exists()
+
+
+def test_a_page_is_replaced_whole_or_not_at_all(
+    report: Callable,
+    make_run: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make_run("exp/a", calibrated("bitla_w1a1"))
+    before = report(tmp_path / "exp", *QUICK).page.html
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fairseq_lowbit.cli.report.all_details", fail)
+    page = tmp_path / "out" / "page.html"
+    assert main(["report", str(tmp_path / "exp"), "-o", str(page), *QUICK]) == 130
+    assert page.read_text() == before
+    assert not list(page.parent.glob(".*"))
