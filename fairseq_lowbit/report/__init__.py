@@ -1,0 +1,1 @@
+"""One self-contained page about runs and checkpoints: tables, curves and the insides of models."""

@@ -1,0 +1,94 @@
+"""How every figure of a report looks, on the page and in print."""
+
+import io
+from contextlib import AbstractContextManager
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours without yellow, which white swallows, and two darker ones: neighbours
+# stay apart for colour-blind readers.
+PALETTE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#332288",
+    "#882255",
+)
+INK, MUTED, FAINT, GRID = "#1f2328", "#59636e", "#b8bfc6", "#e4e7ea"
+# A teacher, or anything in floating point, beside its quantized counterpart; levels and limits.
+TEACHER, STUDENT, LEVEL = "#59636e", "#0072B2", "#D55E00"
+# For maps: from nothing to much, and around zero.
+SEQUENTIAL, DIVERGING = "cividis", "PuOr"
+# Widths in inches: two narrow figures stand side by side on a wide screen, one on a phone; only
+# what needs the whole page is wide.
+NARROW, WIDE = 5.0, 10.0
+
+_RC: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.h_pad": 0.06,
+    "figure.constrained_layout.w_pad": 0.06,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.labelsize": 9,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": FAINT,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "image.cmap": SEQUENTIAL,
+    "image.interpolation": "nearest",
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "legend.handlelength": 1.6,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 5,
+    "text.color": INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    # Text as outlines and ids by content: a figure looks the same anywhere and every time.
+    "svg.fonttype": "path",
+    "svg.hashsalt": "fairseq_lowbit",
+    "pdf.fonttype": 42,
+}
+_DPI = 160
+
+
+def styled() -> AbstractContextManager:
+    """The style, as ``with styled():`` or as the decorator ``@styled()`` of what draws."""
+    return matplotlib.rc_context(_RC)
+
+
+def new_figure(width: float = NARROW, height: float = 3.2) -> Figure:
+    """An empty figure, sizes in inches; under :func:`styled`."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def as_bytes(figure: Figure, kind: str) -> bytes:
+    """A figure as ``svg``, ``png`` or ``pdf``."""
+    # Without a date, so that the same figure makes the same file.
+    undated = {
+        "svg": {"Date": None},
+        "pdf": {"CreationDate": None},
+        "png": None,
+    }
+    file = io.BytesIO()
+    with styled():
+        figure.savefig(file, format=kind, dpi=_DPI, metadata=undated[kind])
+    return file.getvalue()
