@@ -270,7 +270,7 @@ def _range_panels(anatomy: Anatomy) -> list[_RangePanel]:
 
 
 def _draw_ranges(axes: Axes, panel: _RangePanel) -> None:
-    members = panel.members.values()
+    places, members = list(panel.members), list(panel.members.values())
     bits = {q.health.bits for q in members}
     axes.set_title(f"{panel.title}, {_bits(*bits)}" if len(bits) == 1 else panel.title)
     top = max(max(q.quantiles[-1], q.levels[-1]) for q in members)
@@ -286,21 +286,25 @@ def _draw_ranges(axes: Axes, panel: _RangePanel) -> None:
     axes.locator_params(axis="y", nbins=4)
     axes.grid(visible=False, axis="x")
     axes.axhline(0, color=FAINT, linewidth=0.8)
+    _draw_levels(axes, places, members)
+    _draw_quantiles(axes, places, members)
     for place, quantizer in panel.members.items():
-        _draw_levels(axes, place, quantizer.levels)
-        _draw_quantiles(axes, place, quantizer)
         clipped = quantizer.health.clipped
         text = "<1%" if 0 < clipped < 0.005 else f"{clipped:.0%}"
         axes.text(place, top + 0.06 * height, text, ha="center", size=8, color=INK)
 
 
-def _draw_quantiles(axes: Axes, place: int, quantizer: QuantizerAnatomy) -> None:
-    far_low, low, median, high, far_high = quantizer.quantiles
-    axes.plot([place] * 2, [far_low, far_high], color=STUDENT, linewidth=1)
-    axes.plot([place] * 2, [low, high], color=STUDENT, linewidth=4, solid_capstyle="butt")
-    axes.plot(place, median, "o", color="white", markersize=3.5, markeredgecolor=STUDENT)
+def _draw_levels(axes: Axes, places: list[int], members: list[QuantizerAnatomy]) -> None:
+    lowest = np.array([q.levels[0] for q in members])
+    highest = np.array([q.levels[-1] for q in members])
+    axes.bar(places, highest - lowest, 0.62, lowest, color=LEVEL, alpha=0.2)
+    levels = np.concatenate([q.levels for q in members])
+    at = np.repeat(places, [len(q.levels) for q in members])
+    axes.hlines(levels, at - 0.31, at + 0.31, color=LEVEL, linewidth=1)
 
 
-def _draw_levels(axes: Axes, place: int, levels: tuple[float, ...]) -> None:
-    axes.bar(place, levels[-1] - levels[0], 0.62, levels[0], color=LEVEL, alpha=0.2)
-    axes.hlines(levels, place - 0.31, place + 0.31, color=LEVEL, linewidth=1)
+def _draw_quantiles(axes: Axes, places: list[int], members: list[QuantizerAnatomy]) -> None:
+    far_low, low, median, high, far_high = np.array([q.quantiles for q in members]).T
+    axes.vlines(places, far_low, far_high, color=STUDENT, linewidth=1)
+    axes.vlines(places, low, high, color=STUDENT, linewidth=4)
+    axes.plot(places, median, "o", color="white", markersize=3.5, markeredgecolor=STUDENT)
