@@ -57,7 +57,8 @@ def _weights_text(is_squashed: bool) -> tuple[str, str]:
     return (
         "weights against their levels",
         "Distribution of the weight over its scale. Peaks half-way between two levels are weights "
-        f"that training pushes to and fro. {dots}.",
+        "that training pushes to and fro; beyond the outermost levels of a learned scale no "
+        f"gradient reaches them. {dots}.",
     )
 
 
