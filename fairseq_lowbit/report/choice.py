@@ -64,7 +64,7 @@ def worth_dissecting(
     able = [s for s in subjects if s.costs is not None and not s.is_float]
     quality = deciding_quality(able)
     best = front(able, cost, quality)
-    why = f"on the Pareto front of {quality.head} against {cost.head}"
+    why = f"on the Pareto front of {quality.name} against {cost.name}"
     if not best:
         best, why = able, "in the order of the table, since no quality is known"
     if len(best) > most:

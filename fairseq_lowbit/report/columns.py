@@ -15,26 +15,32 @@ class Column:
 
     Attributes:
         key: of file names.
-        head: what stands above the column, ``unit`` below it.
+        name: on the axis of a figure, with the unit.
         note: one sentence that defines it.
         value: None where it is not known.
         digits: behind the decimal point.
         spread: standard deviation, where there is one.
         is_loss: less of it is better.
+        short: for the head of a column, where ``name`` is long.
     """
 
     key: str
-    head: str
+    name: str
     unit: str
     note: str
     value: Value
     digits: int
     spread: Value | None = None
     is_loss: bool = False
+    short: str | None = None
+
+    @property
+    def head(self) -> str:
+        return self.short or self.name
 
     @property
     def axis(self) -> str:
-        return f"{self.head} ({self.unit})" if self.unit else self.head
+        return f"{self.name} ({self.unit})" if self.unit else self.name
 
     def text(self, subject: Subject) -> str:
         """The cell; a dash for what is not known."""
@@ -97,27 +103,30 @@ COSTS = (
 QUALITIES = (
     Column(
         "masked_accuracy",
-        "masked acc.",
+        "masked accuracy",
         "%",
         "labels of masked frames that the model predicts, on held-out audio",
         _recorded("masked_accuracy", 100),
         1,
+        short="masked acc.",
     ),
     Column(
         "cosine",
-        "cosine",
+        "cosine to the teacher",
         "last layer",
         "mean cosine between the frames of the last layer and the teacher's, each centred",
         _recorded("cosine"),
         3,
+        short="cosine",
     ),
     Column(
         "snr",
-        "SNR",
+        "SNR against the teacher",
         "dB",
         "signal-to-noise ratio of the last layer against the teacher's",
         _recorded("snr_db"),
         1,
+        short="SNR",
     ),
     Column(
         "word_probe",
@@ -132,11 +141,12 @@ QUALITIES = (
 )
 VALIDATION_LOSS = Column(
     "valid_loss",
-    "valid. loss",
+    "validation loss",
     "",
     "best validation loss; comparable between runs of one loss and one teacher",
     _recorded("best_loss"),
     4,
     is_loss=True,
+    short="valid. loss",
 )
 COLUMNS = (*COSTS, VALIDATION_LOSS, *QUALITIES)

@@ -133,9 +133,9 @@ class Sections:
                 notes.append(f"Of one run: {members[0].subject.name}.")
             silent = silent_terms(members)
             if silent:
-                notes.append(f"0 all along and not drawn: {', '.join(silent)}.")
+                notes.append(f"Not drawn, 0 all along: {', '.join(silent)}.")
             title = _LOSS_TITLES.get(loss, loss)
-            groups.append(self._group(drawings, title, notes))
+            groups.append(self._group(drawings, title, [" ".join(notes)] if notes else []))
         health = health_drawings(runs, self.colors)
         if health:
             groups.append(self._group(health, "Health of layers and quantizers"))

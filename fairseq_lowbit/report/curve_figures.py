@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fairseq_lowbit.report.choice import standing_out
 from fairseq_lowbit.report.curves import Band, Curve, Training
@@ -18,6 +18,10 @@ _MOST_BANDS = 3
 # A term that fell this far is drawn on a logarithmic scale.
 _LOG_RATIO = 20.0
 
+# Where a line has so few points, each is marked.
+_MOST_MARKERS = 12
+_SHARES = ("accuracy",)
+
 # Whose term it is, in words.
 _TERMS = {
     "loss": "total loss",
@@ -28,7 +32,7 @@ _TERMS = {
     "loss_masked": "masked frames",
     "loss_unmasked": "unmasked frames",
     "loss_features": "feature penalty",
-    "accuracy": "accuracy on masked frames (share)",
+    "accuracy": "accuracy on masked frames",
 }
 _HEALTH = {
     "sqnr_db": (
@@ -109,28 +113,38 @@ def _loss_drawing(
     figure = new_figure()
     axes = figure.subplots()
     for run in _grey_first(runs, colors):
-        color = colors[run.subject.name]
-        if term in run.training.train:
-            curve = run.training.train[term].thinned()
-            axes.plot(curve.updates, curve.values, color=color, linewidth=1, alpha=0.45)
-        if term in run.training.valid:
-            curve = run.training.valid[term].thinned()
-            marker = "o" if len(curve.updates) <= 12 else ""
-            axes.plot(curve.updates, curve.values, color=color, marker=marker, markersize=3)
-    values = [v for run in runs for c in _both(run.training, term) for v in c.thinned().values]
-    is_log = bool(values) and min(values) > 0 and max(values) > _LOG_RATIO * min(values)
-    if is_log:
+        _plot_term(axes, run.training, term, colors[run.subject.name])
+    name, scale = _TERMS.get(term, term), ""
+    if term in _SHARES:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    elif _falls_far(runs, term):
         axes.set_yscale("log")
-    name = _TERMS.get(term, term)
+        scale = " The scale is logarithmic."
     _finish(axes, name)
     add_legend(figure, _legend(runs, colors))
     return Drawing(
         f"curve_{group}_{slug(term)}",
         name[0].upper() + name[1:],
         f"{term}. Thin: training, means between two lines of the log; thick: validation."
-        f"{' The scale is logarithmic.' if is_log else ''}{_grey(runs, colors)}",
+        f"{scale}{_grey(runs, colors)}",
         figure,
     )
+
+
+def _plot_term(axes: Axes, training: Training, term: str, color: str) -> None:
+    if term in training.train:
+        curve = training.train[term].thinned()
+        axes.plot(curve.updates, curve.values, color=color, linewidth=1, alpha=0.45)
+    if term in training.valid:
+        curve = training.valid[term].thinned()
+        marker = "o" if len(curve.updates) <= _MOST_MARKERS else ""
+        axes.plot(curve.updates, curve.values, color=color, marker=marker, markersize=3)
+
+
+def _falls_far(runs: Sequence[Trained], term: str) -> bool:
+    """So far that a linear scale would show its start only."""
+    values = [v for run in runs for c in _both(run.training, term) for v in c.thinned().values]
+    return bool(values) and min(values) > 0 and max(values) > _LOG_RATIO * min(values)
 
 
 @styled()

@@ -65,7 +65,7 @@ def _drawing(
     spreads = " Bars: ± one standard deviation." if quality.spread else ""
     return Drawing(
         f"{quality.key}_{cost.key}",
-        f"{quality.head[0].upper()}{quality.head[1:]} against {cost.head}",
+        f"{quality.name[0].upper()}{quality.name[1:]} and {cost.name}",
         "Each point is a model, a diamond in float. The line is the Pareto front: nothing is both "
         f"cheaper and better than what is ringed.{spreads}{grey}",
         figure,

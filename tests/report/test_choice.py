@@ -69,7 +69,7 @@ def test_the_front_is_taken_apart_evenly() -> None:
     assert why.startswith("3 of the 6 quantized models with a checkpoint, evenly spaced on the Par")
     chosen, why = worth_dissecting([*front[:2], beaten], STORAGE, 3)
     assert chosen == front[:2]
-    assert why.endswith(", on the Pareto front of masked acc. against storage.")
+    assert why.endswith(", on the Pareto front of masked accuracy against storage.")
     assert worth_dissecting([teacher, gone], STORAGE, 3)[0] == []
 
 
