@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from fairseq_lowbit.report.contents import (
 from fairseq_lowbit.report.dissection import dissect_all
 from fairseq_lowbit.report.page import Page, Pictures, write_page
 from fairseq_lowbit.report.sources import Sources, read_sources
-from fairseq_lowbit.report.subjects import Subject, gather
+from fairseq_lowbit.report.subjects import Subject, gather, short_names
 
 HELP = "one page from runs, checkpoints and tables: costs, quality, curves, the insides of models"
 MOST_DISSECTED = 3
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     figures = args.figures or figures_folder(args.out)
     _check(args, figures)
     sources = read_sources(args.sources)
-    entries = with_places(collect(sources.places), args)
+    entries = _with_short_names(with_places(collect(sources.places), args))
     _check_content(entries, sources, args.dissect)
     measure(entries, args.seconds, only_known=args.no_evaluate)
     groups = records(entries, "storage")
@@ -97,6 +98,11 @@ def run(args: argparse.Namespace) -> int:
     size = args.out.stat().st_size / 1e6
     print(f"page {args.out} ({size:.1f} MB), figures in {figures}")
     return int(bool(page.problems))
+
+
+def _with_short_names(entries: Sequence[Entry]) -> list[Entry]:
+    names = short_names([entry.name for entry in entries])
+    return [replace(entry, name=name) for entry, name in zip(entries, names, strict=True)]
 
 
 def _check(args: argparse.Namespace, figures: Path) -> None:

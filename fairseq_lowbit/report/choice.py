@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from fairseq_lowbit.report.columns import QUALITIES, VALIDATION_LOSS, Column
+from fairseq_lowbit.report.columns import DISTILLATION_LOSS, QUALITIES, Column
 from fairseq_lowbit.report.pareto import pareto_front
 from fairseq_lowbit.report.style import FAINT, PALETTE, TEACHER
 from fairseq_lowbit.report.subjects import Subject
@@ -18,7 +18,7 @@ def deciding_quality(subjects: Sequence[Subject]) -> Column:
         return sum(column.value(s) is not None for s in subjects if not s.is_float)
 
     best = max(_DECIDING, key=count)
-    return best if count(best) else VALIDATION_LOSS
+    return best if count(best) else DISTILLATION_LOSS
 
 
 def front(subjects: Sequence[Subject], cost: Column, quality: Column) -> list[Subject]:

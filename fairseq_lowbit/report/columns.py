@@ -1,7 +1,7 @@
 """The columns of the comparison, which the figures of quality against cost take from too."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fairseq_lowbit.profiling.cost import CONVERSION_RATE
 from fairseq_lowbit.report.subjects import SECONDS, Subject
@@ -148,5 +148,11 @@ VALIDATION_LOSS = Column(
     4,
     is_loss=True,
     short="valid. loss",
+)
+# What orders models that nothing was measured of.
+DISTILLATION_LOSS = replace(
+    VALIDATION_LOSS,
+    name="validation loss of distillation",
+    value=lambda s: s.value("best_loss") if s.record["loss"] == "distillation" else None,
 )
 COLUMNS = (*COSTS, VALIDATION_LOSS, *QUALITIES)

@@ -23,9 +23,12 @@ from fairseq_lowbit.report.curves import Training, read_bands, read_training
 from fairseq_lowbit.report.dissection import Dissected
 from fairseq_lowbit.report.drawing import Drawing, slug
 from fairseq_lowbit.report.page import Details, Group, Head, Line, Pictures, Section
+from fairseq_lowbit.report.style import shortened
 from fairseq_lowbit.report.subjects import Subject
 from fairseq_lowbit.report.tradeoff_figures import tradeoff_drawings
 
+# In the table; the problems tell the whole.
+_LONGEST_MESSAGE = 90
 _LOSS_TITLES = {"distillation": "Distillation", "hubert": "HuBERT loss"}
 
 
@@ -59,7 +62,7 @@ def comparison(
                 precision=precision_of(subject),
                 details=", ".join(filter(None, details)),
                 status=_status(subject),
-                message=record["message"] or subject.problem,
+                message=shortened(record["message"] or subject.problem or "", _LONGEST_MESSAGE),
                 cells=[column.text(subject) for column in columns],
             )
         )

@@ -113,22 +113,13 @@ def _loss_drawing(
     figure = new_figure()
     axes = figure.subplots()
     for run in _grey_first(runs, colors):
-        color = colors[run.subject.name]
-        if term in run.training.train:
-            curve = run.training.train[term].thinned()
-            axes.plot(curve.updates, curve.values, color=color, linewidth=1, alpha=0.45)
-        if term in run.training.valid:
-            curve = run.training.valid[term].thinned()
-            marker = "o" if len(curve.updates) <= _MOST_MARKERS else ""
-            axes.plot(curve.updates, curve.values, color=color, marker=marker, markersize=3)
-    values = [v for run in runs for c in _both(run.training, term) for v in c.thinned().values]
-    is_log = bool(values) and min(values) > 0 and max(values) > _LOG_RATIO * min(values)
+        _plot_term(axes, run.training, term, colors[run.subject.name])
+    name, scale = _TERMS.get(term, term), ""
     if term in _SHARES:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    elif is_log:
+    elif _falls_far(runs, term):
         axes.set_yscale("log")
-    name = _TERMS.get(term, term)
-    scale = " The scale is logarithmic." if axes.get_yscale() == "log" else ""
+        scale = " The scale is logarithmic."
     _finish(axes, name)
     add_legend(figure, _legend(runs, colors))
     return Drawing(
@@ -138,6 +129,22 @@ def _loss_drawing(
         f"{scale}{_grey(runs, colors)}",
         figure,
     )
+
+
+def _plot_term(axes: Axes, training: Training, term: str, color: str) -> None:
+    if term in training.train:
+        curve = training.train[term].thinned()
+        axes.plot(curve.updates, curve.values, color=color, linewidth=1, alpha=0.45)
+    if term in training.valid:
+        curve = training.valid[term].thinned()
+        marker = "o" if len(curve.updates) <= _MOST_MARKERS else ""
+        axes.plot(curve.updates, curve.values, color=color, marker=marker, markersize=3)
+
+
+def _falls_far(runs: Sequence[Trained], term: str) -> bool:
+    """So far that a linear scale would show its start only."""
+    values = [v for run in runs for c in _both(run.training, term) for v in c.thinned().values]
+    return bool(values) and min(values) > 0 and max(values) > _LOG_RATIO * min(values)
 
 
 @styled()

@@ -79,6 +79,7 @@ class Line:
         color: in the figures.
         details: what differs from the others, in small letters.
         status: empty for a finished run.
+        message: why something is missing; empty where nothing is.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Line:
     precision: str
     details: str
     status: str
-    message: str | None
+    message: str
     cells: Sequence[str]
 
 

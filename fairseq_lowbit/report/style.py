@@ -4,6 +4,7 @@ import io
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from math import ceil
 from typing import Any
 
 import matplotlib
@@ -75,6 +76,7 @@ _DPI = 160
 logging.getLogger("fontTools").setLevel(logging.WARNING)
 # Of the legend, whose handles and gaps are some characters wide.
 _CHARACTERS_PER_INCH, _HANDLE = 14, 6
+_ROW_HEIGHT = 0.18  # inches
 
 
 def styled() -> AbstractContextManager:
@@ -88,14 +90,16 @@ def new_figure(width: float = NARROW, height: float = 3.2) -> Figure:
 
 
 def add_legend(figure: Figure, handles: Sequence[Artist]) -> None:
-    """A legend below all axes, which covers nothing however long the names are; none for one name
-    that needs no telling apart."""
+    """A legend below all axes, which covers nothing and takes nothing from their height; none for
+    one name that needs no telling apart."""
     if len(handles) < 2:
         return
     labels = [shortened(str(handle.get_label())) for handle in handles]
     longest = max(map(len, labels)) + _HANDLE
     columns = int(figure.get_figwidth() * _CHARACTERS_PER_INCH / longest)
-    figure.legend(handles, labels, loc="outside lower left", ncols=min(max(1, columns), 4))
+    columns = min(max(1, columns), 4)
+    figure.set_figheight(figure.get_figheight() + _ROW_HEIGHT * ceil(len(labels) / columns))
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns)
 
 
 def shortened(name: str, most: int = 40) -> str:

@@ -93,6 +93,24 @@ def gather(own: Iterable[Record], others: Iterable[Record]) -> list[Subject]:
     return sorted(_with_costs(_with_unique_names(subjects)), key=_rank)
 
 
+def short_names(names: Sequence[str]) -> list[str]:
+    """The last parts of paths, as many as tell each from the others; a stage keeps its run's.
+
+    >>> short_names(["exp/a/w1a1", "exp/b/w1a1", "exp/b/w2a2", "exp/b/w2a2/stage1_w8a8"])
+    ['a/w1a1', 'b/w1a1', 'w2a2', 'w2a2/stage1_w8a8']
+    """
+
+    def ends(name: str) -> list[str]:
+        parts = name.split("/")
+        fewest = 2 if parts[-1].startswith("stage") else 1
+        return ["/".join(parts[-count:]) for count in range(fewest, len(parts) + 1)] or [name]
+
+    def is_told_apart(end: str) -> bool:
+        return sum(f"/{name}".endswith(f"/{end}") for name in names) == 1
+
+    return [next(filter(is_told_apart, ends(name)), name) for name in names]
+
+
 def checkpoint_of(folder: Path | None) -> Path | None:
     """The checkpoint of a run's folder, or the file itself; None where there is none."""
     if folder is None:
@@ -149,7 +167,19 @@ def _with_costs(subjects: Sequence[Subject]) -> list[Subject]:
                 problems[subject.name] = str(error)
     reference = _reference(models.values())
     costs = {name: _costs(model, reference) for name, model in models.items()}
-    return [replace(s, costs=costs.get(s.name), problem=problems.get(s.name)) for s in subjects]
+    return [
+        replace(_with_precision(s, costs.get(s.name)), problem=problems.get(s.name))
+        for s in subjects
+    ]
+
+
+def _with_precision(subject: Subject, costs: Costs | None) -> Subject:
+    """A teacher that was not measured is known by its path only; its checkpoint says more."""
+    if costs is None or subject.record["precision"] is not None:
+        return replace(subject, costs=costs)
+    precision = costs.plan.precision
+    known = {"precision": precision.name, "rules": len(precision.rules)}
+    return replace(subject, costs=costs, record=subject.record | known)
 
 
 def _costs(model: Hubert, reference: Profile) -> Costs:

@@ -7,7 +7,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
 from fairseq_lowbit.report.choice import front, placed, standing_out
-from fairseq_lowbit.report.columns import COSTS, QUALITIES, VALIDATION_LOSS, Column
+from fairseq_lowbit.report.columns import COSTS, DISTILLATION_LOSS, QUALITIES, Column
 from fairseq_lowbit.report.drawing import Drawing
 from fairseq_lowbit.report.style import FAINT, INK, MUTED, add_legend, new_figure, styled
 from fairseq_lowbit.report.subjects import Subject
@@ -21,7 +21,7 @@ def tradeoff_drawings(subjects: Sequence[Subject], colors: Mapping[str, str]) ->
     """A figure for every measured quality and every cost that two models at least are known by; for
     the validation loss where nothing was measured."""
     drawings = _drawings(subjects, colors, QUALITIES)
-    return drawings or _drawings(subjects, colors, [VALIDATION_LOSS])
+    return drawings or _drawings(subjects, colors, [DISTILLATION_LOSS])
 
 
 def _drawings(

@@ -7,7 +7,7 @@ from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.precision import Precision
 from fairseq_lowbit.profiling import profile
 from fairseq_lowbit.report.choice import colors, deciding_quality, standing_out, worth_dissecting
-from fairseq_lowbit.report.columns import COSTS, VALIDATION_LOSS
+from fairseq_lowbit.report.columns import COSTS, DISTILLATION_LOSS
 from fairseq_lowbit.report.style import FAINT, PALETTE, TEACHER
 from fairseq_lowbit.report.subjects import Costs, Subject
 from tests.shapes import TINY
@@ -18,7 +18,7 @@ STORAGE = COSTS[0]
 def subject(name: str, accuracy: float | None, **known: object) -> Subject:
     masked = None if accuracy is None else MaskedAccuracy(accuracy, 0.1)
     row = Row(name, False, float(name[1:]), None, masked, None)
-    usual = {"status": "finished", "precision": "bitla_w1a1", "rules": 0}
+    usual = {"status": "finished", "precision": "bitla_w1a1", "rules": 0, "loss": "distillation"}
     return Subject(name, record_of_row(row, **usual | known))
 
 
@@ -44,11 +44,11 @@ def test_with_more_the_front_comes_first_and_then_the_best() -> None:
 
 def test_the_validation_loss_decides_where_nothing_was_measured() -> None:
     subjects = [subject(f"m{i}", None, best_loss=1.0 / i) for i in (1, 2)]
-    assert deciding_quality(subjects) is VALIDATION_LOSS
+    assert deciding_quality(subjects) is DISTILLATION_LOSS
     assert deciding_quality([*subjects, subject("m3", 0.5)]).key == "masked_accuracy"
     # A teacher's own does not count.
     teacher = subject("t4", 0.5, precision="float")
-    assert deciding_quality([*subjects, teacher]) is VALIDATION_LOSS
+    assert deciding_quality([*subjects, teacher]) is DISTILLATION_LOSS
 
 
 def with_costs(one: Subject, precision: str) -> Subject:

@@ -112,13 +112,13 @@ def test_sources_that_are_not_well(
         f"{tmp_path / 'gone'}: there is no such file or folder",
         f"half.pt: checkpoint {truncated} is truncated",
         f"lm.pt: checkpoint {other} is of another shape than the model",
-        "exp/failed: the loss is not finite",
-        f"exp/silent: {tmp_path / 'exp' / 'silent'} holds no training log",
+        "failed: the loss is not finite",
+        f"silent: {tmp_path / 'exp' / 'silent'} holds no training log",
     ):
         assert sum(part in problem for problem in shown.problems) == 1, (part, shown.problems)
         assert part in shown.page.text
     assert len(shown.problems) == 7
-    row = shown.page.row("exp/good")
+    row = shown.page.row("good")
     assert row[1] == "bitla_w2a2"
     assert float(row[2]) == pytest.approx(student.plan.bytes / 1e6, abs=0.005)
     assert "curve_distillation_loss_attention.png" in figures(tmp_path)
