@@ -170,6 +170,15 @@ def test_different_data(trainer, corpus: Path, broken: Path, tmp_path: Path) -> 
     assert str(broken / "valid.tsv") in message
 
 
+@pytest.mark.parametrize("key", ["task.teacher", "task.init_from"])
+def test_a_mistake_that_all_meet_is_told_once(
+    key: str, trainer, teacher: Path, tmp_path: Path
+) -> None:
+    options = (f"task.teacher={teacher}", f"{key}=/no/such.pt")
+    message = refused(trainer.fork_ranks(tmp_path / "run", "bitla_w2a2", *options))
+    assert message == "checkpoint /no/such.pt does not exist"
+
+
 def test_unusable_files_of_all_processes_are_listed(
     trainer, broken: Path, teacher: Path, tmp_path: Path
 ) -> None:
