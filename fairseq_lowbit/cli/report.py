@@ -101,8 +101,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _with_short_names(entries: Sequence[Entry]) -> list[Entry]:
+    """Those of runs; what could not be read is named as it was given."""
     names = short_names([entry.name for entry in entries])
-    return [replace(entry, name=name) for entry, name in zip(entries, names, strict=True)]
+    pairs = zip(entries, names, strict=True)
+    return [replace(entry, name=name) if entry.run else entry for entry, name in pairs]
 
 
 def _check(args: argparse.Namespace, figures: Path) -> None:

@@ -277,19 +277,17 @@ def test_what_cannot_be_taken_apart(
     for name, settings in (
         ("orphan", {"teacher": str(tmp_path / "gone.pt")}),
         ("deaf", {"data": str(tmp_path / "nothing")}),
-        ("whole", {}),
     ):
         make_trained(f"exp/{name}", calibrated("bitla_w1a1"), **settings)
-    names = [f"--dissect={name}" for name in ("orphan", "deaf", "whole")]
+    names = [f"--dissect={name}" for name in ("orphan", "deaf")]
     shown = report(tmp_path / "exp", "--no-evaluate", *names)
     assert shown.status == 1
     (problem,) = shown.problems
     assert problem.startswith(f"deaf could not be taken apart: no manifest {tmp_path}/nothing")
     text = shown.page.text
     assert f"without a teacher: checkpoint {tmp_path}/gone.pt does not exist" in text
-    assert f"beside its teacher {tmp_path}/teacher.pt" in text
     assert "Those that --dissect named." in text
-    for name, is_shown in (("orphan", True), ("deaf", False), ("whole", True)):
+    for name, is_shown in (("orphan", True), ("deaf", False)):
         assert any(figure.startswith(f"{name}_") for figure in figures(tmp_path)) == is_shown
 
 
