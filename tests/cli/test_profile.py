@@ -126,15 +126,17 @@ def test_one_bad_target_leaves_the_others(checkpoint: Path, tmp_path: Path, caps
     truncated.write_bytes(checkpoint.read_bytes()[:1000])
     other = tmp_path / "other.pt"
     torch.save({"weights": torch.zeros(3)}, other)
+    language_model = tmp_path / "lm.pt"
+    config = {"model": {"_name": "transformer_lm"}}
+    torch.save({"cfg": config, "model": {"decoder.weight": torch.zeros(3)}}, language_model)
     targets = [str(truncated), "bitl_w9a1", str(other), "bitla_w1a1", str(tmp_path / "gone.pt")]
-    assert main(["profile", *targets]) == 1
+    assert main(["profile", *targets, str(language_model)]) == 1
     output, errors = capsys.readouterr()
     assert "bitla_w1a1" in output
     messages = errors.strip().splitlines()
-    assert len(messages) == 4
-    for message, part in zip(
-        messages, ("truncated", "9 bits", "not a fairseq checkpoint", "does not exist"), strict=True
-    ):
+    parts = ("truncated", "9 bits", "not a fairseq checkpoint", "does not exist", "lm.pt is of ano")
+    assert len(messages) == len(parts)
+    for message, part in zip(messages, parts, strict=True):
         assert message.startswith("error: ")
         assert part in message
 
