@@ -195,11 +195,12 @@ def read_single(path: Path) -> Run:
         loss=LOSSES.get(criterion, criterion) if was_trained else CALIBRATION,
         data=Path(data) if data else None,
         teacher=Path(teacher) if teacher else None,
-        planned=updates_of(state),  # it was taken as it is
+        planned=updates_of(state),
         saves=True,
         updates=updates_of(state),
         best_loss=_best_loss(state),
         storage_mb=None,
+        is_finished=True,  # it was taken as it is
     )
 
 
