@@ -18,7 +18,8 @@ from fairseq_lowbit.quantization import Codes, Quantizer
 from fairseq_lowbit.quantization.calibration import thin
 
 COLLAPSED = 0.05
-_SAMPLE = 8192
+# Values per quantizer: to sort all of them would take longer than the forward.
+_SAMPLE = 32_768
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,21 @@ def _observer(name: str, measured: list[QuantizerHealth]):
         ratio = [r.reshape(-1)[:1] for r in ratio if r is not None]
         values = thin(x, _SAMPLE) if quantizer.is_per_tensor else x
         codes = quantizer.codes(values, *ratio)
-        measured.append(_health(name, quantizer, codes, quantizer.target(values)))
+        measured.append(_health(name, quantizer, *_sample(codes, quantizer.target(values))))
 
     return observe
+
+
+def _sample(codes: Codes, values: Tensor) -> tuple[Codes, Tensor]:
+    """Evenly spaced ones, flat, of codes and the values that they stand for."""
+
+    def some(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else thin(tensor.expand(codes.integers.shape), _SAMPLE)
+
+    integers = some(codes.integers).to(torch.int16)
+    scale, zero_point = some(codes.scale), some(codes.zero_point)
+    own = Codes(integers, scale, codes.levels, integers.shape, zero_point)
+    return own, some(values.reshape(codes.integers.shape))
 
 
 def _health(name: str, quantizer: Quantizer, codes: Codes, values: Tensor) -> QuantizerHealth:
