@@ -4,6 +4,7 @@ same step of a float student.
 
     python scripts/bench_training.py                        # base size, minutes
     python scripts/bench_training.py --size tiny --precision bitla_w2a2 --precision sqwq_w2
+    python scripts/bench_training.py --precision bitla_w1a1 --health   # and the health figures
 
 A step is what training does between two updates, with the objects of a training run: the shipped
 configuration, the criterion (teacher and shared frozen front-end on both sides), backward, division
@@ -22,6 +23,10 @@ Parts: in steps of their own, because timers cost time, every quantizer is timed
 where its operator's backward has it decode again, instead of keeping the decoded values; and in its
 own backward. What is left of the difference is in no quantizer: the regulariser of squashed
 weights, and noise.
+
+Health (with --health): the student takes turns with itself, a step against a step after which the
+health figures of training are measured, on a batch of the configured size, and written. Their share
+of the step time is the difference over as many steps as lie between two records.
 """
 
 import argparse
@@ -31,6 +36,7 @@ import os
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -47,6 +53,7 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.evaluation.health import measure_health
 from fairseq_lowbit.evaluation.tables import print_table
 from fairseq_lowbit.machine import this_machine
 from fairseq_lowbit.models import Architecture, Hubert, LoadedModel, start_from
@@ -62,6 +69,7 @@ logging.getLogger().setLevel(logging.WARNING)
 from fairseq_lowbit.plugin.criterions import LowbitKdConfig, LowbitKdCriterion  # noqa: E402
 from fairseq_lowbit.plugin.models import HubertFastConvModel  # noqa: E402
 from fairseq_lowbit.plugin.optimizer import LowbitAdam, LowbitAdamConfig  # noqa: E402
+from fairseq_lowbit.plugin.run_files import RunFiles  # noqa: E402
 
 FLOAT = "float"
 PRECISIONS = ("bitla_w1a1", "bitl_w1a1", "sqwq_w1")
@@ -107,6 +115,9 @@ class Student:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = LowbitAdam(adam, trained)
         self.clip_norm = config.optimization.clip_norm
+        self.health_interval = config.task.health_interval
+        batch = config.task.calibration
+        self._health_batch = torch.randn(batch.batch_size, int(batch.max_seconds * SAMPLE_RATE))
         self.model.train()
 
     def step(self) -> None:
@@ -121,6 +132,10 @@ class Student:
         self.optimizer.clip_grad_norm(self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def record_health(self, files: RunFiles) -> None:
+        """What training does every ``health_interval`` updates."""
+        files.write_health(0, measure_health(self.model, self._health_batch))
 
 
 def _values(config_class: type, values: Any) -> Any:
@@ -156,16 +171,16 @@ def _resident_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def take_turns(students: tuple[Student, ...], repeats: int) -> list[list[float]]:
-    """Milliseconds of ``repeats`` steps of each student, step by step in alternating order."""
+def take_turns(steps: tuple[Callable[[], object], ...], repeats: int) -> list[list[float]]:
+    """Milliseconds of ``repeats`` calls of each, in alternating order."""
     for _ in range(WARM_UP_STEPS):
-        for student in students:
-            student.step()
-    times: list[list[float]] = [[] for _ in students]
+        for step in steps:
+            step()
+    times: list[list[float]] = [[] for _ in steps]
     for turn in range(repeats):
-        order = range(len(students)) if turn % 2 == 0 else reversed(range(len(students)))
+        order = range(len(steps)) if turn % 2 == 0 else reversed(range(len(steps)))
         for index in order:
-            times[index].append(_milliseconds(students[index].step))
+            times[index].append(_milliseconds(steps[index]))
     return times
 
 
@@ -243,7 +258,26 @@ def time_parts(student: Student) -> dict[tuple[str, str], float]:
     return {key: total / PART_STEPS for key, total in timer.times.items()}
 
 
-def measure(setting: Setting, precisions: list[str]) -> list[dict[str, Any]]:
+def health_cost(student: Student, repeats: int) -> dict[str, Any]:
+    """Milliseconds of steps without and with the health figures, and their share of training."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = RunFiles(Path(folder), str(Path(folder) / "tensorboard"))
+
+        def step_with_health() -> None:
+            student.step()
+            student.record_health(files)
+
+        plain, watched = take_turns((student.step, step_with_health), repeats)
+    added = statistics.median(own - other for own, other in zip(watched, plain, strict=True))
+    return {
+        "interval": student.health_interval,
+        "without_ms": plain,
+        "with_ms": watched,
+        "share": added / (student.health_interval * statistics.median(plain)),
+    }
+
+
+def measure(setting: Setting, precisions: list[str], health: bool) -> list[dict[str, Any]]:
     """One row per precision, each with the float student that it took turns with."""
     memory = {name: peak_memory(setting, name) for name in (FLOAT, *precisions)}
     teacher = build_teacher(setting)
@@ -251,7 +285,7 @@ def measure(setting: Setting, precisions: list[str]) -> list[dict[str, Any]]:
     rows = []
     for name in precisions:
         student = Student(setting, name, teacher)
-        float_ms, quantized_ms = take_turns((reference, student), setting.repeats)
+        float_ms, quantized_ms = take_turns((reference.step, student.step), setting.repeats)
         pairs = zip(quantized_ms, float_ms, strict=True)
         parts = time_parts(student)
         rows.append(
@@ -266,6 +300,7 @@ def measure(setting: Setting, precisions: list[str]) -> list[dict[str, Any]]:
                 "parts_ms": [
                     {"part": part, "phase": phase, "ms": ms} for (part, phase), ms in parts.items()
                 ],
+                "health": health_cost(student, setting.repeats) if health else None,
             }
         )
         del student
@@ -325,6 +360,23 @@ def parts_table(row: dict[str, Any]) -> Table:
     return table
 
 
+def health_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="health figures in training", title_justify="left")
+    table.add_column("precision")
+    for column in ("step ms", "with figures ms", "every", "% of step time"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        health = row["health"]
+        table.add_row(
+            row["precision"],
+            _spread(health["without_ms"]),
+            _spread(health["with_ms"]),
+            f"{health['interval']} updates",
+            f"{100 * health['share']:.2f}",
+        )
+    return table
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -342,6 +394,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--threads", type=_positive(int), default=os.cpu_count(), help="default: all cores"
     )
     parser.add_argument("--repeats", type=_positive(int), default=5, help="timed steps per side")
+    parser.add_argument("--health", action="store_true", help="the cost of the health figures too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     given = parser.parse_args(arguments)
     given.precision = given.precision or list(PRECISIONS)
@@ -369,12 +422,14 @@ def main(arguments: list[str] | None = None) -> int:
         given.size, given.batch, given.seconds, given.updates, given.threads, given.repeats
     )
     torch.set_num_threads(setting.threads)
-    rows = measure(setting, given.precision)
+    rows = measure(setting, given.precision, given.health)
     about = {**machine(), **asdict(setting)}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print_table(cost_table(rows))
     for row in rows:
         print_table(parts_table(row))
+    if given.health:
+        print_table(health_table(rows))
     if given.json:
         given.json.write_text(json.dumps({"setting": about, "rows": rows}, indent=1) + "\n")
     return 0

@@ -1,6 +1,7 @@
 """scripts/bench_training.py, through the command: what it measures is another matter."""
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_measures_both_sides_and_where_the_difference_goes(tmp_path: Path) -> None:
     out = tmp_path / "cost.json"
     arguments = "--size tiny --batch 1 --seconds 0.5 --updates 2 --threads 1 --repeats 2"
-    done = bench(*arguments.split(), "--precision", "bitla_w1a1", "--json", str(out))
+    done = bench(*arguments.split(), "--precision", "bitla_w1a1", "--health", "--json", str(out))
     assert done.returncode == 0, done.stderr
     assert "bitla_w1a1" in done.stdout
     measured = json.loads(out.read_text())
@@ -38,6 +39,12 @@ def test_measures_both_sides_and_where_the_difference_goes(tmp_path: Path) -> No
     for phase in ("forward", "backward"):
         assert {part for part, own in parts if own == phase} == {"weights"} | operands | inputs
     assert ("weights", "again") in parts
+    health = row["health"]
+    assert health["interval"] == 200
+    both = zip(health["with_ms"], health["without_ms"], strict=True)
+    extra = statistics.median(own - other for own, other in both)
+    assert health["share"] == extra / (200 * statistics.median(health["without_ms"])) > 0
+    assert "% of step time" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from fairseq_lowbit.quantization import Codes, Quantizer
 from fairseq_lowbit.quantization.calibration import thin
 
 COLLAPSED = 0.05
-_SAMPLE = 8192
+# Values per quantizer: to sort all of them would take longer than the forward.
+_SAMPLE = 32_768
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,19 @@ def entropy_bits(counts: Tensor) -> float:
 
 def _observer(name: str, measured: list[QuantizerHealth]):
     def observe(quantizer: Quantizer, inputs: tuple, output: Tensor) -> None:
-        measured.append(quantizer_health(name, quantizer, *observed(quantizer, inputs, _SAMPLE)))
+        values, codes = _sample(*observed(quantizer, inputs, _SAMPLE))
+        measured.append(quantizer_health(name, quantizer, values, codes))
 
     return observe
+
+
+def _sample(values: Tensor, codes: Codes) -> tuple[Tensor, Codes]:
+    """Evenly spaced ones, flat, of values and their codes."""
+
+    def some(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else thin(tensor.expand(codes.integers.shape), _SAMPLE)
+
+    integers = some(codes.integers).to(torch.int16)
+    scale, zero_point = some(codes.scale), some(codes.zero_point)
+    own = Codes(integers, scale, codes.levels, integers.shape, zero_point)
+    return some(values.reshape(codes.integers.shape)), own

@@ -101,6 +101,9 @@ class LowbitKdCriterion(_FrameCriterion):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         mask = draw_mask(self.task.model, sample) if self.mask else None
         teacher = self.task.teacher
+        # First, so that the backward comes to it last: its gradients are as large as the weights
+        # and would wait for the others while all activations are still held.
+        squash = self.squash_terms()
         terms, frames = model(
             sample["waveform"],
             sample["lengths"],
@@ -112,7 +115,6 @@ class LowbitKdCriterion(_FrameCriterion):
         weights = self.weights
         if not teacher.has_final_projection:
             weights = (0.0, *weights[1:])
-        squash = self.squash_terms()
         loss = sum(weight * term for weight, term in zip(weights, terms, strict=True))
         loss = (loss + sum(squash.values())) * frames
         logged = {
@@ -140,6 +142,7 @@ class LowbitHubertCriterion(_FrameCriterion):
         predict = targets != NO_LABEL
         if not self.unmasked_weight:
             predict &= mask
+        squash = self.squash_terms()  # first, as in distillation
         logits, penalty = model(sample["waveform"], sample["lengths"], mask, predict)
         targets, masked = targets[predict], mask[predict]
         error = F.cross_entropy(logits, targets, reduction="none")
@@ -148,7 +151,7 @@ class LowbitHubertCriterion(_FrameCriterion):
             "loss_masked": error[masked].sum(),
             "loss_unmasked": self.unmasked_weight * error[~masked].sum(),
             "loss_features": self.feature_penalty * penalty * frames,
-            **{f"loss_{name}": term * frames for name, term in self.squash_terms().items()},
+            **{f"loss_{name}": term * frames for name, term in squash.items()},
         }
         loss = sum(terms.values())
         logged = {

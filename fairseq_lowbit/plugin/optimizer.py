@@ -67,6 +67,9 @@ class LowbitAdam(FairseqOptimizer):
                 if members
             ],
             **self.optimizer_config,
+            # One pass over the weights instead of ten, and none of the square roots of zero (the
+            # gradient of a clipped weight) that cost CPUs ten times those of other numbers.
+            fused=True,
         )
         self._configured = [
             {key: value for key, value in group.items() if key != "params"}

@@ -5,9 +5,11 @@ u = (x - shift)/scale in fp32, by division; decode = scale * level(code). Gradie
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fairseq_lowbit.quantization.blocks import blocks
 from fairseq_lowbit.quantization.calibration import Calibrator
 from fairseq_lowbit.quantization.codes import Codes
 from fairseq_lowbit.quantization.levels import LevelSet
@@ -17,17 +19,18 @@ from fairseq_lowbit.quantization.recompute import Recomputable
 SCALE_FLOOR = 1e-5
 
 
-def _normalize(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-    """u = (x - shift)/scale, a new tensor."""
+def _normalize(x: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """u = (x - shift)/scale, fp32, in ``out`` or a new tensor."""
     x = x.float()
-    return x / scale if shift is None else (x - shift).div_(scale)
+    if shift is None:
+        return torch.div(x, scale, out=out)
+    return torch.sub(x, shift, out=out).div_(scale)
 
 
 class _FakeQuantize(Recomputable):
     """Decoded codes forward, the gradients of ``docs/numerics.md`` backward.
 
-    Only the inputs are saved: codes and masks are recomputed. Everything elementwise is arithmetic
-    in place, masks being 0 and 1 in fp32: on CPUs new tensors and booleans cost several times more.
+    Only the inputs are saved: codes and masks are recomputed.
     """
 
     @staticmethod
@@ -40,26 +43,52 @@ class _FakeQuantize(Recomputable):
     def backward(ctx, grad_output):
         x, scale, shift = ctx.saved_tensors
         quantizer = ctx.quantizer
-        levels, factor = quantizer.levels, quantizer.gradient_scale
-        grad = quantizer.rows(grad_output).float()
-        u = _normalize(quantizer.rows(x), scale, shift)
-        inside = u.clamp(*levels.clip_range).eq_(u)
-        grad_scale = grad_shift = None
-        if ctx.needs_input_grad[1]:
-            grad_scale = _slope_(levels, u, inside).mul_(grad).sum_to_size(scale.shape) * factor
-        grad_x = inside.mul_(grad)
-        if shift is not None and ctx.needs_input_grad[2]:
-            grad_shift = grad_x.sum_to_size(shift.shape) * -factor
+        rows, grad_rows = quantizer.rows(x), quantizer.rows(grad_output)
+        grad_x = torch.empty_like(rows, dtype=torch.float32)
+        grad_scale, grad_shift = (
+            torch.zeros_like(parameter) if needed and parameter is not None else None
+            for parameter, needed in zip((scale, shift), ctx.needs_input_grad[1:3], strict=True)
+        )
+        for part in blocks(rows, grad_rows, scale, shift, grad_x, grad_scale, grad_shift):
+            _add_gradients(quantizer.levels, *part)
+        for gradient in (grad_scale, grad_shift):
+            if gradient is not None:
+                gradient.mul_(quantizer.gradient_scale)
         return grad_x.view_as(x).to(x.dtype), grad_scale, grad_shift, None
 
 
-def _slope_(levels: LevelSet, u: Tensor, inside: Tensor) -> Tensor:
-    """d decoded / d scale; overwrites ``u``."""
+def _add_gradients(
+    levels: LevelSet,
+    x: Tensor,
+    grad_output: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    grad_x: Tensor,
+    grad_scale: Tensor | None,
+    grad_shift: Tensor | None,
+) -> None:
+    """Fills in ``grad_x`` and adds to the others, before their factor 1/sqrt(N * Qp)."""
+    grad = grad_output.float().contiguous()
+    u = _normalize(x, scale, shift)
+    # hardtanh stops the gradient at the ends of its range, too.
+    lowest, highest = levels.clip_range
+    beyond = _next_float(lowest, -math.inf), _next_float(highest, math.inf)
+    torch.ops.aten.hardtanh_backward.grad_input(grad, u, *beyond, grad_input=grad_x)
+    if grad_shift is not None:
+        grad_shift.sub_(grad_x.sum_to_size(grad_shift.shape))
+    if grad_scale is None:
+        return
     if levels.kind == "sign":
-        return levels.encode_(u)
-    level = levels.value_(levels.encode(u))
-    # Clamped first: infinity times 0 would be nan.
-    return level.sub_(u.clamp_(*levels.clip_range).mul_(inside))
+        slope = levels.encode(u, u).mul_(grad)
+    else:
+        slope = levels.value_(levels.encode(u)).mul_(grad)
+        # Clamped first: infinity times 0 would be nan.
+        slope.addcmul_(u.clamp_(lowest, highest), grad_x, value=-1)
+    grad_scale.add_(slope.sum_to_size(grad_scale.shape))
+
+
+def _next_float(value: int, towards: float) -> float:
+    return float(np.nextafter(np.float32(value), np.float32(towards)))
 
 
 class ElasticQuantizer(LearnedQuantizer):
@@ -126,15 +155,20 @@ class ElasticQuantizer(LearnedQuantizer):
         scale, shift = self._parameters_for(length_ratio)
         return _FakeQuantize.apply(x, scale, shift, self)
 
+    @torch.no_grad()
     def decode(self, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
         """Decoded codes of ``x`` under these parameters, in its shape and dtype, without graph."""
-        code = self.levels.encode_(_normalize(self.rows(x), scale, shift))
-        return self.levels.value_(code).mul_(scale).view_as(x).to(x.dtype)
+        rows = self.rows(x)
+        decoded = torch.empty_like(rows, dtype=torch.float32)
+        for part, alpha, beta, out in blocks(rows, scale, shift, decoded):
+            code = self.levels.encode(_normalize(part, alpha, beta, out), out)
+            self.levels.value_(code).mul_(alpha)
+        return decoded.view_as(x).to(x.dtype)
 
     def codes(self, x: Tensor, length_ratio: Tensor | None = None) -> Codes:
         with torch.no_grad():
             scale, shift = self._parameters_for(length_ratio)
-            integers = self.levels.encode_(_normalize(self.rows(x), scale, shift))
+            integers = self.levels.encode(_normalize(self.rows(x), scale, shift))
         return Codes(integers.to(torch.int16), scale, self.levels, x.shape)
 
     def share_at_floor(self) -> float:

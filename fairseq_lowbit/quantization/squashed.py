@@ -10,8 +10,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from fairseq_lowbit.quantization.blocks import blocks
 from fairseq_lowbit.quantization.codes import Codes
-from fairseq_lowbit.quantization.levels import mid_rise
+from fairseq_lowbit.quantization.levels import LevelSet, mid_rise
 from fairseq_lowbit.quantization.quantizer import SCALE_GROUP, LearnedQuantizer
 from fairseq_lowbit.quantization.recompute import Recomputable
 
@@ -36,13 +37,36 @@ class _FakeSquash(Recomputable):
     @staticmethod
     def backward(ctx, grad_output):
         unsquashed, gain = ctx.saved_tensors
-        quantizer, levels = ctx.quantizer, ctx.quantizer.levels
-        grad = quantizer.rows(grad_output).float()
-        squashed = quantizer.rows(unsquashed).float().tanh()
-        level = levels.value_(levels.encode(squashed))
-        grad_gain = level.mul_(grad).sum_to_size(gain.shape)
-        slope = squashed.mul_(squashed).neg_().add_(1).mul_(gain)
-        return slope.mul_(grad).view_as(unsquashed).to(unsquashed.dtype), grad_gain, None
+        quantizer = ctx.quantizer
+        rows, grad_rows = quantizer.rows(unsquashed), quantizer.rows(grad_output)
+        grad_x = torch.empty_like(rows, dtype=torch.float32)
+        grad_gain = torch.zeros_like(gain)
+        for part in blocks(rows, grad_rows, gain, grad_x, grad_gain):
+            _add_gradients(quantizer.levels, *part)
+        return grad_x.view_as(unsquashed).to(unsquashed.dtype), grad_gain, None
+
+
+def _add_gradients(
+    levels: LevelSet,
+    x: Tensor,
+    grad_output: Tensor,
+    gain: Tensor,
+    grad_x: Tensor,
+    grad_gain: Tensor,
+) -> None:
+    """Fills in ``grad_x`` and adds to ``grad_gain``."""
+    x, grad = x.float(), grad_output.float()
+    if levels.bits == 1:
+        code = levels.encode(x)
+        # 1 - W^2 = 4 s (1 - s) with s = sigmoid(2 P), which takes CPUs a third of the time of tanh.
+        sigmoid = (2 * x).sigmoid_()
+        torch.ops.aten.sigmoid_backward.grad_input(grad, sigmoid, grad_input=grad_x).mul_(4)
+    else:
+        squashed = x.tanh()
+        torch.ops.aten.tanh_backward.grad_input(grad, squashed, grad_input=grad_x)
+        code = levels.encode(squashed, squashed)
+    grad_x.mul_(gain)
+    grad_gain.add_(levels.value_(code).mul_(grad).sum_to_size(grad_gain.shape))
 
 
 class SquashedQuantizer(LearnedQuantizer):
@@ -75,15 +99,19 @@ class SquashedQuantizer(LearnedQuantizer):
         self.check_calibrated()
         return _FakeSquash.apply(x, self.gain, self)
 
+    @torch.no_grad()
     def decode(self, x: Tensor, gain: Tensor) -> Tensor:
         """Decoded codes of ``x`` = P with these gains, in its shape and dtype, without graph."""
-        code = self.levels.encode_(self._normalized(x))
-        return self.levels.value_(code).mul_(gain).view_as(x).to(x.dtype)
+        rows = self.rows(x)
+        decoded = torch.empty_like(rows, dtype=torch.float32)
+        for part, factor, out in blocks(rows, gain, decoded):
+            self.levels.value_(self._encode(part, out)).mul_(factor)
+        return decoded.view_as(x).to(x.dtype)
 
     def codes(self, x: Tensor, length_ratio: Tensor | None = None) -> Codes:
         self.check_calibrated()
         with torch.no_grad():
-            integers = self.levels.encode_(self._normalized(x)).to(torch.int16)
+            integers = self._encode(self.rows(x)).to(torch.int16)
             return Codes(integers, self.gain, self.levels, x.shape)
 
     @torch.no_grad()
@@ -119,10 +147,14 @@ class SquashedQuantizer(LearnedQuantizer):
     def name_groups(self) -> None:
         self.log_gain.param_group = SCALE_GROUP
 
-    def _normalized(self, x: Tensor) -> Tensor:
-        """What is encoded, a new tensor of rows: tanh(P), or at one bit P, which has its sign."""
-        rows = self.rows(x).float()
-        return rows.clone() if self.levels.bits == 1 else rows.tanh()
+    def _encode(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Codes of tanh(P), or at one bit of P, which has its sign; fp32, in ``out`` or a new
+        tensor."""
+        rows = rows.float()
+        if self.levels.bits == 1:
+            return self.levels.encode(rows, out)
+        squashed = torch.tanh(rows, out=out)
+        return self.levels.encode(squashed, squashed)
 
 
 def _unsquash(rows: Tensor, log_gain: Tensor) -> Tensor:
@@ -139,13 +171,15 @@ def squash_penalty(unsquashed: Iterable[Tensor]) -> Tensor:
 
 
 class _Spread(torch.autograd.Function):
-    """The penalty of one tensor. torch's own std and its gradient take three times as long."""
+    """The penalty of one tensor. torch's own std and its gradient take several times as long."""
 
     @staticmethod
     def forward(ctx, unsquashed):
-        values = unsquashed.float()
-        mean = values.mean()
-        std = (values - mean).square_().mean().sqrt_()
+        mean = unsquashed.mean(dtype=torch.float32)
+        squares = torch.zeros_like(mean)
+        for part, *_ in blocks(unsquashed):
+            squares.add_((part.float() - mean).square_().sum())
+        std = squares.div_(unsquashed.numel()).sqrt_()
         ctx.save_for_backward(unsquashed, mean, std)
         return (std - TARGET_STD).square() + mean.square()
 
@@ -155,5 +189,8 @@ class _Spread(torch.autograd.Function):
         unsquashed, mean, std = ctx.saved_tensors
         factor = grad_output * (2 / unsquashed.numel())
         slope = (factor * (std - TARGET_STD) / std).masked_fill_(std == 0, 0)
-        grad = (unsquashed.float() * slope).add_(factor * mean - slope * mean)
-        return grad.to(unsquashed.dtype)
+        offset = factor * mean - slope * mean
+        grad = torch.empty_like(unsquashed)
+        for part, out in blocks(unsquashed, grad):
+            torch.add(part.float() * slope, offset, out=out)
+        return grad

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fairseq_lowbit.quantization.blocks import blocks
 from fairseq_lowbit.quantization.codes import Codes
 from fairseq_lowbit.quantization.levels import SMALLEST_SCALE, non_negative, signed
 from fairseq_lowbit.quantization.quantizer import Quantizer
@@ -62,31 +63,44 @@ class UniformQuantizer(Quantizer):
     def forward(self, x: Tensor, length_ratio: Tensor | None = None) -> Tensor:
         return _StraightThrough.apply(x, self)
 
+    @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         """Decoded codes of ``x``, in its shape and dtype, without graph."""
-        code, scale, zero_point = self._encode(x)
-        level = code if zero_point is None else code.sub_(zero_point)
-        return level.mul_(scale).view_as(x).to(x.dtype)
+        rows = self.rows(x)
+        decoded = torch.empty_like(rows, dtype=torch.float32)
+        for part, scale, zero_point, out in blocks(rows, *self._range(rows), decoded):
+            code = self._encode(part, scale, zero_point, out)
+            (code if zero_point is None else code.sub_(zero_point)).mul_(scale)
+        return decoded.view_as(x).to(x.dtype)
 
     @torch.no_grad()
     def codes(self, x: Tensor, length_ratio: Tensor | None = None) -> Codes:
-        code, scale, zero_point = self._encode(x)
+        rows = self.rows(x)
+        scale, zero_point = self._range(rows)
+        code = self._encode(rows, scale, zero_point)
         return Codes(code.to(torch.int16), scale, self.levels, x.shape, zero_point)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {super().extra_repr()}"
 
-    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes of rows, scale and zero point (None where codes need no offset), all fp32."""
-        values = self.rows(x).float()
+    def _range(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point (None where codes need no offset), fp32."""
+        values = rows.float()
         if self.kind == "absmax":
-            scale = self._symmetric_scale(values).clamp_min(SMALLEST_SCALE)
-            return self.levels.encode_(values / scale), scale, None
+            return self._symmetric_scale(values).clamp_min(SMALLEST_SCALE), None
         lowest = self._reduce(values, torch.amin).clamp_max(0)
         highest = self._reduce(values, torch.amax).clamp_min(0)
         scale = ((highest - lowest) / self.levels.hi).clamp_min(SMALLEST_SCALE)
-        zero_point = self.levels.encode_(-lowest / scale)
-        return self.levels.encode_((values / scale).round_().add_(zero_point)), scale, zero_point
+        return scale, self.levels.encode(-lowest / scale)
+
+    def _encode(
+        self, rows: Tensor, scale: Tensor, zero_point: Tensor | None, out: Tensor | None = None
+    ) -> Tensor:
+        """Codes, fp32, in ``out`` or a new tensor."""
+        u = torch.div(rows.float(), scale, out=out)
+        if zero_point is not None:
+            u.round_().add_(zero_point)
+        return self.levels.encode(u, u)
 
     def _symmetric_scale(self, values: Tensor) -> Tensor:
         if self.levels.kind == "sign":
