@@ -88,6 +88,7 @@ class LevelSet:
             return 2 ** (self.bits - 1)
         return 1 if self.kind == "sign" else self.hi
 
+    @torch.no_grad()
     def encode(self, u: Tensor, out: Tensor | None = None) -> Tensor:
         """Normalised values u = (x - shift)/scale, fp32 -> integer codes held as fp32, same shape.
 
