@@ -51,7 +51,8 @@ def comparison(
     lines = []
     for index, subject in enumerate(subjects):
         record = subject.record
-        details = [" ".join(untold_overrides(record))]
+        details = [f"also {alias}" for alias in subject.aliases if alias != subject.name]
+        details.append(" ".join(untold_overrides(record)))
         if len(teachers) > 1 and record["teacher"]:
             details.append(f"teacher {record['teacher']}")
         lines.append(
@@ -120,8 +121,8 @@ class Sections:
         teachers = {s.record["teacher"] for s in self.subjects} - {None}
         if len(teachers) > 1:
             notes.append(
-                f"These models have {len(teachers)} different teachers: cosine and SNR are each "
-                "against the own one, and compare models of one teacher only."
+                f"These models have {len(teachers)} teachers. Cosine and SNR are against a model's "
+                "own one: compare them between students of the same teacher only."
             )
         return Section("quality", "Quality and cost", [self._group(drawings)], notes)
 

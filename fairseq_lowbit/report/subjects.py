@@ -45,6 +45,7 @@ class Subject:
         checkpoint: None for a row that is known from a table only, or without one yet.
         costs: None without a readable checkpoint.
         problem: why there are none.
+        aliases: names of the same model in tables made before.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Subject:
     checkpoint: Path | None = None
     costs: Costs | None = None
     problem: str | None = None
+    aliases: tuple[str, ...] = ()
 
     @property
     def is_float(self) -> bool:
@@ -86,9 +88,12 @@ def gather(own: Iterable[Record], others: Iterable[Record]) -> list[Subject]:
     subjects = [Subject(r["name"], r, checkpoint_of(r["folder"])) for r in own]
     trained = {s.checkpoint for s in subjects if s.record["status"]} - {None}
     subjects = [s for s in subjects if s.record["status"] or s.checkpoint not in trained]
-    folders = {subject.record["folder"] for subject in subjects} - {None}
     for record in others:
-        if record["folder"] not in folders and not _is_known(record, subjects):
+        known = [index for index, s in enumerate(subjects) if _are_same(record, s.record)]
+        if known:
+            subject = subjects[known[0]]
+            subjects[known[0]] = replace(subject, aliases=(*subject.aliases, record["name"]))
+        else:
             subjects.append(Subject(record["name"], record, checkpoint_of(record["folder"])))
     return sorted(_with_costs(_with_unique_names(subjects)), key=_rank)
 
@@ -124,12 +129,11 @@ def checkpoint_of(folder: Path | None) -> Path | None:
     return checkpoint.resolve() if checkpoint.is_file() else None
 
 
-def _is_known(record: Record, subjects: Iterable[Subject]) -> bool:
-    return any(_are_same(record, subject.record) for subject in subjects)
-
-
 def _are_same(first: Record, second: Record) -> bool:
-    """Whether they tell the same measurements: no two models are that much alike."""
+    """Whether they are of the same run, or tell the same measurements: no two models are that much
+    alike."""
+    if first["folder"] is not None and first["folder"] == second["folder"]:
+        return True
     if first["masked_accuracy"] is first["cosine"] is None:
         return False
     pairs = [(first[key], second[key], gap) for key, gap in _TOLERANCES.items()]
