@@ -22,6 +22,7 @@ from fairseq_lowbit.report.curve_figures import (
 from fairseq_lowbit.report.curves import Training, read_bands, read_training
 from fairseq_lowbit.report.dissection import Dissected
 from fairseq_lowbit.report.drawing import Drawing, slug
+from fairseq_lowbit.report.layer_figures import layer_drawings
 from fairseq_lowbit.report.page import Details, Group, Head, Line, Pictures, Section
 from fairseq_lowbit.report.style import shortened
 from fairseq_lowbit.report.subjects import Subject
@@ -110,12 +111,13 @@ class Sections:
             dissected: one after the other, so that only one is in memory.
             note: why these.
         """
-        sections = [self._tradeoff(), self._training(), self._inside(dissected, note)]
+        sections = [self._quality(), self._training(), self._inside(dissected, note)]
         return [section for section in sections if section is not None]
 
-    def _tradeoff(self) -> Section | None:
-        drawings = tradeoff_drawings(self.subjects, self.colors)
-        if not drawings:
+    def _quality(self) -> Section | None:
+        tradeoffs = tradeoff_drawings(self.subjects, self.colors)
+        layers = layer_drawings(self.subjects, self.colors)
+        if not tradeoffs and not layers:
             return None
         notes = []
         teachers = {s.record["teacher"] for s in self.subjects} - {None}
@@ -124,7 +126,9 @@ class Sections:
                 f"These models have {len(teachers)} teachers. Cosine and SNR are against a model's "
                 "own one: compare them between students of the same teacher only."
             )
-        return Section("quality", "Quality and cost", [self._group(drawings)], notes)
+        groups = [self._group(tradeoffs), self._group(layers, "Layer by layer")]
+        groups = [group for group in groups if group.pictures]
+        return Section("quality", "Quality and cost", groups, notes)
 
     def _training(self) -> Section | None:
         runs = [run for subject in self.subjects if (run := self._trained(subject)) is not None]
