@@ -24,12 +24,11 @@ from fairseq_lowbit.report.dissection import Dissected
 from fairseq_lowbit.report.drawing import Drawing, slug
 from fairseq_lowbit.report.layer_figures import layer_drawings
 from fairseq_lowbit.report.page import Details, Group, Head, Line, Pictures, Section
-from fairseq_lowbit.report.style import shortened
 from fairseq_lowbit.report.subjects import Subject
 from fairseq_lowbit.report.tradeoff_figures import tradeoff_drawings
 
 # In the table; the problems tell the whole.
-_LONGEST_MESSAGE = 90
+_LONGEST_MESSAGE = 100
 _LOSS_TITLES = {"distillation": "Distillation", "hubert": "HuBERT loss"}
 
 
@@ -64,7 +63,7 @@ def comparison(
                 precision=precision_of(subject),
                 details=", ".join(filter(None, details)),
                 status=_status(subject),
-                message=shortened(record["message"] or subject.problem or "", _LONGEST_MESSAGE),
+                message=_begin(record["message"] or subject.problem or ""),
                 cells=[column.text(subject) for column in columns],
             )
         )
@@ -79,6 +78,12 @@ def precision_of(subject: Subject) -> str:
         precision = f"{precision} + {rules} rule{'s' if rules > 1 else ''}"
     is_usual = record["loss"] in (None, "distillation") or subject.is_float
     return ", ".join(filter(None, (precision, None if is_usual else record["loss"]))) or "–"
+
+
+def _begin(message: str) -> str:
+    if len(message) <= _LONGEST_MESSAGE:
+        return message
+    return f"{message[:_LONGEST_MESSAGE]}…"
 
 
 def _status(subject: Subject) -> str:
