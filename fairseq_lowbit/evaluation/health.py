@@ -4,6 +4,7 @@ Measured in a forward of its own without padding, so that training's forward sta
 the curves of one run are comparable.
 """
 
+import math
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,6 +30,8 @@ class QuantizerHealth:
         sqnr_db: signal-to-quantization-noise ratio, 10 log10(sum x^2 / sum (x - decode)^2).
         clipped: share of values more than half a step beyond the outermost decoded level.
         levels_used: share of the 2^bits levels that occur.
+        entropy: of the levels' shares, in bits: what its codes tell of the ``bits`` paid for. None
+            in a record that was written without it.
         at_floor: share of its scales at the smallest value a scale may have.
     """
 
@@ -38,12 +41,12 @@ class QuantizerHealth:
     clipped: float
     levels_used: float
     at_floor: float = 0.0
+    entropy: float | None = None
 
     @property
     def layer(self) -> int | None:
         """Encoder layer the quantizer belongs to, from 0; None outside the encoder layers."""
-        match = re.match(r"encoder\.layers\.(\d+)\.", self.name)
-        return int(match[1]) if match else None
+        return split_layer(self.name)[0]
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,17 @@ class Health:
 
     def to_mapping(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def split_layer(name: str) -> tuple[int | None, str]:
+    """The encoder layer, from 0, that a module belongs to, and its name in there; None and the
+    whole name outside the encoder layers.
+
+    >>> split_layer("encoder.layers.3.self_attn.q_proj")
+    (3, 'self_attn.q_proj')
+    """
+    match = re.match(r"encoder\.layers\.(\d+)\.(.+)", name)
+    return (int(match[1]), match[2]) if match else (None, name)
 
 
 @torch.no_grad()
@@ -104,26 +118,50 @@ def refuse_collapsed(centered: tuple[float, ...], path: object) -> None:
         )
 
 
-def _observer(name: str, measured: list[QuantizerHealth]):
-    def observe(quantizer: Quantizer, inputs: tuple, output: Tensor) -> None:
-        x, *ratio = inputs
-        # All ratios are equal without padding, so one value stands for them.
-        ratio = [r.reshape(-1)[:1] for r in ratio if r is not None]
-        values = thin(x, _SAMPLE) if quantizer.is_per_tensor else x
-        codes = quantizer.codes(values, *ratio)
-        measured.append(_health(name, quantizer, codes, quantizer.target(values)))
+def observed(quantizer: Quantizer, inputs: tuple, max_values: int) -> tuple[Tensor, Codes]:
+    """What a quantizer was called with, for a forward hook without padding.
 
-    return observe
+    Args:
+        inputs: of its forward.
+        max_values: where one scale serves all values, an even sample of them at most this large.
+
+    Returns:
+        the float values that the codes approximate, fp32, and the codes.
+    """
+    x, *ratio = inputs
+    # All ratios are equal without padding, so one value stands for them.
+    ratio = [r.reshape(-1)[:1] for r in ratio if r is not None]
+    values = thin(x, max_values) if quantizer.is_per_tensor else x
+    return quantizer.target(values), quantizer.codes(values, *ratio)
 
 
-def _health(name: str, quantizer: Quantizer, codes: Codes, values: Tensor) -> QuantizerHealth:
+def quantizer_health(
+    name: str, quantizer: Quantizer, values: Tensor, codes: Codes
+) -> QuantizerHealth:
+    """The health of ``quantizer`` by what :func:`observed` returned."""
     noise = (values - codes.decode()).square().sum().clamp_min(1e-20)
     signal = values.square().sum().clamp_min(1e-20)
+    counts = codes.level_counts().cpu()
     return QuantizerHealth(
         name=name,
         bits=codes.levels.bits,
         sqnr_db=float(10 * torch.log10(signal / noise)),
         clipped=float(codes.is_clipped(values).float().mean()),
-        levels_used=codes.integers.unique().numel() / codes.levels.size,
+        levels_used=int(counts.count_nonzero()) / codes.levels.size,
         at_floor=quantizer.share_at_floor(),
+        entropy=entropy_bits(counts),
     )
+
+
+def entropy_bits(counts: Tensor) -> float:
+    """Entropy in bits of how often each level occurs, 0 to log2 of their number."""
+    shares = counts[counts > 0].double() / counts.sum()
+    entropy = float(-(shares * shares.log2()).sum())
+    return min(max(0.0, entropy), math.log2(len(counts)))
+
+
+def _observer(name: str, measured: list[QuantizerHealth]):
+    def observe(quantizer: Quantizer, inputs: tuple, output: Tensor) -> None:
+        measured.append(quantizer_health(name, quantizer, *observed(quantizer, inputs, _SAMPLE)))
+
+    return observe

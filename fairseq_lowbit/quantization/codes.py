@@ -32,15 +32,29 @@ class Codes:
         not added back (docs/numerics.md)."""
         return self._decode(self.integers.to(self.scale.dtype)).reshape(self.shape)
 
-    def is_clipped(self, values: Tensor) -> Tensor:
-        """Where ``values`` (of ``shape``) lie more than half a step beyond the outermost levels;
-        bool, of the shape of ``integers``."""
+    @property
+    def decoded_range(self) -> tuple[Tensor, Tensor]:
+        """What the lowest and the highest code stand for, each broadcastable to ``integers``."""
         lowest, highest = (
             self._decode(self.scale.new_tensor(code)) for code in (self.levels.lo, self.levels.hi)
         )
+        return lowest, highest
+
+    def is_clipped(self, values: Tensor) -> Tensor:
+        """Where ``values`` (of ``shape``) lie more than half a step beyond the outermost levels;
+        bool, of the shape of ``integers``."""
+        lowest, highest = self.decoded_range
         margin = self.scale * self.levels.step / 2
         values = values.reshape(self.integers.shape)
         return (values < lowest - margin) | (values > highest + margin)
+
+    def level_counts(self) -> Tensor:
+        """How often each level occurs, lowest first, int64 [2 ** bits]."""
+        codes = self.levels.codes
+        indices = (self.integers.reshape(-1).long() - codes.start) // codes.step
+        # What is not finite has no code: any will do.
+        indices = indices.clamp_(0, self.levels.size - 1)
+        return torch.bincount(indices, minlength=self.levels.size)
 
     def _decode(self, codes: Tensor) -> Tensor:
         level = self.levels.value(codes)

@@ -76,6 +76,11 @@ class LevelSet:
         return 2**self.bits
 
     @property
+    def codes(self) -> range:
+        """Every code, ascending."""
+        return range(self.lo, self.hi + 1, 2 if self.kind == "sign" else 1)
+
+    @property
     def gradient_divisor(self) -> int:
         """Qp of the LSQ gradient scale: steps from 0 to the upper end of the clipping range, and 1
         for the sign set, whose step is its only level."""
@@ -103,6 +108,10 @@ class LevelSet:
             half = 2 ** (self.bits - 1)
             return u.mul_(half).floor_().add_(half).clamp_(self.lo, self.hi)
         return u.round_().clamp_(self.lo, self.hi)
+
+    def all_values(self) -> Tensor:
+        """Every level in units of the scale, ascending, fp32 [size]."""
+        return self.value(torch.tensor(self.codes, dtype=torch.float32))
 
     def value(self, code: Tensor) -> Tensor:
         """The levels, in units of the scale, that codes (fp32) stand for; exact in fp32."""

@@ -4,10 +4,17 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.health import centered_std, measure_health, refuse_collapsed
+from fairseq_lowbit.evaluation.health import (
+    QuantizerHealth,
+    centered_std,
+    measure_health,
+    refuse_collapsed,
+)
 from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.nn import calibrate, quantizers
 from fairseq_lowbit.precision import Precision, Rule
@@ -49,6 +56,7 @@ def test_two_signed_bits() -> None:
     assert health.sqnr_db == pytest.approx(10 * math.log10(signal / noise), abs=1e-4)
     assert health.clipped == pytest.approx(2 / 5)
     assert health.levels_used == 1.0
+    assert health.entropy == pytest.approx(3 / 5 * math.log2(5) + 2 / 5 * math.log2(5 / 2))
     assert (health.name, health.bits, health.layer) == ("quantizer", 2, None)
 
 
@@ -64,7 +72,29 @@ def test_sign_with_a_threshold() -> None:
 def test_a_scale_far_too_large_wastes_levels() -> None:
     health = health_of(OneQuantizer(non_negative(4), 10.0), [0.0, 1.0, 2.0, 9.0])
     assert health.levels_used == 2 / 16
+    assert health.entropy == pytest.approx(3 / 4 * math.log2(4 / 3) + 1 / 4 * math.log2(4))
     assert health.clipped == 0
+
+
+@given(
+    levels=st.sampled_from([make(bits) for make in (signed, non_negative) for bits in (1, 3, 8)]),
+    values=st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=300),
+    scale=st.floats(1e-3, 1e3),
+)
+@settings(max_examples=50, deadline=None)
+def test_what_always_holds(levels: LevelSet, values: list[float], scale: float) -> None:
+    health = health_of(OneQuantizer(levels, scale), values)
+    used = round(health.levels_used * 2**levels.bits)
+    assert 1 <= used <= min(len(values), 2**levels.bits)
+    assert 0 <= health.entropy <= math.log2(used) + 1e-9
+    assert health.entropy <= health.bits
+    assert (health.entropy == 0) == (used == 1)
+    assert 0 <= health.clipped <= 1
+
+
+def test_records_of_health_without_an_entropy_are_read() -> None:
+    record = {"name": "x", "bits": 1, "sqnr_db": 3.0, "clipped": 0.0, "levels_used": 1.0}
+    assert QuantizerHealth(**record).entropy is None
 
 
 def test_the_length_ratio_scales_with_the_probabilities() -> None:
