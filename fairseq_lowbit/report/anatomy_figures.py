@@ -1,10 +1,8 @@
 """The figures of an anatomy: what its numbers look like, to be read without this code at hand."""
 
-import re
-
 from fairseq_lowbit.report.anatomy import Anatomy
 from fairseq_lowbit.report.attention_figures import attention_drawing
-from fairseq_lowbit.report.drawing import Drawing
+from fairseq_lowbit.report.drawing import Drawing, slug
 from fairseq_lowbit.report.quantizer_figures import levels_drawing, noise_drawing, ranges_drawing
 from fairseq_lowbit.report.style import styled
 from fairseq_lowbit.report.weight_figures import weights_drawing
@@ -17,7 +15,6 @@ def anatomy_drawings(name: str, anatomy: Anatomy) -> list[Drawing]:
     Args:
         name: of the model, for titles; a slug of it starts the drawings' names.
     """
-    slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "model"
     drawings = []
     if anatomy.quantizers:
         drawings += [noise_drawing(anatomy), levels_drawing(anatomy)]
@@ -27,5 +24,6 @@ def anatomy_drawings(name: str, anatomy: Anatomy) -> list[Drawing]:
         drawings.append(weights_drawing(anatomy.weights))
     drawings.append(attention_drawing(anatomy.attention))
     return [
-        Drawing(f"{slug}_{d.name}", f"{name}: {d.title}", d.caption, d.figure) for d in drawings
+        Drawing(f"{slug(name)}_{d.name}", f"{name}: {d.title}", d.caption, d.figure)
+        for d in drawings
     ]

@@ -1,12 +1,14 @@
 """Which models stand out of many: the ones worth their cost, in colour and taken apart."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from fairseq_lowbit.report.columns import DISTILLATION_LOSS, QUALITIES, Column
 from fairseq_lowbit.report.pareto import pareto_front
 from fairseq_lowbit.report.style import FAINT, PALETTE, TEACHER
 from fairseq_lowbit.report.subjects import Subject
 
+Item = TypeVar("Item")
 # A cosine is relative to a teacher and a signal-to-noise ratio says the same again.
 _DECIDING = tuple(column for column in QUALITIES if column.key != "snr")
 
@@ -54,6 +56,17 @@ def colors(subjects: Sequence[Subject], cost: Column) -> dict[str, str]:
 def standing_out(subjects: Sequence[Subject], colors: Mapping[str, str]) -> list[Subject]:
     """Those with a colour of their own."""
     return [subject for subject in subjects if colors[subject.name] != FAINT]
+
+
+def grey_first(items: Iterable[Item], color: Callable[[Item], str]) -> list[Item]:
+    """In the order of drawing: what is grey lies below the others."""
+    return sorted(items, key=lambda item: color(item) != FAINT)
+
+
+def note_on_grey(subjects: Sequence[Subject], colors: Mapping[str, str]) -> str:
+    """For a caption; empty when all have colours."""
+    others = len(subjects) - len(standing_out(subjects, colors))
+    return f" Grey: {others} more." if others else ""
 
 
 def worth_dissecting(

@@ -1,16 +1,16 @@
 """Training curves: every loss term, and the health of quantizers, over updates."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from fairseq_lowbit.report.choice import standing_out
+from fairseq_lowbit.report.choice import grey_first, note_on_grey, standing_out
 from fairseq_lowbit.report.curves import Band, Curve, Training
 from fairseq_lowbit.report.drawing import Drawing, slug
-from fairseq_lowbit.report.style import FAINT, add_legend, new_figure, styled
+from fairseq_lowbit.report.style import add_legend, new_figure, styled
 from fairseq_lowbit.report.subjects import Subject
 
 # Of this many runs quartiles can be seen through each other.
@@ -34,27 +34,36 @@ _TERMS = {
     "loss_features": "feature penalty",
     "accuracy": "accuracy on masked frames",
 }
+
+
+@dataclass(frozen=True)
+class _Health:
+    """How a figure of health is told: the median ``of`` something, and the band around it."""
+
+    title: str
+    unit: str
+    of: str
+    band: str
+
+
 _HEALTH = {
-    "sqnr_db": (
-        "signal to quantization noise",
-        "dB",
-        "median and quartiles of all quantizers, on one fixed batch",
+    "sqnr_db": _Health(
+        "signal to quantization noise", "dB", "of all quantizers on one fixed batch", "quartiles"
     ),
-    "clipped": (
+    "clipped": _Health(
         "clipped values",
         "%",
-        "share of values beyond the outermost level, median and quartiles of all quantizers",
+        "over all quantizers of the share of values beyond the outermost level",
+        "quartiles",
     ),
-    "levels_used": (
-        "levels used",
-        "%",
-        "share of the levels that occur, median and quartiles of all quantizers",
+    "levels_used": _Health(
+        "levels used", "%", "over all quantizers of the share of levels that occur", "quartiles"
     ),
-    "centered_std": (
+    "centered_std": _Health(
         "centred std. deviation",
         "of the rms",
-        "median and extremes of the layers: near 0 a layer is constant over time, from 0.5 to 1 it "
-        "is healthy",
+        "of the layers: near 0 a layer is constant over time, from 0.5 to 1 it is healthy",
+        "extremes",
     ),
 }
 
@@ -112,7 +121,7 @@ def _loss_drawing(
 ) -> Drawing:
     figure = new_figure()
     axes = figure.subplots()
-    for run in _grey_first(runs, colors):
+    for run in grey_first(runs, lambda run: colors[run.subject.name]):
         _plot_term(axes, run.training, term, colors[run.subject.name])
     name, scale = _TERMS.get(term, term), ""
     if term in _SHARES:
@@ -149,35 +158,28 @@ def _falls_far(runs: Sequence[Trained], term: str) -> bool:
 
 @styled()
 def _health_drawing(runs: Sequence[Trained], colors: Mapping[str, str], key: str) -> Drawing:
-    title, unit, what = _HEALTH[key]
-    factor = 100 if unit == "%" else 1
+    told, has_bands = _HEALTH[key], len(runs) <= _MOST_BANDS
+    factor = 100 if told.unit == "%" else 1
     figure = new_figure()
     axes = figure.subplots()
-    for run in _grey_first(runs, colors):
+    for run in grey_first(runs, lambda run: colors[run.subject.name]):
         band, color = run.bands[key], colors[run.subject.name]
         middle, low, high = (
             [factor * v for v in values] for values in (band.middle, band.low, band.high)
         )
         axes.plot(band.updates, middle, color=color)
-        if len(runs) <= _MOST_BANDS:
+        if has_bands:
             axes.fill_between(band.updates, low, high, color=color, alpha=0.15, linewidth=0)
-    _finish(axes, f"{title} ({unit})")
-    if unit == "%":
+    _finish(axes, f"{told.title} ({told.unit})")
+    if told.unit == "%":
         axes.set_ylim(bottom=0)
     add_legend(figure, _legend(runs, colors))
-    if len(runs) > _MOST_BANDS:
-        what = what.replace(" and quartiles", "").replace(" and extremes", "")
     return Drawing(
         f"health_{key}",
-        title[0].upper() + title[1:],
-        f"{what[0].upper() + what[1:]}.{_grey(runs, colors)}",
+        told.title[0].upper() + told.title[1:],
+        f"Median{f' and {told.band}' if has_bands else ''} {told.of}.{_grey(runs, colors)}",
         figure,
     )
-
-
-def _grey_first(runs: Iterable[Trained], colors: Mapping[str, str]) -> list[Trained]:
-    """So that grey lines lie below the others."""
-    return sorted(runs, key=lambda run: colors[run.subject.name] != FAINT)
 
 
 def _finish(axes: Axes, label: str) -> None:
@@ -192,5 +194,4 @@ def _legend(runs: Sequence[Trained], colors: Mapping[str, str]) -> list[Line2D]:
 
 
 def _grey(runs: Sequence[Trained], colors: Mapping[str, str]) -> str:
-    others = len(runs) - len(standing_out([run.subject for run in runs], colors))
-    return f" Grey: {others} more runs." if others else ""
+    return note_on_grey([run.subject for run in runs], colors)

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
-from fairseq_lowbit.report.choice import front, placed, standing_out
+from fairseq_lowbit.report.choice import front, note_on_grey, placed, standing_out
 from fairseq_lowbit.report.columns import COSTS, DISTILLATION_LOSS, QUALITIES, Column
 from fairseq_lowbit.report.drawing import Drawing
 from fairseq_lowbit.report.style import FAINT, INK, MUTED, add_legend, new_figure, styled
@@ -60,14 +60,12 @@ def _drawing(
     axes.margins(0.08)
     _set_cost_scale(axes, [cost.value(subject) for subject in subjects])
     add_legend(figure, _legend(subjects, colors))
-    others = len(subjects) - len(standing_out(subjects, colors))
-    grey = f" Grey: {others} more models." if others else ""
     spreads = " Bars: ± one standard deviation." if quality.spread else ""
     return Drawing(
         f"{quality.key}_{cost.key}",
         f"{quality.name[0].upper()}{quality.name[1:]} and {cost.name}",
         "Each point is a model, a diamond in float. The line is the Pareto front: nothing is both "
-        f"cheaper and better than what is ringed.{spreads}{grey}",
+        f"cheaper and better than what is ringed.{spreads}{note_on_grey(subjects, colors)}",
         figure,
     )
 

@@ -91,6 +91,8 @@ def test_quality_against_cost(report: Report) -> None:
     for quality in ("masked_accuracy", "cosine", "snr"):
         for cost in ("storage", "runtime"):
             assert report.figure(f"{quality}_{cost}")
+    for quality in ("cosine", "snr_db"):
+        assert report.figure(f"{quality}_layers")
 
 
 def test_the_best_are_taken_apart(report: Report) -> None:

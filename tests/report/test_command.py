@@ -262,12 +262,14 @@ def test_many_runs_are_told_apart_as_far_as_colours_go(
     shown = report(write_table(tmp_path / "t.csv", records), *QUICK)
     assert shown.status == 0
     assert len(shown.names) == 30
-    assert "Grey: 22 more models." in shown.page.text
+    assert "Grey: 22 more." in shown.page.text
     colors = [part.split('"')[0] for part in shown.page.html.split("background: ")[1:]]
     swatches = [color for color in colors if color.startswith("#") and len(color) == 7]
     assert len(swatches) == 30
     assert len(set(swatches)) == 9
-    assert {"masked_accuracy_storage.pdf", "cosine_storage.png"} <= figures(tmp_path)
+    assert {"masked_accuracy_storage.pdf", "cosine_storage.png", "cosine_layers.png"} <= figures(
+        tmp_path
+    )
     assert not any("runtime" in name for name in figures(tmp_path))
     assert len(shown.page.html) < 1e6
 
