@@ -66,7 +66,7 @@ def attach(model: nn.Module, precision: Precision) -> Plan:
         if entry.kind == "operand":
             _attach_operand(model, entry, precision)
         else:
-            _attach_operator(model.get_submodule(entry.module), entry)
+            _attach_operator(model.get_submodule(entry.module), entry, precision)
     for module in model.modules():
         if isinstance(module, SelfAttention):
             _share_input_quantizer(module)
@@ -75,15 +75,15 @@ def attach(model: nn.Module, precision: Precision) -> Plan:
     return plan
 
 
-def _attach_operator(module: Operator, entry: PlanEntry) -> None:
+def _attach_operator(module: Operator, entry: PlanEntry, precision: Precision) -> None:
     if entry.weight_bits < FLOAT_BITS:
-        module.weight_quantizer = _weight_quantizer(module, entry)
+        module.weight_quantizer = _weight_quantizer(module, entry, precision.squash_std)
         module.name_groups()
     if entry.activation_bits < FLOAT_BITS:
         module.input_quantizer = _input_quantizer(module, entry)
 
 
-def _weight_quantizer(module: Operator, entry: PlanEntry) -> Quantizer:
+def _weight_quantizer(module: Operator, entry: PlanEntry, squash_std: float) -> Quantizer:
     shape = module.weight_shape
     channels, inputs = shape[0], shape[1:].numel()
     row_size = {"per_tensor": None, "per_channel": inputs, "per_group": entry.group_size}[
@@ -91,7 +91,7 @@ def _weight_quantizer(module: Operator, entry: PlanEntry) -> Quantizer:
     ]
     bits = entry.weight_bits
     if entry.method == "squashed":
-        return SquashedQuantizer(bits, channels, inputs)
+        return SquashedQuantizer(bits, channels, inputs, squash_std)
     if entry.method in PLAIN_RANGE:
         return UniformQuantizer(entry.method, bits, row_size)
     levels = mid_rise(bits) if entry.method == "stretched" else signed(bits)

@@ -1,5 +1,6 @@
 """The resolved plan: for every weighted module and attention operand, its bits and its bytes."""
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -117,6 +118,8 @@ def resolve_plan(precision: Precision, sites: Iterable[Site], other_parameters: 
     preset = parse_precision(precision.name)
     if precision.reference_frames < 1:
         raise LowbitError(f"precision.reference_frames is {precision.reference_frames}; want >= 1")
+    if not 0 < precision.squash_std < math.inf:
+        raise LowbitError(f"precision.squash_std is {precision.squash_std}; want more than 0")
     sites = list(sites)
     for rule in precision.rules:
         rule.check()

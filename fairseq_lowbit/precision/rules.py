@@ -68,12 +68,15 @@ class Precision:
         rules: refinements in order, the last match wins.
         length_scaled: scale the probability quantizers with reference_frames / valid frames.
         reference_frames: length in frames for which their scale is stored.
+        squash_std: standard deviation of the unsquashed weights of ``squashed`` modules, which a
+            student starts from and the loss term holds it to.
     """
 
     name: str = "float"
     rules: list[Rule] = field(default_factory=list)
     length_scaled: bool = True
     reference_frames: int = 500
+    squash_std: float = 0.84
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> "Precision":

@@ -17,8 +17,6 @@ from fairseq_lowbit.quantization.quantizer import SCALE_GROUP, LearnedQuantizer
 from fairseq_lowbit.quantization.recompute import Recomputable
 
 SQUASHED_GROUP = "squashed_weight"
-# tanh(N(0, s^2)) is closest to U(-1, 1), in Kolmogorov's distance, at this s.
-TARGET_STD = 0.84
 _LIMIT = 0.999
 _BISECTIONS = 30
 _TOLERANCE = 0.01
@@ -76,17 +74,20 @@ class SquashedQuantizer(LearnedQuantizer):
         bits: 1 to 8.
         channels: output channels, each with a gain.
         row_size: weights of one output channel.
+        target_std: standard deviation of P that :meth:`fit` aims at. 0.84 is where tanh(N(0, s^2))
+            is closest to U(-1, 1), in Kolmogorov's distance.
 
     Parameter: ``log_gain`` [channels, 1].
 
-    >>> quantizer = SquashedQuantizer(bits=2, channels=1, row_size=3)
+    >>> quantizer = SquashedQuantizer(bits=2, channels=1, row_size=3, target_std=0.84)
     >>> unsquashed = quantizer.fit(torch.tensor([[-0.02, 0.01, 0.04]]))
     >>> quantizer.target(unsquashed)
     tensor([[-0.0200,  0.0100,  0.0400]])
     """
 
-    def __init__(self, bits: int, channels: int, row_size: int) -> None:
+    def __init__(self, bits: int, channels: int, row_size: int, target_std: float) -> None:
         super().__init__(mid_rise(bits), row_size)
+        self.target_std = target_std
         self.log_gain = nn.Parameter(torch.zeros(channels, 1, dtype=torch.float32))
         self.name_groups()
 
@@ -124,7 +125,7 @@ class SquashedQuantizer(LearnedQuantizer):
         """Sets the gains for a float ``weight`` and returns its P, of the same shape.
 
         Per channel exp(g) is the value for which the standard deviation of
-        atanh(clip(weight/exp(g), +-0.999)) is ``TARGET_STD``. A channel that no gain spreads so
+        atanh(clip(weight/exp(g), +-0.999)) is ``target_std``. A channel that no gain spreads so
         far, for example a constant one, gets the gain that clips nothing.
         """
         rows = self.rows(weight).float()
@@ -132,9 +133,9 @@ class SquashedQuantizer(LearnedQuantizer):
         low, high = rms.log() - 4, rms.log() + 4
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            is_wide = _spread(rows, middle) > TARGET_STD
+            is_wide = _spread(rows, middle) > self.target_std
             low, high = torch.where(is_wide, middle, low), torch.where(is_wide, high, middle)
-        is_found = (_spread(rows, high) - TARGET_STD).abs() < _TOLERANCE
+        is_found = (_spread(rows, high) - self.target_std).abs() < _TOLERANCE
         unclipped = 1.01 * rows.abs().amax(1, keepdim=True).clamp_min(_SMALLEST_GAIN)
         self.log_gain.copy_(torch.where(is_found, high, unclipped.log()))
         self.mark_calibrated(True)
@@ -165,32 +166,34 @@ def _spread(rows: Tensor, log_gain: Tensor) -> Tensor:
     return _unsquash(rows, log_gain).std(1, correction=0, keepdim=True)
 
 
-def squash_penalty(unsquashed: Iterable[Tensor]) -> Tensor:
-    """Mean over tensors P of (std(P) - 0.84)^2 + mean(P)^2, () fp32: keeps tanh(P) uniform."""
-    return torch.stack([_Spread.apply(p) for p in unsquashed]).mean()
+def squash_penalty(unsquashed: Iterable[Tensor], target_std: float) -> Tensor:
+    """Mean over tensors P of (std(P) - target_std)^2 + mean(P)^2, () fp32: keeps tanh(P) spread
+    over its levels."""
+    return torch.stack([_Spread.apply(p, target_std) for p in unsquashed]).mean()
 
 
 class _Spread(torch.autograd.Function):
     """The penalty of one tensor. torch's own std and its gradient take several times as long."""
 
     @staticmethod
-    def forward(ctx, unsquashed):
+    def forward(ctx, unsquashed, target_std: float):
         mean = unsquashed.mean(dtype=torch.float32)
         squares = torch.zeros_like(mean)
         for part, *_ in blocks(unsquashed):
             squares.add_((part.float() - mean).square_().sum())
         std = squares.div_(unsquashed.numel()).sqrt_()
         ctx.save_for_backward(unsquashed, mean, std)
-        return (std - TARGET_STD).square() + mean.square()
+        ctx.target_std = target_std
+        return (std - target_std).square() + mean.square()
 
     @staticmethod
     def backward(ctx, grad_output):
         # d/dP_i = 2/N ((std - target) (P_i - mean) / std + mean)
         unsquashed, mean, std = ctx.saved_tensors
         factor = grad_output * (2 / unsquashed.numel())
-        slope = (factor * (std - TARGET_STD) / std).masked_fill_(std == 0, 0)
+        slope = (factor * (std - ctx.target_std) / std).masked_fill_(std == 0, 0)
         offset = factor * mean - slope * mean
         grad = torch.empty_like(unsquashed)
         for part, out in blocks(unsquashed, grad):
             torch.add(part.float() * slope, offset, out=out)
-        return grad
+        return grad, None

@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from fairseq_lowbit.quantization.squashed import TARGET_STD
 from fairseq_lowbit.report.drawing import Drawing
 from fairseq_lowbit.report.quantizer_figures import short_name
 from fairseq_lowbit.report.quantizers import FEW_LEVELS
@@ -51,8 +50,8 @@ def _weights_text(is_squashed: bool) -> tuple[str, str]:
         return (
             "weights before and after squashing",
             "Above, the stored weight P, the thresholds between its levels (dotted) and the spread "
-            f"that training holds it to (dashed, standard deviation {TARGET_STD}). Below, the "
-            f"squashed weight tanh(P), which evenly spaced levels serve better. {dots}.",
+            "that training holds it to (dashed). Below, the squashed "
+            f"weight tanh(P), which evenly spaced levels serve better. {dots}.",
         )
     return (
         "weights against their levels",
@@ -73,7 +72,8 @@ def _draw_stored(axes: Axes, weight: WeightAnatomy) -> None:
         for threshold in np.arctanh((levels[1:] + levels[:-1]) / 2):
             axes.axvline(threshold, color=LEVEL, linestyle=":", linewidth=1)
     x = np.array(weight.stored.edges)
-    normal = np.exp(-((x / TARGET_STD) ** 2) / 2) / (TARGET_STD * np.sqrt(2 * np.pi))
+    spread = weight.squash_std
+    normal = np.exp(-((x / spread) ** 2) / 2) / (spread * np.sqrt(2 * np.pi))
     axes.plot(x, normal, color=INK, linestyle="--", linewidth=1)
 
 

@@ -51,6 +51,7 @@ class WeightAnatomy:
         encoded: what is rounded to levels: the weight over its scale, or the squashed weight.
         stored: of a squashed weight what is stored and trained, the argument of tanh; None for
             other methods.
+        squash_std: the standard deviation that training holds ``stored`` to, None likewise.
     """
 
     module: str
@@ -59,6 +60,7 @@ class WeightAnatomy:
     shares: tuple[float, ...]
     encoded: Histogram
     stored: Histogram | None
+    squash_std: float | None = None
 
     @property
     def layer(self) -> int | None:
@@ -111,8 +113,9 @@ def _weight_anatomy(name: str, own: Operator, teacher: Operator | None) -> Weigh
     teachers = None if teacher is None else _encoded(_float_weight(teacher), codes)
     levels = codes.levels.all_values().tolist()
     counts = codes.level_counts()
-    unsquashed = None
+    unsquashed = aim = None
     if isinstance(quantizer, SquashedQuantizer):
+        aim = quantizer.target_std
         unsquashed = _histogram(
             thin(stored, MAX_VALUES),
             None if teachers is None else _unsquashed(teachers),
@@ -125,6 +128,7 @@ def _weight_anatomy(name: str, own: Operator, teacher: Operator | None) -> Weigh
         shares=tuple((counts / counts.sum()).tolist()),
         encoded=_histogram(values, teachers, _range(values, levels)),
         stored=unsquashed,
+        squash_std=aim,
     )
 
 

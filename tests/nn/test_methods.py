@@ -250,7 +250,7 @@ def test_whole_forward_and_backward_never_wait_for_the_device(method: str) -> No
                 quantizer.mark_calibrated(True)
         loss = model.final_output(torch.randn(2, 700), torch.tensor([700, 500])).square().sum()
         if squashed_weights(model):
-            loss = loss + squash_penalty(squashed_weights(model))
+            loss = loss + squash_penalty(squashed_weights(model), 0.84)
         loss.backward()
         assert model.final_proj.bias.grad.shape == (8,)
 
@@ -329,7 +329,7 @@ def test_positional_weight_state_is_the_stored_weight_again() -> None:
 
 def test_squashed_weights_carry_their_graph() -> None:
     model = calibrated(SQUASHED)
-    squash_penalty(squashed_weights(model)).backward()
+    squash_penalty(squashed_weights(model), 0.84).backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None}
     expected = {f"{name}.weight" for name in OPERATORS if "pos_conv" not in name}
     assert reached == expected | {"encoder.pos_conv.0.weight_v", "encoder.pos_conv.0.weight_g"}
@@ -366,7 +366,7 @@ def test_squashed_linear_learns(bits: int) -> None:
     """From a float layer towards another one, regulariser included."""
     torch.manual_seed(0)
     teacher, student = Linear(16, 8), Linear(16, 8)
-    student.weight_quantizer = SquashedQuantizer(bits, 8, 16)
+    student.weight_quantizer = SquashedQuantizer(bits, 8, 16, target_std=0.84)
     with torch.no_grad():
         student.weight.copy_(student.weight_quantizer.fit(student.weight))
     optimizer = torch.optim.Adam(student.parameters(), lr=0.03)
@@ -375,7 +375,7 @@ def test_squashed_linear_learns(bits: int) -> None:
     for _ in range(100):
         loss = (student(x) - teacher(x)).square().mean()
         optimizer.zero_grad()
-        (loss + 0.01 * squash_penalty([student.weight])).backward()
+        (loss + 0.01 * squash_penalty([student.weight], 0.84)).backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < {1: 0.5, 2: 0.25, 8: 0.05}[bits] * losses[0]

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -164,6 +165,12 @@ def test_missing_rules_mean_none() -> None:
 def test_reference_length_must_be_positive() -> None:
     with pytest.raises(LowbitError, match="reference_frames is 0"):
         resolve_plan(Precision("float", reference_frames=0), [], 0)
+
+
+@pytest.mark.parametrize("std", [0.0, -1.0, math.inf, math.nan])
+def test_the_spread_of_squashed_weights_must_be_positive(std: float) -> None:
+    with pytest.raises(LowbitError, match=f"squash_std is {std}"):
+        resolve_plan(Precision("sqwq_w8", squash_std=std), [], 0)
 
 
 def test_a_rule_for_a_layer_does_not_quantize_the_attention_of_bitl() -> None:

@@ -78,7 +78,7 @@ def elastic(levels, **kwargs) -> ElasticQuantizer:
 
 
 def squashed(bits: int) -> SquashedQuantizer:
-    quantizer = SquashedQuantizer(bits, 8, 30)
+    quantizer = SquashedQuantizer(bits, 8, 30, target_std=0.84)
     quantizer.fit(random(8, 30))
     return quantizer
 
@@ -129,9 +129,9 @@ def run(quantizer: Quantizer, x: Tensor, g: Tensor, ratio: Tensor | None) -> lis
 
 def test_the_penalty_does_not_see_them_either(small) -> None:
     p = (random(8, 30) + 0.4).requires_grad_()
-    whole = squash_penalty([p])
+    whole = squash_penalty([p], 0.84)
     (expected,) = torch.autograd.grad(whole, p)
     small(13)
-    penalty = squash_penalty([p])
+    penalty = squash_penalty([p], 0.84)
     torch.testing.assert_close(penalty, whole)
     torch.testing.assert_close(torch.autograd.grad(penalty, p)[0], expected)

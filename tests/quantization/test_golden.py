@@ -132,7 +132,7 @@ UNIFORM = json.loads((FOLDER / "uniform.json").read_text())
 @pytest.mark.parametrize("case", SQUASHED, ids=lambda case: f"{case['bits']} bits")
 def test_squashed_weights(case: dict[str, Any]) -> None:
     x = torch.tensor(case["x"], requires_grad=True)
-    quantizer = SquashedQuantizer(case["bits"], *x.shape)
+    quantizer = SquashedQuantizer(case["bits"], *x.shape, target_std=0.84)
     with torch.no_grad():
         quantizer.log_gain.copy_(torch.tensor(case["log_gain"])[:, None])
     quantizer.mark_calibrated(True)

@@ -29,7 +29,7 @@ def elastic(shift_shape: tuple[int, ...] | None = None, **kwargs: int) -> Elasti
 
 
 def squashed() -> SquashedQuantizer:
-    quantizer = SquashedQuantizer(2, channels=4, row_size=6)
+    quantizer = SquashedQuantizer(2, channels=4, row_size=6, target_std=0.84)
     quantizer.mark_calibrated(True)
     return quantizer
 

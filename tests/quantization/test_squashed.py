@@ -26,8 +26,10 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def fitted(weight: Tensor, bits: int = 2) -> tuple[SquashedQuantizer, Tensor]:
-    quantizer = SquashedQuantizer(bits, len(weight), weight[0].numel())
+def fitted(
+    weight: Tensor, bits: int = 2, target_std: float = 0.84
+) -> tuple[SquashedQuantizer, Tensor]:
+    quantizer = SquashedQuantizer(bits, len(weight), weight[0].numel(), target_std)
     return quantizer, quantizer.fit(weight)
 
 
@@ -42,13 +44,16 @@ WEIGHTS = {
 }
 
 
+@pytest.mark.parametrize("target_std", [0.3, 0.84])
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_every_channel_of_the_unsquashed_weight_has_the_target_spread(name: str) -> None:
+def test_every_channel_of_the_unsquashed_weight_has_the_target_spread(
+    name: str, target_std: float
+) -> None:
     weight = WEIGHTS[name]
-    _, unsquashed = fitted(weight)
+    _, unsquashed = fitted(weight, target_std=target_std)
     assert unsquashed.shape == weight.shape
     spread = unsquashed.flatten(1).std(1, correction=0)
-    torch.testing.assert_close(spread, torch.full((6,), 0.84), rtol=0, atol=1e-3)
+    torch.testing.assert_close(spread, torch.full((6,), target_std), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -174,14 +179,14 @@ def test_penalty_by_hand() -> None:
     first, second = torch.tensor([[1.0, -1.0], [3.0, 1.0]]), torch.tensor([0.84, -0.84])
     # Mean 1 and standard deviation sqrt(2); mean 0 and .84.
     expected = ((math.sqrt(2) - 0.84) ** 2 + 1 + 0) / 2
-    assert squash_penalty([first, second]).item() == pytest.approx(expected, rel=1e-6)
+    assert squash_penalty([first, second], 0.84).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_penalty_has_the_gradient_of_its_definition() -> None:
     tensors = [normal(4, 5) + 0.3, 0.2 * normal(7, seed=1)]
     for tensor in tensors:
         tensor.requires_grad_()
-    squash_penalty(tensors).backward()
+    squash_penalty(tensors, 0.84).backward()
     for tensor in tensors:
         p = tensor.detach().double()
         count, mean, std = p.numel(), p.mean(), p.std(correction=0)
@@ -191,12 +196,12 @@ def test_penalty_has_the_gradient_of_its_definition() -> None:
 
 def test_penalty_vanishes_at_the_start_and_drives_back_to_it() -> None:
     _, unsquashed = fitted(WEIGHTS["normal"])
-    assert squash_penalty([unsquashed]).item() < 1e-4
+    assert squash_penalty([unsquashed], 0.84).item() < 1e-4
     p = nn.Parameter(0.1 * unsquashed + 0.5)
     optimizer = torch.optim.Adam([p], lr=0.05)
     for _ in range(100):
         optimizer.zero_grad()
-        squash_penalty([p]).backward()
+        squash_penalty([p], 0.84).backward()
         optimizer.step()
     assert p.mean().item() == pytest.approx(0, abs=0.02)
     assert p.std(correction=0).item() == pytest.approx(0.84, abs=0.02)
@@ -204,7 +209,7 @@ def test_penalty_vanishes_at_the_start_and_drives_back_to_it() -> None:
 
 def test_penalty_of_a_constant_tensor_has_a_finite_gradient() -> None:
     p = torch.zeros(3, 4, requires_grad=True)
-    squash_penalty([p]).backward()
+    squash_penalty([p], 0.84).backward()
     assert torch.equal(p.grad, torch.zeros(3, 4))
 
 
@@ -219,9 +224,9 @@ def test_half_weights_are_quantized_in_fp32(dtype: torch.dtype) -> None:
     quantizer(p).float().sum().backward()
     assert p.grad.dtype == dtype
     assert quantizer.log_gain.grad.dtype == torch.float32
-    penalty = squash_penalty([p])
+    penalty = squash_penalty([p], 0.84)
     assert penalty.dtype == torch.float32
-    assert penalty.item() == pytest.approx(squash_penalty([p.float()]).item())
+    assert penalty.item() == pytest.approx(squash_penalty([p.float()], 0.84).item())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -246,10 +251,10 @@ def test_keeps_nothing_but_its_inputs_for_the_backward() -> None:
 def test_forward_backward_and_penalty_never_wait_for_the_device() -> None:
     # Under FakeTensorMode, reading a value (.item(), bool()) raises.
     with FakeTensorMode():
-        quantizer = SquashedQuantizer(2, 3, 4)
+        quantizer = SquashedQuantizer(2, 3, 4, target_std=0.84)
         quantizer.mark_calibrated(True)
         p = torch.randn(3, 4, requires_grad=True)
-        (quantizer(p).square().sum() + squash_penalty([p])).backward()
+        (quantizer(p).square().sum() + squash_penalty([p], 0.84)).backward()
         assert p.grad.shape == p.shape
         assert quantizer.log_gain.grad.shape == (3, 1)
 
@@ -259,12 +264,12 @@ def test_forward_backward_and_penalty_never_wait_for_the_device() -> None:
 )
 def test_every_use_before_the_fit_raises(use) -> None:
     with pytest.raises(UncalibratedError):
-        use(SquashedQuantizer(2, 2, 2))
+        use(SquashedQuantizer(2, 2, 2, target_std=0.84))
 
 
 def test_state_dict_carries_gains_and_flag() -> None:
     source, p = fitted(normal(3, 8), bits=3)
-    target = SquashedQuantizer(3, 3, 8)
+    target = SquashedQuantizer(3, 3, 8, target_std=0.84)
     target.load_state_dict(source.state_dict())
     assert target.is_calibrated
     assert torch.equal(target(p), source(p))
