@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The paper's grid at toy scale, and what goes beyond it: students of one teacher with equally many
-# updates, in one table with the paper's word error rates beside them for orientation.
+# updates, and the teacher quantized without training, in one table with the paper's word error rates
+# beside them for orientation.
 #
 #   bash recipes/grid.sh                    an hour after installation, on 2 CPU cores
 #   bash recipes/grid.sh --minutes 180      longer training, better models
@@ -14,13 +15,30 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-# name, number of stages, configuration and overrides. More rows may be added at any time.
+# name, number of stages (0: calibrated, not trained), configuration and overrides. More rows may be
+# added at any time.
 rows=(
+    # no training: ranges as they are, learned scales as calibrated
+    "ptq_absmax_w8a8             0  absmax_w8a8"
+    "ptq_minmax_w8a8             0  minmax_w8a8"
+    "ptq_bitl_w8a8               0  bitl_w8a8"
+    "ptq_absmax_w4a4             0  absmax_w4a4"
+    "ptq_minmax_w4a4             0  minmax_w4a4"
+    "ptq_bitl_w4a4               0  bitl_w4a4"
+    "ptq_absmax_w2a8             0  absmax_w2a8"
+    "ptq_minmax_w2a8             0  minmax_w2a8"
+    "ptq_bitl_w2a8               0  bitl_w2a8"
+    "ptq_sqwq_w2                 0  sqwq_w2"
+    "ptq_bitl_w2a2               0  bitl_w2a2"
+    "ptq_bitla_w2a2              0  bitla_w2a2"
+    "ptq_bitla_w1a1              0  bitla_w1a1"
     # weights alone; linears; linears and attention
     "sqwq_w8                     1  sqwq_w8"
     "sqwq_w4                     1  sqwq_w4"
     "sqwq_w2                     1  sqwq_w2"
     "sqwq_w1                     1  sqwq_w1"
+    "sqwq_w8_std_0.3             1  sqwq_w8     model.precision.squash_std=0.3"
+    "sqwq_w4_std_0.5             1  sqwq_w4     model.precision.squash_std=0.5"
     "bitl_w8a8                   1  bitl_w8a8"
     "bitl_w4a4                   1  bitl_w4a4"
     "bitl_w2a2                   1  bitl_w2a2"
@@ -39,12 +57,13 @@ rows=(
     # in stages, with as many updates in all
     "bitla_w1a1_in_2_stages      2  bitla_w1a1  schedule=w1a2_w1a1"
     "bitla_w1a1_in_4_stages      4  bitla_w1a1  schedule=w8a8_w4a4_w2a2_w1a1"
-    # weight scales and levels
+    # weight scales and levels, of which activations of 2 bits would show little
     "bitla_w1a1_per_channel      1  bitla_w1a1  rules=per_channel"
     "bitla_w1a1_per_group        1  bitla_w1a1  rules=per_group"
-    "bitla_w2a2_per_channel      1  bitla_w2a2  rules=per_channel"
-    "bitla_w2a2_per_group        1  bitla_w2a2  rules=per_group"
-    "bitla_w2a2_stretched        1  bitla_w2a2  rules=stretched"
+    "bitl_w2a8                   1  bitl_w2a2   model.precision.name=bitl_w2a8"
+    "bitl_w2a8_per_channel       1  bitl_w2a2   model.precision.name=bitl_w2a8 rules=per_channel"
+    "bitl_w2a8_per_group         1  bitl_w2a2   model.precision.name=bitl_w2a8 rules=per_group"
+    "bitl_w2a8_stretched         1  bitl_w2a2   model.precision.name=bitl_w2a8 rules=stretched"
     # what the paper leaves at 16 bits
     "bitla_w1a1_front_end_w8a8   1  bitla_w1a1  rules=front_end_w8a8"
     "bitla_w1a1_front_end_w4a4   1  bitla_w1a1  rules=front_end_w4a4"
@@ -65,11 +84,12 @@ source "$repo/recipes/toy.sh"
 workers="$cores"
 
 declare -A stages_of=() settings_of=()
-names=()
+names=() trained=()
 for row in "${rows[@]}"; do
     read -r name stages settings <<<"$row"
     names+=("$name")
     stages_of[$name]="$stages" settings_of[$name]="$settings"
+    ((stages == 0)) || trained+=("$name")
 done
 
 # grow NAME OVERRIDES...: trains the student of a row.
@@ -88,7 +108,7 @@ plan_rows() {
     ((${#failed[@]} == 0)) || die "${failed[*]} failed, see above"
     local name rates=()
     for name in "${timed[@]}"; do rates+=("$(rate_of "$name")"); done
-    python - "$((rows_seconds * workers / ${#rows[@]}))" "${rates[@]}" >"$work/updates" <<'PY'
+    python - "$((rows_seconds * workers / ${#trained[@]}))" "${rates[@]}" >"$work/updates" <<'PY'
 import sys
 
 seconds, *rates = map(float, sys.argv[1:])
@@ -103,7 +123,14 @@ train_row() {
         "lr_scheduler.warmup_updates=$((updates / 10 + 1))"
 }
 
-finish_row() { stage "row_$1" train_row "$1"; }
+calibrate_row() {
+    OMP_NUM_THREADS=1 fairseq-lowbit ptq "$teacher" --data "$data" --precision "${settings_of[$1]}" \
+        --out "$work/ptq/$1.pt" >"$work/$1.log" || die "calibration failed; its log is $work/$1.log"
+}
+
+make_row() { if ((stages_of[$1])); then train_row "$1"; else calibrate_row "$1"; fi; }
+
+finish_row() { stage "row_$1" make_row "$1"; }
 
 # What does not train, in seconds: corpus, labels and measuring speed; on one core a row's start,
 # calibration and validation; a row of the table, whose measurement takes all cores.
@@ -114,6 +141,7 @@ teacher_seconds="$((training_seconds * 3 / 10))"
 rows_seconds="$((training_seconds - teacher_seconds))"
 
 log "grid of ${#rows[@]} rows in $minutes minutes on $cores cores in $work; a rehearsal at toy scale"
+mkdir -p "$work/ptq"
 ((training_seconds > 0)) || log "that is too short: every row makes a few updates, and it takes longer"
 [[ -n "$is_given" ]] || make_teacher "$teacher_seconds"
 stage speed plan_rows
@@ -122,7 +150,7 @@ left_out=("${failed[@]}")
 
 log "measure on held-out audio"
 status=0
-OMP_NUM_THREADS="$cores" fairseq-lowbit sweep-table "$work/runs" --paper \
+OMP_NUM_THREADS="$cores" fairseq-lowbit sweep-table "$work/runs" "$work"/ptq/*.pt --paper \
     --markdown "$work/grid.md" --csv "$work/grid.csv" || status=$?
 log "took $((SECONDS / 60)) min $((SECONDS % 60)) s; the table is $work/grid.md and $work/grid.csv"
 ((${#left_out[@]} == 0)) || die "failed: ${left_out[*]}; the same command tries them again"

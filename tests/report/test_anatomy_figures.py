@@ -258,7 +258,7 @@ def test_a_float_model_is_drawn_by_its_attention() -> None:
     assert pair["attention"].title == "My model: attention of teacher and student"
 
 
-@pytest.mark.parametrize("name, slug", [("W1A1 (best)", "w1a1_best"), ("--", "model")])
+@pytest.mark.parametrize("name, slug", [("W1A1 (best)", "w1a1_best"), ("--", "other")])
 def test_names_of_drawings_start_with_a_slug(name: str, slug: str) -> None:
     anatomy = anatomy_of(Precision(), teacher=False)
     assert [d.name for d in anatomy_drawings(name, anatomy)] == [f"{slug}_attention"]
