@@ -1,22 +1,23 @@
 """Post-training quantization: the calibration pass and nothing else."""
 
-import random
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from fairseq_lowbit.data.audio import SAMPLE_RATE
+from fairseq_lowbit.data.calibration import CalibrationAudio
 from fairseq_lowbit.data.manifest import Manifest
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.utterances import read_usable
 from fairseq_lowbit.models import Hubert, LoadedModel, start_from
+from fairseq_lowbit.models.extractor import receptive_field
 from fairseq_lowbit.nn import calibrate
 from fairseq_lowbit.precision import Precision
 from fairseq_lowbit.quantization import Criterion
 from fairseq_lowbit.quantization.calibration import MSE
 
-_BATCHES = 8
-_BATCH_SIZE = 4
-_MAX_SAMPLES = 160_000
+DEFAULT_AUDIO = CalibrationAudio()
 
 
 @dataclass(frozen=True)
@@ -32,28 +33,45 @@ class Calibrated:
 
 
 def post_training_quantized(
-    teacher: LoadedModel, precision: Precision, manifest: Manifest, criterion: Criterion = MSE
+    teacher: LoadedModel,
+    precision: Precision,
+    manifest: Manifest,
+    criterion: Criterion = MSE,
+    audio: CalibrationAudio = DEFAULT_AUDIO,
 ) -> Calibrated:
-    """The teacher at another precision, calibrated on seeded files of ``manifest``.
+    """The teacher at another precision, calibrated on files of ``manifest`` that ``audio`` draws.
 
     Raises:
         LowbitError: an unknown precision; no usable file among those drawn.
     """
     model = Hubert(teacher.model.shape, precision=precision)
     start_from(model, teacher)
-    generator = random.Random(1)
-    count = min(_BATCH_SIZE, len(manifest))
-    picks = [generator.sample(range(len(manifest)), count) for _ in range(_BATCHES)]
-    drawn = [_unpadded(manifest, lines, teacher.normalize) for lines in picks]
-    batches = [batch for batch in drawn if len(batch)]
-    if not batches:
-        raise LowbitError(f"{manifest.path}: none of the files to calibrate on is usable")
-    clipped = calibrate(model, batches, model.final_output, criterion)
+    clipped = calibrate(
+        model, _batches(model, manifest, audio, teacher.normalize), model.final_output, criterion
+    )
     return Calibrated(model.eval(), clipped)
 
 
-def _unpadded(manifest: Manifest, lines: list[int], normalize: bool) -> torch.Tensor:
-    """The usable files among ``lines`` cut to their common length, [batch, samples]."""
-    audio = list(read_usable(manifest, lines, normalize).values())
-    length = min([_MAX_SAMPLES, *(len(wave) for wave in audio)])
-    return torch.stack([wave[:length] for wave in audio]) if audio else torch.empty(0, 0)
+def _batches(
+    model: Hubert, manifest: Manifest, audio: CalibrationAudio, normalize: bool
+) -> list[torch.Tensor]:
+    """[batch, samples] each, of the usable files among those drawn."""
+    shortest = receptive_field(model.conv_layers)
+    if audio.samples() < shortest:
+        raise LowbitError(
+            f"calibration max_seconds {audio.max_seconds:g}; want {shortest / SAMPLE_RATE:g} or "
+            "more, for one frame"
+        )
+    lines = np.flatnonzero(manifest.sizes >= shortest)
+    drawn = [lines[batch].tolist() for batch in audio.draw(manifest.sizes[lines])]
+    read = [read_usable(manifest, batch, normalize).values() for batch in drawn]
+    batches = [_unpadded(list(waves), audio.samples()) for waves in read if waves]
+    if not batches:
+        raise LowbitError(f"{manifest.path}: none of the files to calibrate on is usable")
+    return batches
+
+
+def _unpadded(waves: list[torch.Tensor], longest: int) -> torch.Tensor:
+    """Cut to their common length, [batch, samples]."""
+    length = min(longest, *(len(wave) for wave in waves))
+    return torch.stack([wave[:length] for wave in waves])

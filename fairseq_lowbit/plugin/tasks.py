@@ -2,7 +2,6 @@
 
 import logging
 import math
-import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -13,6 +12,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II
 
+from fairseq_lowbit.data.calibration import CalibrationAudio
 from fairseq_lowbit.data.label_file import LabelFile, count_classes, read_dictionary
 from fairseq_lowbit.data.manifest import check_manifest, read_manifest
 from fairseq_lowbit.distillation import same_front_end
@@ -40,10 +40,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class CalibrationConfig:
-    batches: int = field(default=4, metadata={"help": "batches of the calibration pass"})
-    batch_size: int = field(default=4, metadata={"help": "utterances per batch"})
-    max_seconds: float = field(default=10.0, metadata={"help": "longest cut of an utterance"})
-    seed: int = field(default=1, metadata={"help": "which utterances"})
+    batches: int = field(
+        default=CalibrationAudio.batches, metadata={"help": "batches of the calibration pass"}
+    )
+    batch_size: int = field(
+        default=CalibrationAudio.batch_size, metadata={"help": "utterances per batch"}
+    )
+    max_seconds: float = field(
+        default=CalibrationAudio.max_seconds, metadata={"help": "longest cut of an utterance"}
+    )
+    seed: int = field(default=CalibrationAudio.seed, metadata={"help": "which utterances"})
     criterion: str = field(
         default="mse", metadata={"help": "what a scale fits: mse, absmax or percentile"}
     )
@@ -132,6 +138,12 @@ class _SpeechTask(FairseqTask):
             raise LowbitError(f"task.data: there is no folder {cfg.data}")
         calibration = cfg.calibration
         self._criterion = Criterion(calibration.criterion, calibration.percentile)
+        self._calibration_audio = CalibrationAudio(
+            calibration.batches,
+            calibration.batch_size,
+            calibration.max_seconds,
+            calibration.seed,
+        )
         self.model: Hubert | None = None
         self.files = RunFiles(Path(cfg.output_dir), cfg.tensorboard_logdir)
         self.unusable = self.files.read_unusable()
@@ -238,16 +250,9 @@ class _SpeechTask(FairseqTask):
                 logger.info(describe_squashing(clipped))
 
     def _fixed_batches(self, dataset: SpeechDataset) -> list[torch.Tensor]:
-        config = self.cfg.calibration
-        generator = random.Random(config.seed)
-        count = min(config.batch_size, len(dataset))
-        return [
-            dataset.unpadded_batch(
-                generator.sample(range(len(dataset)), count),
-                int(config.max_seconds * self.cfg.sample_rate),
-            )["waveform"]
-            for _ in range(config.batches)
-        ]
+        drawn = self._calibration_audio.draw(dataset.sizes, self.cfg.sample_rate)
+        longest = self._calibration_audio.samples(self.cfg.sample_rate)
+        return [dataset.unpadded_batch(indices, longest)["waveform"] for indices in drawn]
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
         self._account_for(sample["unusable"])

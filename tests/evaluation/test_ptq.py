@@ -2,17 +2,22 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
-from fairseq_lowbit.data.manifest import Manifest, read_manifest
+from fairseq_lowbit.data.calibration import CalibrationAudio
+from fairseq_lowbit.data.manifest import Manifest, read_manifest, write_manifest
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.agreement import agreement, valid_frames
 from fairseq_lowbit.evaluation.ptq import post_training_quantized
 from fairseq_lowbit.evaluation.utterances import Utterances
-from fairseq_lowbit.models import LoadedModel
+from fairseq_lowbit.models import Hubert, LoadedModel
 from fairseq_lowbit.nn import is_calibrated
 from fairseq_lowbit.precision import Precision
+from fairseq_lowbit.quantization import Criterion
+from tests.evaluation.conftest import RATE
 
 W2A2 = Precision("bitla_w2a2")
 
@@ -50,6 +55,35 @@ def test_weights_stay_and_the_result_is_the_same_each_time(
         if name in before:
             assert torch.equal(value, before[name]), name
     assert all(torch.equal(before[k], v) for k, v in teacher.model.state_dict().items())
+
+
+def test_calibration_hears_nearly_all_of_what_it_draws(
+    teacher: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, files = np.random.default_rng(0), []
+    for index, samples in enumerate([100, *np.linspace(3000, 30_000, 60).astype(int)]):
+        soundfile.write(tmp_path / f"{index}.flac", 0.1 * rng.standard_normal(samples), RATE)
+        files.append((f"{index}.flac", samples))
+    rng.shuffle(files)
+    write_manifest(tmp_path / "train.tsv", tmp_path, files)
+    heard, run = [], Hubert.final_output
+    monkeypatch.setattr(Hubert, "final_output", lambda *a: heard.append(a[1].shape) or run(*a))
+    manifest = read_manifest(tmp_path / "train.tsv")
+    audio = CalibrationAudio(batches=100, max_seconds=1.5)
+    post_training_quantized(teacher, W2A2, manifest, Criterion("absmax"), audio)
+    # All but the file that is too short for a frame; a part of two is more than the longest cut.
+    samples = sum(rows * length for rows, length in heard)
+    assert sum(rows for rows, _ in heard) == 60
+    assert samples > 0.95 * np.minimum(manifest.sizes, 24_000).sum()
+    assert max(length for _, length in heard) == 24_000
+    heard.clear()
+    post_training_quantized(teacher, W2A2, manifest, audio=CalibrationAudio(batches=2))
+    assert [rows for rows, _ in heard] == [4, 4]
+
+
+def test_less_audio_than_a_frame_is_refused(teacher: LoadedModel, manifest: Manifest) -> None:
+    with pytest.raises(LowbitError, match="max_seconds 0.01; want 0.025 or more"):
+        post_training_quantized(teacher, W2A2, manifest, audio=CalibrationAudio(max_seconds=0.01))
 
 
 def test_unusable_files_are_left_out(teacher: LoadedModel, manifest: Manifest) -> None:

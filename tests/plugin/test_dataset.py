@@ -1,5 +1,6 @@
 """What a batch holds, and that it depends on seed, epoch and index alone."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,17 @@ import torch
 from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask
 
+from fairseq_lowbit.data.calibration import CalibrationAudio
 from fairseq_lowbit.data.label_file import LabelFile
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.plugin.configs import compose_config
 from fairseq_lowbit.plugin.dataset import NO_LABEL, AudioOptions, SpeechDataset
+from fairseq_lowbit.plugin.tasks import (
+    CalibrationConfig,
+    LowbitDistillationConfig,
+    LowbitDistillationTask,
+)
 
 # Shorter than every file: all sizes tie, and every utterance is cut at random.
 CUT = AudioOptions(max_size=12_000)
@@ -87,3 +95,19 @@ def test_a_substitute_is_the_next_in_size(broken: Path) -> None:
     again = dataset[3]
     assert again["name"] != damaged
     assert [name for name, _ in again["unusable"]] == [damaged]
+
+
+def test_training_calibrates_on_what_ptq_would(corpus: Path) -> None:
+    config = LowbitDistillationConfig(data=str(corpus))
+    # In plain configurations, for whoever reads them, the numbers of the code.
+    composed = compose_config("bitla_w2a2", []).task.calibration
+    assert composed == asdict(CalibrationConfig())
+    task = LowbitDistillationTask(config, from_checkpoint=True)
+    dataset = open_dataset(corpus, AudioOptions(random_crop=False))
+    batches = [batch.shape for batch in task._fixed_batches(dataset)]
+    sizes = dataset.sizes
+    expected = CalibrationAudio().draw(sizes)
+    assert batches == [(len(b), min(sizes[b].min(), 160_000)) for b in expected]
+    assert CalibrationAudio() == CalibrationAudio(
+        *(composed[key] for key in ("batches", "batch_size", "max_seconds", "seed"))
+    )
