@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from fairseq_lowbit.cli import calibration
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.compare import compare, comparison_table
@@ -16,6 +17,7 @@ from fairseq_lowbit.evaluation.tables import print_table
 from fairseq_lowbit.models import LoadedModel, load_model
 from fairseq_lowbit.plugin import register
 from fairseq_lowbit.precision import Precision
+from fairseq_lowbit.quantization import Criterion
 
 HELP = "compare models with their teacher on held-out audio: table, figure, JSON"
 
@@ -35,18 +37,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a row of calibration without training, calibrated on the training files",
     )
     parser.add_argument(
-        "--student", action="append", default=[], metavar="NAME=CHECKPOINT", help="a trained row"
+        "--student",
+        action="append",
+        default=[],
+        metavar="NAME=CHECKPOINT",
+        help="a row of a checkpoint, trained or written by fairseq-lowbit ptq",
     )
+    calibration.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     register()
     students = [_named_student(text) for text in args.student]
+    calibration.check_needed(args, args.ptq)
+    precisions = [calibration.read_precision(name, args) for name in args.ptq]
     teacher = load_model(args.teacher)
+    criteria = [calibration.read_criterion(args, teacher, p) for p in precisions]
     held_out = read_held_out(args.data, teacher, args.seconds)
-    candidates = [_calibrated(teacher, name, args.data) for name in args.ptq]
-    candidates += [Candidate(name, load_model(path).model) for name, path in students]
+    candidates = [
+        _calibrated(teacher, precision, args.data, criterion)
+        for precision, criterion in zip(precisions, criteria, strict=True)
+    ]
+    candidates += [Candidate.of(load_model(path), name) for name, path in students]
     with torch.inference_mode():
         comparison = compare(teacher, candidates, held_out, _announce)
     comparison.write(args.out)
@@ -69,7 +82,9 @@ def _named_student(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def _calibrated(teacher: LoadedModel, precision: str, data: Path) -> Candidate:
+def _calibrated(
+    teacher: LoadedModel, precision: Precision, data: Path, criterion: Criterion
+) -> Candidate:
     manifest = read_manifest(data / "train.tsv")
-    model = post_training_quantized(teacher, Precision(precision), manifest).model
-    return Candidate(f"PTQ {precision}", model, is_calibrated_only=True)
+    model = post_training_quantized(teacher, precision, manifest, criterion).model
+    return Candidate(f"PTQ {precision.name}", model, is_calibrated_only=True)

@@ -4,15 +4,14 @@ import argparse
 import time
 from pathlib import Path
 
+from fairseq_lowbit.cli import calibration
+from fairseq_lowbit.data.calibration import CalibrationAudio
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.ptq import post_training_quantized
 from fairseq_lowbit.evaluation.tables import plan_table, print_table
 from fairseq_lowbit.models import load_model, write_model
 from fairseq_lowbit.nn import describe_squashing
-from fairseq_lowbit.plugin.configs import model_config
-from fairseq_lowbit.quantization import Criterion
-from fairseq_lowbit.quantization.calibration import CRITERIA
 
 HELP = "quantize a checkpoint by calibrating on audio: a model of any precision without training"
 
@@ -22,31 +21,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", required=True, help="for example bitl_w8a8, absmax_w4a8")
     parser.add_argument("--data", type=Path, required=True, help="folder with the manifest")
     parser.add_argument("--out", type=Path, help="checkpoint to write (default ptq_<precision>.pt)")
+    calibration.add_arguments(parser)
     parser.add_argument("--split", default="train", help="manifest to calibrate on (train)")
     parser.add_argument(
-        "--calibration", choices=CRITERIA, default="mse", help="what a scale fits (mse)"
+        "--batches",
+        type=int,
+        default=CalibrationAudio.batches,
+        metavar="N",
+        help=f"calibrate on N batches of {CalibrationAudio.batch_size} utterances (%(default)s)",
     )
     parser.add_argument(
-        "--percentile",
+        "--seconds",
         type=float,
-        default=99.9,
-        help="of the magnitudes, that --calibration percentile does not clip (99.9)",
+        default=CalibrationAudio.max_seconds,
+        metavar="S",
+        help="cut utterances to S seconds (%(default)g)",
     )
     parser.add_argument(
-        "--rules", default="[]", metavar="LIST", help="as in model.precision.rules: [{match: ...}]"
+        "--seed",
+        type=int,
+        default=CalibrationAudio.seed,
+        metavar="K",
+        help="which utterances (%(default)s)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    precision = model_config(args.precision, [f"model.precision.rules={args.rules}"]).precision
-    criterion = Criterion(args.calibration, args.percentile)
     out = args.out or Path(f"ptq_{args.precision}.pt")
-    if not out.parent.is_dir():
-        raise LowbitError(f"--out: there is no folder {out.parent}")
+    _check_out(out, args.teacher)
+    audio = CalibrationAudio(args.batches, max_seconds=args.seconds, seed=args.seed)
+    precision = calibration.read_precision(args.precision, args)
     teacher = load_model(args.teacher)
+    criterion = calibration.read_criterion(args, teacher, precision)
     manifest = read_manifest(args.data / f"{args.split}.tsv")
     started = time.monotonic()
-    calibrated = post_training_quantized(teacher, precision, manifest, criterion)
+    calibrated = post_training_quantized(teacher, precision, manifest, criterion, audio)
     seconds = time.monotonic() - started
     write_model(out, calibrated.model, teacher)
     print_table(plan_table(calibrated.model.plan))
@@ -55,3 +64,12 @@ def run(args: argparse.Namespace) -> int:
     print(f"calibrated in {seconds:.1f} s on files of {manifest.path}; wrote {out}")
     print("measure it: fairseq-lowbit evaluate TEACHER --data DIR --out DIR --student NAME=FILE")
     return 0
+
+
+def _check_out(out: Path, teacher: Path) -> None:
+    if not out.parent.is_dir():
+        raise LowbitError(f"--out: there is no folder {out.parent}")
+    if out.is_dir():
+        raise LowbitError(f"--out: {out} is a folder; name a file in it")
+    if out.exists() and teacher.exists() and out.samefile(teacher):
+        raise LowbitError(f"--out: {out} is the teacher itself, which would be lost; name another")

@@ -91,19 +91,18 @@ def records(entries: Sequence[Entry], sort: str) -> list[list[Record]]:
     Args:
         sort: a key of :data:`SORTS`; ties are broken by storage, then name.
     """
-    common = _common_overrides(entries)
     groups: dict[tuple, list[Entry]] = {}
     for entry in entries:
         run = entry.run
         key = (False, str(run.teacher or ""), str(run.data)) if run else (True, "", "")
         groups.setdefault(key, []).append(entry)
-    return [
-        [
-            *_teacher_records(members),
-            *_sorted((_record(entry, common) for entry in members), sort),
-        ]
-        for _, members in sorted(groups.items())
-    ]
+    return [_group(members, sort) for _, members in sorted(groups.items())]
+
+
+def _group(members: Sequence[Entry], sort: str) -> list[Record]:
+    common = _common_overrides(members)
+    lines = _sorted((_record(entry, common) for entry in members), sort)
+    return [*_teacher_records(members), *lines]
 
 
 def _record(entry: Entry, common: set[str]) -> Record:
@@ -140,7 +139,7 @@ def _status(run: Run) -> str:
     return "finished" if run.is_finished else "unfinished"
 
 
-def _teacher_records(members: list[Entry]) -> list[Record]:
+def _teacher_records(members: Sequence[Entry]) -> list[Record]:
     """What was measured of the one teacher of these runs; its name alone if nothing was."""
     run = members[0].run
     if run is None or run.teacher is None:
@@ -193,7 +192,8 @@ def _sorted(lines: Iterable[Record], sort: str) -> list[Record]:
 
 
 def _common_overrides(entries: Iterable[Entry]) -> set[str]:
-    """What all of several runs were given tells none from another. Stages were given nothing."""
+    """What all runs of a group were given tells none from another, as long as there are several.
+    Stages were given nothing."""
     runs = [entry.run for entry in entries if entry.run is not None and entry.run.overrides]
     counts = Counter(override for run in runs for override in set(run.overrides))
     return {text for text, count in counts.items() if count == len(runs) > 1}

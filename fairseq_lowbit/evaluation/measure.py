@@ -51,6 +51,12 @@ class Candidate:
     model: Hubert
     is_calibrated_only: bool = False
 
+    @classmethod
+    def of(cls, loaded: LoadedModel, name: str | None = None) -> "Candidate":
+        """A checkpoint, by default under the name of its precision."""
+        precision = loaded.model.plan.precision.name
+        return cls(name or precision, loaded.model, loaded.is_calibrated_only)
+
 
 @dataclass(frozen=True)
 class HeldOut:

@@ -96,8 +96,7 @@ class _Bench:
             if not self._teacher:
                 return Measurement(self._refer_to(run.checkpoint)[1], None)
             self._load_teacher()
-            model = load_model(run.checkpoint).model
-            candidate = Candidate(model.plan.precision.name, model)
+            candidate = Candidate.of(load_model(run.checkpoint))
             return Measurement(self._reference.measure(candidate), self._teacher_row)
 
     def _load_teacher(self) -> None:

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import atomic_write
-from fairseq_lowbit.models import read_checkpoint, updates_of
+from fairseq_lowbit.models import is_calibrated_only, read_checkpoint, updates_of
 
 CONFIG_FILE = Path(".hydra", "config.yaml")
 OVERRIDES_FILE = Path(".hydra", "overrides.yaml")
@@ -183,16 +183,14 @@ def read_single(path: Path) -> Run:
     def select(key: str) -> Any:
         return OmegaConf.select(config, key, throw_on_missing=False)
 
-    history = (state.get("optimizer_history") or [{}])[-1]
     criterion = str(select("criterion._name"))
-    was_trained = history.get("optimizer_name") != ""  # write_model leaves it empty
     data, teacher = select("task.data"), select("task.teacher") or select("task.init_from")
     return Run(
         folder=path,
         checkpoint=path,
         precision=str(select("model.precision.name") or "float"),
         rules=len(select("model.precision.rules") or ()),
-        loss=LOSSES.get(criterion, criterion) if was_trained else CALIBRATION,
+        loss=CALIBRATION if is_calibrated_only(state) else LOSSES.get(criterion, criterion),
         data=Path(data) if data else None,
         teacher=Path(teacher) if teacher else None,
         planned=updates_of(state),

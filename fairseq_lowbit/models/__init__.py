@@ -4,6 +4,7 @@ from fairseq_lowbit.models.architecture import Architecture, parse_conv_layers
 from fairseq_lowbit.models.checkpoint import (
     LoadedModel,
     check_same_shapes,
+    is_calibrated_only,
     load_model,
     load_without_weights,
     read_checkpoint,
@@ -19,6 +20,7 @@ __all__ = [
     "LoadedModel",
     "WithoutWeights",
     "check_same_shapes",
+    "is_calibrated_only",
     "load_model",
     "load_without_weights",
     "parse_conv_layers",

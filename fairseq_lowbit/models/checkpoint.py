@@ -18,6 +18,7 @@ from fairseq_lowbit.precision import Precision
 
 StateDict = dict[str, Tensor]
 _LABELS = "label_embs_concat"
+_NO_OPTIMIZER = ""  # in place of its name: quantized without training
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class LoadedModel:
         has_final_projection: False when the checkpoint has no ``final_proj`` (a fine-tuned or
             converted teacher); the model's own is then untrained.
         normalize: whether it was trained on utterances of zero mean and unit variance.
+        is_calibrated_only: written by :func:`write_model`, quantized without training.
     """
 
     model: Hubert
@@ -36,6 +38,7 @@ class LoadedModel:
     updates: int
     has_final_projection: bool
     normalize: bool
+    is_calibrated_only: bool = False
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
@@ -73,8 +76,14 @@ def load_model(path: str | Path) -> LoadedModel:
     model.load_state_dict(weights)
     has_final_projection = "final_proj.weight" in state["model"]
     normalize = bool((state["cfg"].get("task") or {}).get("normalize", False))
-    updates = updates_of(state)
-    return LoadedModel(model.eval(), Path(path), updates, has_final_projection, normalize)
+    return LoadedModel(
+        model.eval(),
+        Path(path),
+        updates_of(state),
+        has_final_projection,
+        normalize,
+        is_calibrated_only(state),
+    )
 
 
 def load_without_weights(path: str | Path) -> Hubert:
@@ -105,8 +114,16 @@ def _build(state: dict[str, Any], path: str | Path) -> tuple[Hubert, StateDict]:
 
 def updates_of(state: dict[str, Any]) -> int:
     """Training updates behind what :func:`read_checkpoint` read."""
-    history = state.get("optimizer_history") or [{}]
-    return int(history[-1].get("num_updates", 0))
+    return int(_last_history(state).get("num_updates", 0))
+
+
+def is_calibrated_only(state: dict[str, Any]) -> bool:
+    """Whether what :func:`read_checkpoint` read was written by :func:`write_model`."""
+    return _last_history(state).get("optimizer_name") == _NO_OPTIMIZER
+
+
+def _last_history(state: dict[str, Any]) -> dict[str, Any]:
+    return (state.get("optimizer_history") or [{}])[-1]
 
 
 def start_from(model: Hubert, source: LoadedModel, role: str = "init_from") -> None:
@@ -147,7 +164,11 @@ def write_model(path: str | Path, model: Hubert, source: LoadedModel) -> None:
     }
     config["task"] = {"_name": "lowbit_distillation", "normalize": source.normalize}
     # What fairseq wants to find in any checkpoint, here of no training.
-    history = {"optimizer_name": "", "lr_scheduler_state": {}, "num_updates": source.updates}
+    history = {
+        "optimizer_name": _NO_OPTIMIZER,
+        "lr_scheduler_state": {},
+        "num_updates": source.updates,
+    }
     training = {"args": None, "optimizer_history": [history], "extra_state": {}}
     training["extra_state"]["train_iterator"] = {"epoch": 1}
     weights = model.state_dict()

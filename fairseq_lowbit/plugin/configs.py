@@ -50,6 +50,23 @@ def compose_config(name: str, overrides: list[str]) -> DictConfig:
         raise LowbitError(f"configuration {name}: {error}") from error
 
 
+def rules_overrides(text: str) -> list[str]:
+    """Overrides for rules by the name of a file in ``config/rules``, or for a list of them.
+
+    Raises:
+        LowbitError: neither of them.
+    """
+    names = sorted(path.stem for path in (config_dir() / "rules").glob("*.yaml"))
+    if text in names:
+        return [f"rules={text}"]
+    if text.strip().startswith("["):
+        return [f"model.precision.rules={text}"]
+    raise LowbitError(
+        f"rules {text!r}: want {', '.join(names)}, or a list of rules such as "
+        "[{match: encoder.layers.0.*, weight_bits: 8}]"
+    )
+
+
 def model_config(name: str, overrides: list[str]) -> ModelConfig:
     """Shape and precision of a configuration name, or of a precision name at base size.
 

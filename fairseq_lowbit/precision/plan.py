@@ -112,8 +112,8 @@ def resolve_plan(precision: Precision, sites: Iterable[Site], other_parameters: 
     """Applies the name and the rules to a model's sites.
 
     Raises:
-        LowbitError: an unknown name, a contradictory rule, a rule that matches nothing, or bits
-            left open for a module that the name leaves float.
+        LowbitError: an unknown name, a contradictory rule, a rule that matches nothing or has no
+            effect, or bits left open for a module that the name leaves float.
     """
     preset = parse_precision(precision.name)
     if precision.reference_frames < 1:
@@ -125,6 +125,8 @@ def resolve_plan(precision: Precision, sites: Iterable[Site], other_parameters: 
         rule.check()
         _check_reach(rule, [s for s in sites if fnmatchcase(s.name, rule.match)], sites)
     entries = tuple(_entry(site, preset, precision.rules) for site in sites)
+    for index in range(len(precision.rules)):
+        _check_effect(precision.rules, index, entries)
     return Plan(precision, entries, other_parameters)
 
 
@@ -140,6 +142,35 @@ def _check_reach(rule: Rule, matched: list[Site], sites: list[Site]) -> None:
             f"precision rule {rule.match!r} reaches attention operands only, which have no "
             "weights: give activation_bits"
         )
+
+
+def _check_effect(rules: list[Rule], index: int, entries: Iterable[PlanEntry]) -> None:
+    """A rule may repeat what the name says anyway, but not come to nothing."""
+    rule = rules[index]
+    where = f"precision rule {rule.match!r}"
+    reached = [entry for entry in entries if fnmatchcase(entry.module, rule.match)]
+    decided = [e for e in reached if not _is_reached(e, rules[index + 1 :])]
+    if not decided:
+        raise LowbitError(
+            f"{where}: later rules decide about every module it reaches; the last match wins, so "
+            "write the broader rule first"
+        )
+    settings = {key for key, value in asdict(rule).items() if value is not None} - {"match"}
+    # Behind another rule, one without settings takes modules back to the precision's name.
+    if not settings and not any(_is_reached(e, rules[:index]) for e in decided):
+        raise LowbitError(
+            f"{where} sets nothing: give method, weight_bits, activation_bits or granularity"
+        )
+    is_scales_only = settings and settings <= {"granularity", "group_size"}
+    if is_scales_only and all(entry.weight_bits == FLOAT_BITS for entry in decided):
+        raise LowbitError(
+            f"{where}: granularity {rule.granularity} has no effect on {decided[0].module}, whose "
+            "weight is float: give weight_bits and activation_bits too"
+        )
+
+
+def _is_reached(entry: PlanEntry, rules: Iterable[Rule]) -> bool:
+    return any(fnmatchcase(entry.module, rule.match) for rule in rules)
 
 
 @dataclass(frozen=True)

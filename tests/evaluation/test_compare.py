@@ -157,6 +157,30 @@ def test_the_command_writes_a_figure_and_numbers(
     assert str(out / "comparison.png") in printed
 
 
+def test_a_checkpoint_of_ptq_is_no_trained_one(
+    teacher: LoadedModel,
+    model: Hubert,
+    data: Path,
+    save: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    ptq, trained, out = tmp_path / "ptq.pt", save("trained", model), tmp_path / "out"
+    options = ["--calibration=percentile", "--percentile=99", "--rules=per_channel"]
+    precision = "bitla_w4a4"
+    command = ["ptq", str(teacher.path), f"--precision={precision}", f"--data={data}"]
+    assert main([*command, f"--out={ptq}", *options]) == 0
+    students = (f"--student=mine={ptq}", f"--student=trained={trained}")
+    assert evaluate(teacher, data, out, *students, f"--ptq={precision}", *options) == 0
+    rows = json.loads((out / "comparison.json").read_text())["rows"]
+    assert [row["is_calibrated_only"] for row in rows] == [False, True, True, False]
+    # With its options a row of --ptq is what ptq writes.
+    assert rows[1]["agreement"] == rows[2]["agreement"]
+    printed = capsys.readouterr().out
+    assert "trained against the best PTQ" in printed
+    assert "mine against" not in printed
+
+
 def test_the_command_with_the_least(
     teacher: LoadedModel, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -179,6 +203,9 @@ def test_mistakes_of_the_command(
     assert "NAME=CHECKPOINT" in refused("--student=model.pt")
     assert "gone.pt does not exist" in refused(f"--student=mine={tmp_path}/gone.pt")
     assert "bitla_w9a9" in refused("--ptq=bitla_w9a9")
+    for option in ("--rules=per_channel", "--calibration=mse", "--percentile=99"):
+        assert f"{option.partition('=')[0]} belongs to --ptq" in refused(option)
+    assert "no scale of absmax_w8a8" in refused("--ptq=absmax_w8a8", "--calibration=mse")
     assert "test.tsv" in refused(data=tmp_path)
     assert "train.tsv" in refused("--ptq=bitla_w1a1", data=without(data, "train.tsv"))
     for path in data.glob("test*.flac"):

@@ -9,6 +9,7 @@ from fairseq_lowbit.models import LoadedModel, load_model
 from fairseq_lowbit.nn import float_state, is_calibrated
 
 RULE = "[{match: '*.fc1', granularity: per_group, group_size: 4}]"
+W8A8 = ("--precision", "bitl_w8a8")
 
 
 def ptq(teacher: LoadedModel, data: Path, out: Path, *arguments: str) -> int:
@@ -57,10 +58,18 @@ def test_rules_and_criteria_reach_the_result(
     "arguments, message",
     [
         (("--precision", "bitl_w9a8"), "9 bits"),
-        (("--precision", "bitl_w8a8", "--rules", "[{match: nothing}]"), "matches no module"),
-        (("--precision", "bitl_w8a8", "--rules", "[{mtch: '*'}]"), "mtch"),
-        (("--precision", "bitl_w8a8", "--split", "valid"), "valid.tsv"),
-        (("--precision", "bitl_w8a8", "--percentile", "0"), "percentile 0"),
+        ((*W8A8, "--rules", "[{match: nothing}]"), "matches no module"),
+        ((*W8A8, "--rules", "[{mtch: '*'}]"), "mtch"),
+        ((*W8A8, "--split", "valid"), "valid.tsv"),
+        ((*W8A8, "--calibration", "percentile", "--percentile", "0"), "percentile 0"),
+        ((*W8A8, "--percentile", "99"), "--percentile belongs to --calibration percentile"),
+        ((*W8A8, "--calibration", "mse", "--percentile", "99"), "--percentile belongs to"),
+        (("--precision", "minmax_w4a8", "--calibration", "absmax"), "no scale of minmax_w4a8"),
+        (("--precision", "sqwq_w2", "--calibration", "mse"), "no scale of sqwq_w2 is learned"),
+        ((*W8A8, "--rules", "per_chanel"), "want front_end_w4a4, front_end_w8a8, none, per_"),
+        ((*W8A8, "--batches", "0"), "batches 0; want 1 or more"),
+        ((*W8A8, "--seconds", "0.001"), "max_seconds 0.001; want 0.025 or more"),
+        ((*W8A8, "--seed", "-1"), "seed -1"),
     ],
 )
 def test_mistakes_are_named_and_nothing_is_written(
@@ -72,6 +81,45 @@ def test_mistakes_are_named_and_nothing_is_written(
     assert error.startswith("error: ")
     assert message in error
     assert not out.exists()
+
+
+@pytest.mark.parametrize("way", ["itself", "relative", "link"])
+def test_the_teacher_is_not_overwritten(
+    teacher: LoadedModel,
+    data: Path,
+    way: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    before = teacher.path.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    link = tmp_path / "link.pt"
+    link.symlink_to(teacher.path)
+    out = {"itself": teacher.path, "relative": Path(teacher.path.name), "link": link}[way]
+    assert ptq(teacher, data, out, *W8A8) == 2
+    assert f"--out: {out} is the teacher itself" in capsys.readouterr().err
+    assert teacher.path.read_bytes() == before
+    assert link.is_symlink()
+
+
+def test_rules_by_the_name_of_their_file(teacher: LoadedModel, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "ptq.pt"
+    assert ptq(teacher, data, out, *W8A8, "--rules", "per_channel") == 0
+    entries = load_model(out).model.plan.entries
+    assert {entry.granularity for entry in entries if entry.is_quantized} == {"per_channel"}
+
+
+def test_the_audio_is_chosen(teacher: LoadedModel, data: Path, tmp_path: Path) -> None:
+    def scales(*arguments: str) -> list[float]:
+        assert ptq(teacher, data, tmp_path / "ptq.pt", *W8A8, *arguments) == 0
+        state = load_model(tmp_path / "ptq.pt").model.state_dict()
+        return [v.item() for k, v in state.items() if k.endswith("input_quantizer.log_scale")]
+
+    less = ("--batches", "1", "--seconds", "0.1")
+    usual, one, other = scales(), scales(*less), scales(*less, "--seed", "2")
+    assert usual == scales("--batches", "8", "--seconds", "10", "--seed", "1")
+    assert usual != one != other
 
 
 def test_a_folder_that_is_not_there(teacher: LoadedModel, data: Path, tmp_path: Path) -> None:

@@ -97,6 +97,19 @@ def test_runs_beside_their_teacher(
     )
 
 
+def test_what_a_group_has_in_common_is_not_repeated(
+    table: Callable, make_run: Callable, data: Path, tmp_path: Path
+) -> None:
+    common = ["run=demo", "optimization.lr=[0.001]"]
+    for seed in (1, 2):
+        make_run(f"exp/{seed}", None, overrides=[*common, f"common.seed={seed}"])
+    make_run("exp/other", None, overrides=["common.seed=1"], teacher=str(tmp_path / "other.pt"))
+    rows = table(tmp_path / "exp", "--no-evaluate").rows
+    # A run of another teacher stands in another group, and alone there it says all.
+    told = {name: rows[name]["overrides"] for name in ("1", "2", "other")}
+    assert told == {name: f"common.seed={seed}" for name, seed in zip(told, "121", strict=True)}
+
+
 def test_a_run_is_measured_once(
     table: Callable,
     make_run: Callable,

@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hydra import compose, initialize_config_dir
 
 from fairseq_lowbit.cli.main import main
+from fairseq_lowbit.plugin.configs import config_dir, meta_model, read_model_config
+from fairseq_lowbit.quantization.quantizer import SCALE_GROUP, SHIFT_GROUP
+from fairseq_lowbit.quantization.squashed import SQUASHED_GROUP
 
 PER_CHANNEL = "{match:encoder.layers.*,granularity:per_channel}"
 
@@ -169,6 +173,25 @@ def test_a_search_that_optimizes(sweep: Callable, tmp_path: Path) -> None:
     assert params["optimizer.scale_lr_ratio"] == config["optimizer"]["scale_lr_ratio"]
     assert params["optimizer.shift_lr_ratio"] == config["optimizer"]["shift_lr_ratio"]
     assert 1e-4 <= params["optimization.lr.0"] <= 5e-3
+
+
+@pytest.mark.parametrize(
+    "name, search",
+    [("bitl_w2a2", "optuna"), ("bitla_w1a1", "optuna"), ("sqwq_w2", "optuna_sqwq")],
+)
+def test_a_search_is_for_rates_of_what_there_is(name: str, search: str) -> None:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = compose(name, [f"+sweep={search}"], return_hydra_config=True)
+    model = meta_model(read_model_config(config.model))
+    groups = {getattr(parameter, "param_group", None) for parameter in model.parameters()}
+    rates = {
+        "optimizer.scale_lr_ratio": SCALE_GROUP,
+        "optimizer.shift_lr_ratio": SHIFT_GROUP,
+        "optimizer.squashed_lr_ratio": SQUASHED_GROUP,
+    }
+    searched = set(config.hydra.sweeper.params) & set(rates)
+    assert searched == {key for key, group in rates.items() if group in groups}
+    assert "optimization.lr.0" in config.hydra.sweeper.params
 
 
 def test_a_search_goes_on_behind_a_failed_trial(sweep: Callable, tmp_path: Path) -> None:

@@ -220,3 +220,50 @@ def test_a_granularity_for_everything_is_for_what_is_quantized(name: str, scales
 def test_misspelt_key_of_a_stored_rule_raises() -> None:
     with pytest.raises(TypeError, match="weight_bit"):
         Precision.from_mapping({"name": "float", "rules": [{"match": "*", "weight_bit": 1}]})
+
+
+@pytest.mark.parametrize(
+    "name, rules, message",
+    [
+        ("bitl_w2a2", [Rule("*.fc1")], r"'\*\.fc1' sets nothing: give method"),
+        (
+            "bitl_w2a2",
+            [Rule("final_proj", granularity="per_channel")],
+            "granularity per_channel has no effect on final_proj, whose weight is float",
+        ),
+        ("float", [Rule("encoder.layers.*", granularity="per_channel")], "has no effect"),
+        (
+            "bitl_w2a2",
+            [Rule("post_extract_proj", granularity="per_group", group_size=8)],
+            "granularity per_group has no effect",
+        ),
+        (
+            "bitl_w2a2",
+            [Rule("*.fc1", weight_bits=4), Rule("encoder.layers.*", weight_bits=8)],
+            r"'\*\.fc1': later rules decide .* write the broader rule first",
+        ),
+    ],
+)
+def test_rules_without_effect_are_refused(name: str, rules: list[Rule], message: str) -> None:
+    with pytest.raises(LowbitError, match=message):
+        plan(name, *rules)
+
+
+def test_rules_that_repeat_what_the_name_says_are_fine() -> None:
+    for name, rule in (
+        ("absmax_w8a8", Rule("encoder.layers.*", granularity="per_channel")),
+        ("sqwq_w2", Rule("encoder.layers.*", granularity="per_channel")),
+        ("bitl_w2a2", Rule("*.fc1", weight_bits=2)),
+        ("bitl_w2a2", Rule("final_proj", method="none")),
+    ):
+        entries = plan(name, rule)
+        for module, entry in plan(name).items():
+            assert bits(entries[module]) == bits(entry)
+            assert entries[module].granularity == entry.granularity
+
+
+def test_a_rule_without_settings_takes_modules_back_to_the_name() -> None:
+    rules = (Rule("encoder.layers.*", weight_bits=8), Rule("encoder.layers.1.*"))
+    entries = plan("bitl_w2a2", *rules)
+    assert bits(entries[f"{LAYER}.fc1"]) == (8, 2)
+    assert bits(entries["encoder.layers.1.fc1"]) == (2, 2)
