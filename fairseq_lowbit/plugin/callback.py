@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,13 @@ from fairseq_lowbit.plugin import register
 from fairseq_lowbit.plugin.processes import SharedError, gather, is_first, rank, together
 from fairseq_lowbit.plugin.run_files import print_summary
 from fairseq_lowbit.plugin.stages import Schedule, Stage, stage_configs, stops_early
-from fairseq_lowbit.plugin.sweeps import fixed_keys, refuse_shadowed, report_failed_job
+from fairseq_lowbit.plugin.sweeps import (
+    fixed_keys,
+    map_texts,
+    parse_override,
+    refuse_shadowed,
+    report_failed_job,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -200,10 +207,8 @@ def absolute(key: str, value: str) -> str:
 
 
 def _absolute_override(override: str) -> str:
-    key, _, value = override.lstrip("+").partition("=")
-    if key not in PATHS or not value or value == "null":
-        return override
-    return f"{key}={','.join(absolute(key, choice) for choice in value.split(','))}"
+    key = parse_override(override).key_or_group
+    return map_texts(override, partial(absolute, key)) if key in PATHS else override
 
 
 def _forget_last_job() -> None:
