@@ -196,6 +196,26 @@ def test_failed_jobs_leave_word_and_the_others_finish(
     assert len(list((tmp_path / "exp").rglob("failure.txt"))) == 3
 
 
+def test_a_sweep_into_the_folders_of_another_one(sweep: Callable, tmp_path: Path) -> None:
+    """What all jobs share is not in the names of their folders."""
+    assert sweep("common.seed=2,3").status == 0
+
+    def files(job: Path) -> dict[str, bytes]:
+        kept = [path for path in job.rglob("*") if path.is_file() and path.suffix != ".log"]
+        return {str(path.relative_to(job)): path.read_bytes() for path in kept}
+
+    before = {name: files(job) for name, job in jobs(tmp_path).items()}
+    assert {".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml"} <= set(
+        before["common.seed-2"]
+    )
+    refused = sweep("common.seed=2,4", "criterion.mask=true")
+    assert refused.status == 1
+    (message,) = errors(refused.output)
+    assert "common.seed-2/checkpoints holds a finished run with criterion.mask False" in message
+    assert {name: files(jobs(tmp_path)[name]) for name in before} == before
+    assert state(jobs(tmp_path)["common.seed-4"])["cfg"]["criterion"]["mask"]
+
+
 def test_a_search_that_optimizes(sweep: Callable, tmp_path: Path) -> None:
     search = ("+sweep=optuna", "hydra.sweeper.n_trials=2")
     done = sweep(*search)
