@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 import fairseq_lowbit
-from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.errors import LowbitError, describe_config_error
 from fairseq_lowbit.evaluation.runs import (
     CONFIG_FILE,
     HYDRA_FILE,
@@ -281,7 +281,9 @@ def user_mistake(error: Any) -> str | None:
     as text, whose last line is the message.
     """
     for cause in _chain(error):
-        if isinstance(cause, (LowbitError, OmegaConfBaseException)):
+        if isinstance(cause, OmegaConfBaseException):
+            return describe_config_error(cause)
+        if isinstance(cause, LowbitError):
             return _without_traceback(str(cause))
         if isinstance(cause, ProcessRaisedException) and _MISTAKE.search(str(cause)):
             return _without_traceback(str(cause))

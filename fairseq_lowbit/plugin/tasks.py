@@ -16,7 +16,7 @@ from omegaconf import II
 from fairseq_lowbit.data.label_file import LabelFile, count_classes, read_dictionary
 from fairseq_lowbit.data.manifest import check_manifest, read_manifest
 from fairseq_lowbit.distillation import same_front_end
-from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.evaluation.collapse import CollapseWatch
 from fairseq_lowbit.evaluation.health import collapsed_layers, measure_health, refuse_collapsed
 from fairseq_lowbit.models import Hubert, LoadedModel, load_model, start_from
@@ -131,6 +131,12 @@ class _SpeechTask(FairseqTask):
         if not from_checkpoint and not Path(cfg.data).is_dir():
             raise LowbitError(f"task.data: there is no folder {cfg.data}")
         calibration = cfg.calibration
+        if not from_checkpoint:
+            require_number("task.health_interval", cfg.health_interval, 0)
+            require_number("task.max_unusable", cfg.max_unusable, 0)
+            require_number("task.calibration.batches", calibration.batches, 1)
+            require_number("task.calibration.batch_size", calibration.batch_size, 1)
+            require_number("task.calibration.max_seconds", calibration.max_seconds, 0, True)
         self._criterion = Criterion(calibration.criterion, calibration.percentile)
         self.model: Hubert | None = None
         self.files = RunFiles(Path(cfg.output_dir), cfg.tensorboard_logdir)
@@ -239,6 +245,8 @@ class _SpeechTask(FairseqTask):
 
     def _fixed_batches(self, dataset: SpeechDataset) -> list[torch.Tensor]:
         config = self.cfg.calibration
+        shortest = receptive_field(self.model.conv_layers) / self.cfg.sample_rate
+        require_number("task.calibration.max_seconds", config.max_seconds, shortest)
         generator = random.Random(config.seed)
         count = min(config.batch_size, len(dataset))
         return [
