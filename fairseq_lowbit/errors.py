@@ -1,6 +1,37 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises, and words for those of other libraries."""
+
+import math
+import re
+
+_INTERNALS = re.compile(r"\s*(full_key: |object_type=|reference_type=)")
 
 
 class LowbitError(Exception):
     """A mistake in a user's input, said in one message that names the file, key or value and what
     would be right."""
+
+
+def describe_config_error(error: Exception, section: str = "") -> str:
+    """What OmegaConf or Hydra says of a configuration, on one line that begins with the full key.
+
+    Args:
+        section: where the configuration is that the error's own key belongs to.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if not _INTERNALS.match(line)]
+    keys = [key for key in (section, getattr(error, "full_key", None)) if key]
+    return ": ".join(filter(None, [".".join(keys), " ".join(filter(None, lines))]))
+
+
+def require_number(key: str, value: float, least: float, excluded: bool = False) -> None:
+    """Refuses a setting that is not finite or too small.
+
+    Args:
+        least: smallest allowed value; with ``excluded``, the value has to be above it.
+
+    Raises:
+        LowbitError: with the key, the value and what is allowed.
+    """
+    if math.isfinite(value) and (value > least if excluded else value >= least):
+        return
+    allowed = f"above {least:g}" if excluded else f"from {least:g} up"
+    raise LowbitError(f"{key} {value}: give a number {allowed}")

@@ -1,12 +1,11 @@
 """Which utterances are calibrated on: seeded batches of which little is cut."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from fairseq_lowbit.data.audio import SAMPLE_RATE
-from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.errors import require_number
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,13 @@ class CalibrationAudio:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("batches", "batch_size"):
-            if getattr(self, name) < 1:
-                raise LowbitError(f"calibration {name} {getattr(self, name)}; want 1 or more")
-        if not 0 < self.max_seconds < math.inf:
-            raise LowbitError(f"calibration max_seconds {self.max_seconds}; want above 0")
-        if self.seed < 0:
-            raise LowbitError(f"calibration seed {self.seed}; want 0 or more")
+        for name, least in (("batches", 1), ("batch_size", 1), ("seed", 0)):
+            require_number(f"calibration.{name}", getattr(self, name), least)
+        require_number("calibration.max_seconds", self.max_seconds, 0, excluded=True)
+
+    def require(self, frame: int, rate: int = SAMPLE_RATE) -> None:
+        """Raises LowbitError when utterances are cut to less than a frame of so many samples."""
+        require_number("calibration.max_seconds", self.max_seconds, frame / rate)
 
     def samples(self, rate: int = SAMPLE_RATE) -> int:
         """Longest cut in samples."""

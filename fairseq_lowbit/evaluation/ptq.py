@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fairseq_lowbit.data.audio import SAMPLE_RATE
 from fairseq_lowbit.data.calibration import CalibrationAudio
 from fairseq_lowbit.data.manifest import Manifest
 from fairseq_lowbit.errors import LowbitError
@@ -57,11 +56,7 @@ def _batches(
 ) -> list[torch.Tensor]:
     """[batch, samples] each, of the usable files among those drawn."""
     shortest = receptive_field(model.conv_layers)
-    if audio.samples() < shortest:
-        raise LowbitError(
-            f"calibration max_seconds {audio.max_seconds:g}; want {shortest / SAMPLE_RATE:g} or "
-            "more, for one frame"
-        )
+    audio.require(shortest)
     lines = np.flatnonzero(manifest.sizes >= shortest)
     drawn = [lines[batch].tolist() for batch in audio.draw(manifest.sizes[lines])]
     read = [read_usable(manifest, batch, normalize).values() for batch in drawn]

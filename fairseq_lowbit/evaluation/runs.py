@@ -19,6 +19,7 @@ from fairseq_lowbit.files import atomic_write
 from fairseq_lowbit.models import is_calibrated_only, read_checkpoint, updates_of
 
 CONFIG_FILE = Path(".hydra", "config.yaml")
+HYDRA_FILE = Path(".hydra", "hydra.yaml")
 OVERRIDES_FILE = Path(".hydra", "overrides.yaml")
 FAILURE_FILE = "failure.txt"
 FINISHED_FILE = "finished.json"
@@ -120,7 +121,7 @@ def write_finished(
         json.dump(told, file)
 
 
-def _is_finished(folder: Path, updates: int | None, planned: int) -> bool:
+def has_finished(folder: Path, updates: int | None, planned: int) -> bool:
     """Whether training has come to its end at this checkpoint; a longer one has yet to."""
     if updates is not None and updates >= planned > 0:
         return True
@@ -166,7 +167,7 @@ def read_run(folder: Path) -> Run:
         updates=updates,
         best_loss=_best_loss(state),
         storage_mb=_stored_mb(folder),
-        is_finished=_is_finished(folder, updates, settings["planned"]),
+        is_finished=has_finished(folder, updates, settings["planned"]),
         **settings,
     )
 
@@ -220,7 +221,7 @@ def _read_run(folder: Path) -> Run:
         best_loss=best_loss,
         storage_mb=_stored_mb(checkpoints),
         failure=_read(folder / FAILURE_FILE).strip() or problem,
-        is_finished=_is_finished(checkpoints, updates, settings["planned"]),
+        is_finished=has_finished(checkpoints, updates, settings["planned"]),
         **settings,
     )
 

@@ -1,10 +1,12 @@
 """The Hydra callback that makes fairseq-hydra-train know this package and behave in sweeps."""
 
+import copy
 import logging
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 import fairseq_lowbit
-from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.errors import LowbitError, describe_config_error
 from fairseq_lowbit.evaluation.runs import (
+    CONFIG_FILE,
+    HYDRA_FILE,
     LAST_CHECKPOINT,
+    OVERRIDES_FILE,
     forget_failure,
     write_failure,
     write_finished,
@@ -31,10 +36,17 @@ from fairseq_lowbit.evaluation.runs import (
 from fairseq_lowbit.files import writing
 from fairseq_lowbit.models import read_checkpoint, updates_of
 from fairseq_lowbit.plugin import register
+from fairseq_lowbit.plugin.continuing import OtherRun, refuse_other_run
 from fairseq_lowbit.plugin.processes import SharedError, gather, is_first, rank, together
 from fairseq_lowbit.plugin.run_files import print_summary
 from fairseq_lowbit.plugin.stages import Schedule, Stage, stage_configs, stops_early
-from fairseq_lowbit.plugin.sweeps import fixed_keys, refuse_shadowed, report_failed_job
+from fairseq_lowbit.plugin.sweeps import (
+    fixed_keys,
+    map_texts,
+    parse_override,
+    refuse_shadowed,
+    report_failed_job,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +74,14 @@ class FairseqJob(Callback):
                 config.hydra.job_logging.root.handlers = ["console"]
                 config.hydra.job_logging.root.level = "WARNING"
         _make_folder(config, "hydra.run.dir")
+        register()
+        try:
+            # Before Hydra replaces the record of what has made the checkpoints.
+            refuse_other_run(config, Path(config.hydra.run.dir) / config.checkpoint.save_dir)
+        except OtherRun as mistake:
+            if is_first():
+                logger.error(mistake)
+            sys.exit(2)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         # As they were given: interpolations wait for their job.
@@ -76,7 +96,8 @@ class FairseqJob(Callback):
         unnamed = [*config.hydra.job.config.override_dirname.exclude_keys, *fixed]
         keys = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(unnamed)}]"
         with read_write(config):
-            config.hydra.overrides.hydra = [*given["hydra"], keys]
+            # Hydra would write a job's record before anybody can compare it with the one there.
+            config.hydra.overrides.hydra = [*given["hydra"], keys, "hydra.output_subdir=null"]
             config.hydra.overrides.task = [_absolute_override(text) for text in given["task"]]
         _make_folder(config, "hydra.sweep.dir")
 
@@ -85,11 +106,22 @@ class FairseqJob(Callback):
     ) -> None:
         register()
         _forget_last_job()
-        if is_first():
-            forget_failure(Path(config.hydra.runtime.output_dir))
         # By this name fairseq's hydra_main calls what trains. Launchers hand a copy of hydra_main
         # to their processes, with globals of its own.
         task_function.__globals__["_hydra_main"] = train_in_stages
+        folder = Path(config.hydra.runtime.output_dir)
+        try:
+            changes = refuse_other_run(config, folder / config.checkpoint.save_dir)
+        except OtherRun as mistake:
+            # Hydra swallows what a callback raises.
+            task_function.__globals__["_hydra_main"] = partial(_refuse, mistake)
+            return
+        if is_first():
+            for change in changes:
+                logger.warning(f"going on although {change}")
+            forget_failure(folder)
+            if config.hydra.mode == RunMode.MULTIRUN:
+                _write_record(config, folder)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         _close_log_files()
@@ -98,7 +130,7 @@ class FairseqJob(Callback):
         if isinstance(error, BaseException):
             mistake = user_mistake(error)
             message = mistake or f"{type(error).__name__}: {error}"
-            if is_first():
+            if is_first() and not isinstance(error, OtherRun):  # which is as whole as it was
                 write_failure(folder, message)
             if config.hydra.mode == RunMode.MULTIRUN:
                 surprise = None if mistake else error
@@ -122,6 +154,22 @@ class FairseqJob(Callback):
         if loss is not None:
             logger.error(loss)
             sys.exit(1)
+
+
+def _refuse(mistake: LowbitError, config: DictConfig) -> None:
+    raise mistake
+
+
+def _write_record(config: DictConfig, folder: Path) -> None:
+    """What Hydra leaves of a single run in its folder."""
+    own = copy.deepcopy(config)
+    with read_write(own), open_dict(own):
+        del own["hydra"]
+    with writing(folder / CONFIG_FILE.parent):
+        (folder / CONFIG_FILE.parent).mkdir(exist_ok=True)
+        OmegaConf.save(own, folder / CONFIG_FILE)
+        OmegaConf.save(OmegaConf.masked_copy(config, "hydra"), folder / HYDRA_FILE)
+        OmegaConf.save(config.hydra.overrides.task, folder / OVERRIDES_FILE)
 
 
 def _make_folder(config: DictConfig, key: str) -> None:
@@ -200,10 +248,8 @@ def absolute(key: str, value: str) -> str:
 
 
 def _absolute_override(override: str) -> str:
-    key, _, value = override.lstrip("+").partition("=")
-    if key not in PATHS or not value or value == "null":
-        return override
-    return f"{key}={','.join(absolute(key, choice) for choice in value.split(','))}"
+    key = parse_override(override).key_or_group
+    return map_texts(override, partial(absolute, key)) if key in PATHS else override
 
 
 def _forget_last_job() -> None:
@@ -235,7 +281,9 @@ def user_mistake(error: Any) -> str | None:
     as text, whose last line is the message.
     """
     for cause in _chain(error):
-        if isinstance(cause, (LowbitError, OmegaConfBaseException)):
+        if isinstance(cause, OmegaConfBaseException):
+            return describe_config_error(cause)
+        if isinstance(cause, LowbitError):
             return _without_traceback(str(cause))
         if isinstance(cause, ProcessRaisedException) and _MISTAKE.search(str(cause)):
             return _without_traceback(str(cause))

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import fairseq_lowbit
-from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.errors import LowbitError, describe_config_error
 from fairseq_lowbit.models import Architecture, Hubert, WithoutWeights
 from fairseq_lowbit.precision import Precision
 
@@ -47,7 +47,7 @@ def compose_config(name: str, overrides: list[str]) -> DictConfig:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             return compose(name, overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise LowbitError(f"configuration {name}: {error}") from error
+        raise LowbitError(f"configuration {name}: {describe_config_error(error)}") from error
 
 
 def rules_overrides(text: str) -> list[str]:
@@ -89,7 +89,7 @@ def read_model_config(config: DictConfig) -> ModelConfig:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), given))
     except OmegaConfBaseException as error:
-        raise LowbitError(f"model: {error}") from error
+        raise LowbitError(describe_config_error(error, "model")) from error
 
 
 def meta_model(config: ModelConfig) -> Hubert:

@@ -10,7 +10,7 @@ from fairseq.logging import metrics
 from torch import Tensor
 from torch.nn import functional as F
 
-from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.models.extractor import output_lengths
 from fairseq_lowbit.models.masking import span_mask
@@ -50,8 +50,12 @@ class LowbitHubertCriterionConfig(FrameCriterionConfig):
 class _FrameCriterion(FairseqCriterion):
     """A loss that is a mean over frames, handed to fairseq as sum and number of frames."""
 
+    weight_keys: tuple[str, ...] = ("squash_weight",)
+
     def __init__(self, task: Any, cfg: FrameCriterionConfig) -> None:
         super().__init__(task)
+        for key in self.weight_keys:
+            require_number(f"criterion.{key}", getattr(cfg, key), 0)
         self.squash_weight = cfg.squash_weight
 
     @classmethod
@@ -86,6 +90,8 @@ class _FrameCriterion(FairseqCriterion):
 class LowbitKdCriterion(_FrameCriterion):
     """L = w_y MSE(y) + w_o mean_i MSE(o_i) + w_a mean_i E(a_i); see docs/numerics.md."""
 
+    weight_keys = ("final_weight", "layer_weight", "attention_weight", "squash_weight")
+
     def __init__(self, task: Any, cfg: LowbitKdConfig) -> None:
         super().__init__(task, cfg)
         if cfg.attention not in ("probabilities", "scores"):
@@ -94,7 +100,13 @@ class LowbitKdCriterion(_FrameCriterion):
             )
         if not hasattr(task, "teacher"):
             raise LowbitError("criterion lowbit_kd needs task lowbit_distillation")
-        self.weights = (cfg.final_weight, cfg.layer_weight, cfg.attention_weight)
+        final_weight = cfg.final_weight if task.teacher.has_final_projection else 0.0
+        self.weights = (final_weight, cfg.layer_weight, cfg.attention_weight)
+        if not any(self.weights):
+            raise LowbitError(
+                "criterion.final_weight (0 for a teacher without final_proj), layer_weight and "
+                "attention_weight are all 0: give one of them a number above 0"
+            )
         self.attention, self.mask = cfg.attention, cfg.mask
         if not cfg.mask:
             # Without a gradient, weight decay alone would move it.
@@ -116,10 +128,7 @@ class LowbitKdCriterion(_FrameCriterion):
             attention=self.attention,
             shared_front_end=self.task.shares_front_end,
         )
-        weights = self.weights
-        if not teacher.has_final_projection:
-            weights = (0.0, *weights[1:])
-        loss = sum(weight * term for weight, term in zip(weights, terms, strict=True))
+        loss = sum(weight * term for weight, term in zip(self.weights, terms, strict=True))
         loss = (loss + sum(squash.values())) * frames
         logged = {
             f"loss_{name}": (term * frames).detach()
@@ -131,6 +140,8 @@ class LowbitKdCriterion(_FrameCriterion):
 @register_criterion("lowbit_hubert", dataclass=LowbitHubertCriterionConfig)
 class LowbitHubertCriterion(_FrameCriterion):
     """Cross-entropy over the labels of masked frames, plus HuBERT's feature penalty."""
+
+    weight_keys = ("unmasked_weight", "feature_penalty", "squash_weight")
 
     def __init__(self, task: Any, cfg: LowbitHubertCriterionConfig) -> None:
         super().__init__(task, cfg)

@@ -8,7 +8,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.optim import FairseqOptimizer, register_optimizer
 from omegaconf import II
 
-from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.quantization.quantizer import SCALE_GROUP, SHIFT_GROUP
 from fairseq_lowbit.quantization.squashed import SQUASHED_GROUP
 
@@ -44,6 +44,10 @@ class LowbitAdam(FairseqOptimizer):
 
     def __init__(self, cfg: LowbitAdamConfig, params: list[torch.nn.Parameter]) -> None:
         super().__init__(cfg)
+        for key in ("scale_lr_ratio", "shift_lr_ratio", "squashed_lr_ratio", "weight_decay"):
+            require_number(f"optimizer.{key}", getattr(cfg, key), 0)
+        for lr in cfg.lr:
+            require_number("optimization.lr", lr, 0)
         ratios = {
             SCALE_GROUP: cfg.scale_lr_ratio,
             SHIFT_GROUP: cfg.shift_lr_ratio,

@@ -14,7 +14,7 @@ from typing import Any, Optional
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.errors import LowbitError, describe_config_error
 from fairseq_lowbit.evaluation.runs import FINISHED_FILE, LAST_CHECKPOINT
 from fairseq_lowbit.plugin.configs import meta_model, read_model_config
 from fairseq_lowbit.precision import parse_precision
@@ -74,10 +74,8 @@ def _read_stage(values: object, where: str) -> Stage:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Stage), values))
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise LowbitError(
-            f"{where}.{error.full_key}: {reason}; a stage has the keys {known}"
-        ) from error
+        reason = describe_config_error(error, where)
+        raise LowbitError(f"{reason}; a stage has the keys {known}") from error
 
 
 def _full_name(precision: str, own: str) -> str:

@@ -16,7 +16,7 @@ from fairseq_lowbit.data.calibration import CalibrationAudio
 from fairseq_lowbit.data.label_file import LabelFile, count_classes, read_dictionary
 from fairseq_lowbit.data.manifest import check_manifest, read_manifest
 from fairseq_lowbit.distillation import same_front_end
-from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.evaluation.collapse import CollapseWatch
 from fairseq_lowbit.evaluation.health import collapsed_layers, measure_health, refuse_collapsed
 from fairseq_lowbit.models import Hubert, LoadedModel, load_model, start_from
@@ -137,6 +137,9 @@ class _SpeechTask(FairseqTask):
         if not from_checkpoint and not Path(cfg.data).is_dir():
             raise LowbitError(f"task.data: there is no folder {cfg.data}")
         calibration = cfg.calibration
+        if not from_checkpoint:
+            require_number("task.health_interval", cfg.health_interval, 0)
+            require_number("task.max_unusable", cfg.max_unusable, 0)
         self._criterion = Criterion(calibration.criterion, calibration.percentile)
         self._calibration_audio = CalibrationAudio(
             calibration.batches,
@@ -250,9 +253,12 @@ class _SpeechTask(FairseqTask):
                 logger.info(describe_squashing(clipped))
 
     def _fixed_batches(self, dataset: SpeechDataset) -> list[torch.Tensor]:
-        drawn = self._calibration_audio.draw(dataset.sizes, self.cfg.sample_rate)
-        longest = self._calibration_audio.samples(self.cfg.sample_rate)
-        return [dataset.unpadded_batch(indices, longest)["waveform"] for indices in drawn]
+        audio, rate = self._calibration_audio, self.cfg.sample_rate
+        audio.require(receptive_field(self.model.conv_layers), rate)
+        return [
+            dataset.unpadded_batch(indices, audio.samples(rate))["waveform"]
+            for indices in audio.draw(dataset.sizes, rate)
+        ]
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
         self._account_for(sample["unusable"])

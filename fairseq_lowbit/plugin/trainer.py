@@ -188,7 +188,9 @@ def _loss_is_finite(logged: dict[str, Any] | None) -> bool:
 
 
 def _describe(sample: dict[str, Any], terms: dict[str, Any]) -> str:
-    losses = [f"{key} {float(v):.4g}" for key, v in terms.items() if key.startswith("loss")]
+    # Sums over the batch; the logs have means.
+    size = float(terms.get("sample_size", 1))
+    losses = [f"{key} {float(v) / size:.4g}" for key, v in terms.items() if key.startswith("loss")]
     names = sample.get("names", [])
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join([*losses, f"files of the batch {', '.join(names[:_NAMED])}{more}"])

@@ -42,12 +42,12 @@ def test_few_utterances() -> None:
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"batches": 0}, "batches 0; want 1 or more"),
-        ({"batch_size": -1}, "batch_size -1"),
-        ({"max_seconds": 0.0}, "max_seconds 0.0; want above 0"),
-        ({"max_seconds": float("inf")}, "max_seconds inf"),
-        ({"max_seconds": float("nan")}, "max_seconds nan"),
-        ({"seed": -1}, "seed -1; want 0 or more"),
+        ({"batches": 0}, "calibration.batches 0: give a number from 1 up"),
+        ({"batch_size": -1}, "calibration.batch_size -1"),
+        ({"max_seconds": 0.0}, "calibration.max_seconds 0.0: give a number above 0"),
+        ({"max_seconds": float("inf")}, "calibration.max_seconds inf"),
+        ({"max_seconds": float("nan")}, "calibration.max_seconds nan"),
+        ({"seed": -1}, "calibration.seed -1"),
     ],
 )
 def test_values_that_make_no_sense(values: dict, message: str) -> None:

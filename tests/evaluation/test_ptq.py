@@ -82,7 +82,9 @@ def test_calibration_hears_nearly_all_of_what_it_draws(
 
 
 def test_less_audio_than_a_frame_is_refused(teacher: LoadedModel, manifest: Manifest) -> None:
-    with pytest.raises(LowbitError, match="max_seconds 0.01; want 0.025 or more"):
+    with pytest.raises(
+        LowbitError, match="calibration.max_seconds 0.01: give a number from 0.025 up"
+    ):
         post_training_quantized(teacher, W2A2, manifest, audio=CalibrationAudio(max_seconds=0.01))
 
 

@@ -131,7 +131,9 @@ class Run:
         """What a refused run tells its user, which has to be one message and nothing else."""
         assert self.status == 2, self.output
         assert "Traceback" not in self.output
-        _, *messages = re.split(r"^\[[^]]+\]\[[^]]+\]\[ERROR\] - ", self.output, flags=re.MULTILINE)
+        # Before a job begins, Hydra's own format.
+        begin = re.compile(r"^\[[^]]+\](?:\[[^]]+\]\[ERROR\] -|\[HYDRA\]) ", re.MULTILINE)
+        _, *messages = begin.split(self.output)
         assert len(messages) == 1, self.output
         return messages[0].strip()
 

@@ -59,6 +59,12 @@ RULE = "match: '*.fc1'"
         ("task.teacher=null", ["task.teacher"]),
         ("task.teacher=/no/such/teacher.pt", ["/no/such/teacher.pt"]),
         ("task.init_from=/no/such/start.pt", ["/no/such/start.pt"]),
+        (
+            "task.calibration.max_seconds=0.01",
+            ["calibration.max_seconds 0.01", "from 0.025 up"],
+        ),
+        ("optimizer.squashed_lr_ratio=-1", ["optimizer.squashed_lr_ratio -1", "from 0 up"]),
+        ("criterion.layer_weight=nan", ["criterion.layer_weight nan: give a number from 0 up"]),
         ("common.log_file=/no/such/folder/x.log", ["cannot write /no/such/folder/x.log"]),
         ("task.min_sample_size=1000000", [".tsv", "files", "1000000", "task.min_sample_size"]),
     ],

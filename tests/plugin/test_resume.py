@@ -3,6 +3,7 @@
 import fcntl
 import random
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -172,22 +173,72 @@ def test_a_truncated_last_checkpoint(
     assert "truncated" in message
 
 
-def test_another_precision_in_the_same_folder(train: Callable, trainer, teacher: Path) -> None:
+def record(run) -> dict[str, bytes]:
+    """What says how the checkpoint came about, and the checkpoint."""
+    files = [*(run.folder / ".hydra").iterdir(), run.last, run.checkpoints / "precision_plan.json"]
+    return {path.name: path.read_bytes() for path in files}
+
+
+def test_another_run_in_the_folder_of_a_finished_one(
+    train: Callable, trainer, teacher: Path, tmp_path: Path
+) -> None:
     run = train("bitla_w1a1", f"task.teacher={teacher}")
-    before = run.last.read_bytes()
-    refused = trainer.fork(run.folder, "bitla_w2a2", f"task.teacher={teacher}").message()
-    assert "bitla_w1a1" in refused
-    assert "bitla_w2a2" in refused
-    assert "hydra.run.dir" in refused
+    before = record(run)
+    copied, other = tmp_path / "copied.pt", tmp_path / "other.pt"
+    shutil.copy(teacher, copied)
+    other.write_bytes(teacher.read_bytes() + b" ")
+    ours = ("bitla_w1a1", f"task.teacher={teacher}")
     rule = "model.precision.rules=[{match: '*.fc1', weight_bits: 2}]"
-    refused = trainer.fork(run.folder, "bitla_w1a1", f"task.teacher={teacher}", rule).message()
-    assert "1 rules" in refused
-    assert run.last.read_bytes() == before
+    result = ("optimization.lr=[0.1]", "common.seed=2", "criterion.mask=true")
+    for (config, *options), told in {
+        ("bitla_w2a2", ours[1]): "model.precision.name bitla_w1a1, not bitla_w2a2: ",
+        (*ours, rule): "model.precision.rules [], not [{'match': '*.fc1', 'weight_bits': 2}]: ",
+        ("bitla_w1a1", f"task.teacher={other}", *result): (
+            f"criterion.mask False, not True, task.teacher {teacher}, not {other}, "
+            "optimization.lr [0.005], not [0.1] (and 1 more): "
+        ),
+    }.items():
+        refused = trainer.fork(run.folder, config, *options).message()
+        assert f"{run.checkpoints} holds a finished run with {told}" in refused
+        assert "hydra.run.dir" in refused
+        assert record(run) == before
+    # What does not decide the result may differ.
+    same = ("common.log_interval=3", "dataset.num_workers=1", "task.health_interval=2")
+    again = trainer.fork(run.folder, "bitla_w1a1", f"task.teacher={copied}", *same)
+    assert again.status == 0, again.output
+    assert "this run has made its 5 updates" in again.output
+
+
+def test_another_run_in_the_folder_of_an_unfinished_one(
+    train: Callable, trainer, teacher: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.pt"
+    shutil.copy(teacher, own)
+    run = train("bitla_w1a1", f"task.teacher={own}")
+    before = record(run)
+    longer = "optimization.max_update=6"
+    for option in (f"task.init_from={teacher}", "criterion.layer_weight=2"):
+        options = (f"task.teacher={own}", longer, option)
+        refused = trainer.fork(run.folder, "bitla_w1a1", *options).message()
+        assert f"{run.checkpoints} holds a run with {option.partition('=')[0]} " in refused
+        assert record(run) == before
+    # The rate may have to change, and the files may have been moved.
+    moved = own.rename(tmp_path / "moved.pt")
+    options = (f"task.teacher={moved}", longer, "optimization.lr=[0.004]")
+    done = trainer.fork(run.folder, "bitla_w1a1", *options)
+    assert done.status == 0, done.output
+    assert f"going on although task.teacher was {own} and is {moved} now" in done.output
+    assert "going on although optimization.lr was [0.005] and is [0.004] now" in done.output
+    assert load_model(run.last).updates == 6
 
 
 def test_another_shape_in_the_same_folder(train: Callable, trainer) -> None:
     run = train("hubert_fastconv")
     refused = trainer.fork(run.folder, "hubert_fastconv", "model.final_dim=8").message()
+    assert "model.final_dim 16, not 8" in refused
+    # Its own checkpoint is not asked for, but would be replaced.
+    elsewhere = ("model.final_dim=8", "checkpoint.restore_file=none.pt")
+    refused = trainer.fork(run.folder, "hubert_fastconv", *elsewhere).message()
     assert "parameters" in refused
     assert "hydra.run.dir" in refused
 

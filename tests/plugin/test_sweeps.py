@@ -1,5 +1,6 @@
 """Sweeps: -m over what makes a run, every launcher, a search, and jobs that fail."""
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from fairseq_lowbit.cli.main import main
+from fairseq_lowbit.plugin.callback import _absolute_override
 from fairseq_lowbit.plugin.configs import config_dir, meta_model, read_model_config
+from fairseq_lowbit.plugin.sweeps import parse_override
 from fairseq_lowbit.quantization.quantizer import SCALE_GROUP, SHIFT_GROUP
 from fairseq_lowbit.quantization.squashed import SQUASHED_GROUP
 
@@ -84,13 +87,61 @@ def test_rules(sweep: Callable, trainer, teacher: Path, tmp_path: Path) -> None:
         assert torch.equal(state(found[1])["model"][name], value), name
 
 
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("task.data=data", ["task.data={cwd}/data"]),
+        ("++task.data=/data", ["++task.data=/data"]),
+        ("task.data='my, data'", ["task.data='{cwd}/my, data'"]),
+        ("task.data=my data", ["task.data='{cwd}/my data'"]),
+        ("task.data=my\\,data", ["task.data='{cwd}/my,data'"]),
+        ('task.data="it\'s"', ["task.data='{cwd}/it\\'s'"]),
+        ("task.data='dätä'", ["task.data='{cwd}/dätä'"]),
+        ("task.teacher=a.pt,'b,c.pt'", ["task.teacher={cwd}/a.pt", "task.teacher='{cwd}/b,c.pt'"]),
+        ("task.teacher=choice(a.pt)", ["task.teacher={cwd}/a.pt"]),
+        ("task.teacher=choice(a.pt,b.pt)", ["task.teacher={cwd}/a.pt", "task.teacher={cwd}/b.pt"]),
+        ("task.teacher=tag(t,choice(a,b))", ["task.teacher={cwd}/a", "task.teacher={cwd}/b"]),
+        ("task.init_from=null,a.pt", ["task.init_from=null", "task.init_from={cwd}/a.pt"]),
+        ("task.data=${oc.env:DATA}", ["task.data='${oc.env:DATA}'"]),
+        (
+            "task.data=${oc.env:DATA,'a,b'},c",
+            ["task.data='${oc.env:DATA,\\'a,b\\'}'", "task.data={cwd}/c"],
+        ),
+        ("~task.init_from", ["~task.init_from"]),
+        ("task.labels=[km]", ["task.labels=[km]"]),
+    ],
+)
+def test_paths_become_absolute(given: str, expected: list[str]) -> None:
+    """As jobs get them from the sweeper."""
+    override = parse_override(_absolute_override(given))
+    if override.is_sweep_override():
+        key = override.get_key_element()
+        jobs = [f"{key}={value}" for value in override.sweep_string_iterator()]
+    else:
+        jobs = [override.input_line]
+    assert jobs == [text.replace("{cwd}", os.getcwd()) for text in expected]
+
+
+def test_sweeps_that_are_no_list_of_paths_stay() -> None:
+    for given in ("task.data=glob(*)", "task.data=glob([a*,b*],exclude=c)", "task.data=null"):
+        assert _absolute_override(given) == given
+    shuffled = parse_override(_absolute_override("task.data=shuffle(a,b)"))
+    assert shuffled.value().shuffle
+    assert set(shuffled.sweep_string_iterator()) == {f"{os.getcwd()}/{name}" for name in "ab"}
+
+
 def test_the_same_sweep_resumes_and_another_one_starts_anew(
-    sweep: Callable, tmp_path: Path
+    sweep: Callable, teacher: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    log = "common.log_file=updates.log"
-    first = sweep("optimizer.scale_lr_ratio=0.3,1", log)
+    (tmp_path / "all, again.pt").symlink_to(teacher)
+    fixed = (
+        "common.log_file=updates.log",
+        "task.teacher='all, again.pt'",
+        f"task.data=${{oc.env:NO_SUCH_VARIABLE,{corpus}}}",
+    )
+    first = sweep("optimizer.scale_lr_ratio=0.3,1", *fixed)
     assert first.status == 0, first.output
-    second = sweep("optimizer.scale_lr_ratio=1,3", "optimization.max_update=10", log)
+    second = sweep("optimizer.scale_lr_ratio=1,3", "optimization.max_update=10", *fixed)
     assert second.status == 0, second.output
     folders = {
         float(name.removeprefix("optimizer.scale_lr_ratio-")): job
@@ -147,6 +198,26 @@ def test_failed_jobs_leave_word_and_the_others_finish(
     again = sweep("task.teacher=gone.pt,teacher.pt", "optimizer.adam_betas=[0.9,0.98]")
     assert again.status == 0, again.output
     assert len(list((tmp_path / "exp").rglob("failure.txt"))) == 3
+
+
+def test_a_sweep_into_the_folders_of_another_one(sweep: Callable, tmp_path: Path) -> None:
+    """What all jobs share is not in the names of their folders."""
+    assert sweep("common.seed=2,3").status == 0
+
+    def files(job: Path) -> dict[str, bytes]:
+        kept = [path for path in job.rglob("*") if path.is_file() and path.suffix != ".log"]
+        return {str(path.relative_to(job)): path.read_bytes() for path in kept}
+
+    before = {name: files(job) for name, job in jobs(tmp_path).items()}
+    assert {".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml"} <= set(
+        before["common.seed-2"]
+    )
+    refused = sweep("common.seed=2,4", "criterion.mask=true")
+    assert refused.status == 1
+    (message,) = errors(refused.output)
+    assert "common.seed-2/checkpoints holds a finished run with criterion.mask False" in message
+    assert {name: files(jobs(tmp_path)[name]) for name in before} == before
+    assert state(jobs(tmp_path)["common.seed-4"])["cfg"]["criterion"]["mask"]
 
 
 def test_a_search_that_optimizes(sweep: Callable, tmp_path: Path) -> None:
