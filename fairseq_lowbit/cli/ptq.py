@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     calibrated = post_training_quantized(teacher, precision, manifest, criterion, audio)
     seconds = time.monotonic() - started
-    write_model(out, calibrated.model, teacher)
+    write_model(out, calibrated.model, teacher, args.data)
     print_table(plan_table(calibrated.model.plan))
     if calibrated.clipped:
         print(describe_squashing(calibrated.clipped))

@@ -34,10 +34,10 @@ SORTS = {
     "updates": "-updates",
     "status": "status",
 }
-# Overrides that say where things are, or what another field says.
+# Overrides that say where things are, what another field says, or what goes with it.
 _TOLD_ELSEWHERE = (
     *("task.data", "task.teacher", "task.init_from"),
-    *("optimization.max_update", "sweep"),
+    *("optimization.max_update", "lr_scheduler.warmup_updates", "sweep"),
 )
 Record = dict[str, Any]
 
@@ -109,7 +109,8 @@ def _record(entry: Entry, common: set[str]) -> Record:
     run, measurement = entry.run, entry.measurement
     if run is None:
         return _blank(name=entry.name, status="unreadable", message=entry.problem)
-    has_paper = not run.rules and run.loss != CALIBRATION
+    is_trained = run.loss != CALIBRATION
+    has_paper = not run.rules and is_trained
     told = common | {text for text in run.overrides if _key(text) in _TOLD_ELSEWHERE}
     record = _blank(
         name=entry.name,
@@ -119,8 +120,8 @@ def _record(entry: Entry, common: set[str]) -> Record:
         rules=run.rules,
         loss=run.loss,
         overrides=tuple(text for text in run.overrides if text not in told),
-        updates=run.updates,
-        planned=run.planned,
+        updates=run.updates if is_trained else None,  # the teacher's otherwise
+        planned=run.planned if is_trained else None,
         best_loss=run.best_loss,
         storage_mb=run.storage_mb,
         paper_wer=paper_wer(run.precision, run.loss) if has_paper else None,

@@ -147,10 +147,13 @@ def start_from(model: Hubert, source: LoadedModel, role: str = "init_from") -> N
     forget_calibration(model)
 
 
-def write_model(path: str | Path, model: Hubert, source: LoadedModel) -> None:
+def write_model(path: str | Path, model: Hubert, source: LoadedModel, data: Path) -> None:
     """Writes ``model``, made from ``source`` without training, as a checkpoint that everything here
     reads: a teacher, a start for training, a row of a comparison. Replaces ``path`` at once or not
     at all.
+
+    Args:
+        data: folder of the manifests it was calibrated on, where tables find held-out audio.
 
     Raises:
         LowbitError: ``path`` cannot be written.
@@ -162,7 +165,12 @@ def write_model(path: str | Path, model: Hubert, source: LoadedModel) -> None:
         "_name": "lowbit_hubert",
         "precision": model.plan.precision.to_mapping(),
     }
-    config["task"] = {"_name": "lowbit_distillation", "normalize": source.normalize}
+    config["task"] = {
+        "_name": "lowbit_distillation",
+        "normalize": source.normalize,
+        "teacher": str(Path(source.path).absolute()),
+        "data": str(data.absolute()),
+    }
     # What fairseq wants to find in any checkpoint, here of no training.
     history = {
         "optimizer_name": _NO_OPTIMIZER,

@@ -1,5 +1,6 @@
 """``fairseq-lowbit ptq``: a calibrated checkpoint without training."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,21 @@ def test_writes_a_calibrated_checkpoint(
     assert f"precision {precision}" in output
     assert ("squashed the weights of 12 modules" in output) == (precision == "sqwq_w2")
     assert list(tmp_path.glob(".*tmp")) == []
+
+
+def test_tables_know_whose_it_is_and_what_to_measure_on(
+    teacher: LoadedModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data.parent)
+    out = tmp_path / "ptq.pt"
+    assert ptq(teacher, Path(data.name), out, *W8A8) == 0
+    table = tmp_path / "table.csv"
+    monkeypatch.chdir("/")
+    assert main(["sweep-table", str(out), "--csv", str(table), "--seconds", "5"]) == 0
+    (found,) = (row for row in csv.DictReader(table.open()) if row["name"] == "ptq.pt")
+    assert found["teacher"] == str(teacher.path)
+    assert found["data"] == str(data)
+    assert float(found["cosine"]) > 0.9
 
 
 def test_rules_and_criteria_reach_the_result(

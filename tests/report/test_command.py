@@ -138,7 +138,7 @@ def test_checkpoints_outside_of_runs(
     state = torch.load(teacher.path)
     state["cfg"]["criterion"] = {"_name": "lowbit_hubert"}
     torch.save(state, teacher.path)
-    write_model(path, student, teacher)
+    write_model(path, student, teacher, data)
     arguments = (path, teacher.path, f"--data={data}", f"--teacher={teacher.path}", "--seconds=5")
     shown = report(*arguments, "--no-dissect")
     assert shown.status == 0, shown.problems
