@@ -33,8 +33,8 @@ rows=(
     "ptq_bitla_w2a2              0  bitla_w2a2"
     "ptq_bitla_w1a1              0  bitla_w1a1"
     # weights alone; linears; linears and attention
-    "sqwq_w8                     1  sqwq_w8"
-    "sqwq_w4                     1  sqwq_w4"
+    "sqwq_w8                     1  sqwq_w8     model.precision.squash_std=0.84"
+    "sqwq_w4                     1  sqwq_w4     model.precision.squash_std=0.84"
     "sqwq_w2                     1  sqwq_w2"
     "sqwq_w1                     1  sqwq_w1"
     "sqwq_w8_std_0.3             1  sqwq_w8     model.precision.squash_std=0.3"

@@ -148,7 +148,7 @@ def test_masked_prediction_trains_squashed_weights_in_bf16(train: Callable, teac
     )
     assert not torch.equal(squashed, squashed.bfloat16().float())
     assert not torch.equal(gain, gain.bfloat16().float())
-    assert squashed.std().item() == pytest.approx(0.84, abs=0.05)
+    assert squashed.std().item() == pytest.approx(0.5, abs=0.05)  # its squash_std
     groups = state["last_optimizer_state"]["param_groups"]
     assert [len(group["params"]) for group in groups[1:]] == [12, 12]
     assert [group["lr"] for group in groups] == pytest.approx([END / 10, END / 10, 3 * END / 10])
