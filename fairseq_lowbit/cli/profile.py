@@ -13,7 +13,7 @@ from typing import Any
 from fairseq_lowbit.cli import measuring
 from fairseq_lowbit.cli.targets import Target
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.paper import ORIGINS, SOURCE, TABLE, PaperRow
+from fairseq_lowbit.evaluation.paper import ORIGINS, SOURCE, TABLE, UNITS, PaperRow
 from fairseq_lowbit.evaluation.tables import print_table
 from fairseq_lowbit.files import atomic_write, check_writable
 from fairseq_lowbit.models import Hubert
@@ -42,6 +42,7 @@ HELP = (
 # What estimated and measured runtimes are relative to.
 REFERENCE = "hubert_fastconv"
 _PAPER_SECONDS = 10.0
+_PaperRows = list[tuple[PaperRow, list[dict[str, Any]]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -240,7 +241,7 @@ def _print_tables(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
 
 
 def _paper(reference: Profile, args: argparse.Namespace) -> int:
-    rows = []
+    rows: _PaperRows = []
     for published in TABLE:
         counted = profile(_paper_model(published), published.name, _PAPER_SECONDS)
         if published.without_final_projection:
@@ -248,18 +249,25 @@ def _paper(reference: Profile, args: argparse.Namespace) -> int:
             counted = replace(counted, costs=costs)
         row = profile_row(counted, reference, args.conversion_rate)
         rows.append((published, paper_rows(published, row)))
-    cells = [cell for _, found in rows for cell in found]
+    if args.json:
+        print(json.dumps(_cells(rows), indent=1))
+    else:
+        _print_paper(rows, args)
     if args.csv:
         with atomic_write(args.csv) as file:
-            write_csv(cells, file)
-    if args.json:
-        print(json.dumps(cells, indent=1))
-        return 0
+            write_csv(_cells(rows), file)
+    return 0
+
+
+def _cells(rows: _PaperRows) -> list[dict[str, Any]]:
+    return [cell for _, found in rows for cell in found]
+
+
+def _print_paper(rows: _PaperRows, args: argparse.Namespace) -> None:
     print_table(paper_table(rows))
-    print(f"{SOURCE}. K = {args.conversion_rate:g}.\n{ORIGINS}")
+    print(f"{SOURCE}. K = {args.conversion_rate:g}.\n{UNITS}\n{ORIGINS}")
     print("WER is measured, not counted: this code has not been run at that scale.\n")
     print("\n".join(paper_notes(rows)))
-    return 0
 
 
 def _paper_model(published: PaperRow) -> Hubert:

@@ -175,6 +175,9 @@ def paper_rows(published: PaperRow, row: dict[str, Any]) -> list[dict[str, Any]]
 
     Args:
         row: of :func:`profile_row`; what it cannot count is None in the result.
+
+    Returns:
+        ``paper`` as published, ``paper_converted`` in the unit of ``ours`` and ``difference``.
     """
     counted = {
         "storage_mb": row["storage_bytes"] / 1e6,
@@ -188,6 +191,7 @@ def paper_rows(published: PaperRow, row: dict[str, Any]) -> list[dict[str, Any]]
             "cell": key,
             "paper": cell.value,
             "paper_upper": cell.upper,
+            "paper_converted": cell.converted,
             "origin": cell.origin,
             "ours": counted.get(key),
             "difference": cell.difference(counted[key]) if key in counted else None,
@@ -207,11 +211,11 @@ def paper_table(rows: Sequence[tuple[PaperRow, list[dict[str, Any]]]]) -> Table:
     table.add_column("origin")
     for published, cells in rows:
         for row in cells:
-            ours, difference = "-", "-"
+            cell, ours, difference = published.cells[row["cell"]], "-", "-"
             if row["ours"] is not None:
                 ours = f"{row['ours']:.2f}"
-                difference = f"{row['difference']:+.2f} ({row['difference'] / row['paper']:+.1%})"
-            shown = (str(published.cells[row["cell"]]), ours, difference, row["origin"])
+                difference = cell.describe_difference(row["ours"])
+            shown = (cell.describe(), ours, difference, row["origin"])
             table.add_row(published.name, CELLS[row["cell"]], *shown)
         table.add_section()
     return table
