@@ -132,8 +132,8 @@ _BITLA_FLOPS = (
 )
 _BITLA_W2_RUNTIME = (
     "not explained by the paper: with the 11.82 G of W1A1, 0.15 leaves 282 to 356 Gibit at K = "
-    "66.5 and the 0.12 of W1A1 61 to 135, but two bits cost twice as much as one. Counted: 187.89 and "
-    "93.94 Gbit"
+    "66.5 and the 0.12 of W1A1 61 to 135, but two bits cost twice as much as one. Counted: 187.89 "
+    "and 93.94 Gbit"
 )
 _BITLA_W1_RUNTIME = "counted, 0.124 at K = 66.5, which rounds to it"
 
