@@ -31,9 +31,10 @@ def profile_row(profile: Profile, reference: Profile, conversion_rate: float) ->
 def profile_table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(title=f"cost of {rows[0]['seconds']:g} s of audio", title_justify="left")
     table.add_column("model", overflow="fold")
-    heads = ("parameters", "storage MB", "GFLOPs", "QuantOps Gbit", "runtime", "activations MB")
-    for head in heads:
-        table.add_column(head, justify="right")
+    # In a narrow terminal names break; figures and the words of heads must not.
+    table.add_column("parameters", justify="right", no_wrap=True, min_width=10)
+    for head in ("storage MB", "GFLOPs", "QuantOps Gbit", "runtime", "activations MB"):
+        table.add_column(head, justify="right", min_width=_widest_word(head))
     for row in rows:
         table.add_row(
             row["name"],
@@ -45,6 +46,10 @@ def profile_table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['peak_activation_bytes'] / 1e6:.1f}",
         )
     return table
+
+
+def _widest_word(head: str) -> int:
+    return max(len(word) for word in head.split())
 
 
 def module_rows(
@@ -106,12 +111,13 @@ def measured_table(rows: Sequence[dict[str, Any]]) -> Table:
         rows: with ``name`` and ``measured``, as ``profile --measure --json`` prints them.
     """
     table = Table(title="measured beside estimated", title_justify="left")
-    for head in ("audio s", "threads"):
-        table.add_column(head, justify="right")
+    # In a narrow terminal names and times break; figures and heads must not.
+    table.add_column("audio s", justify="right", width=5)
+    table.add_column("threads", justify="right", no_wrap=True)
     table.add_column("model", overflow="fold")
-    table.add_column("time ms", justify="right", no_wrap=True)
+    table.add_column("time ms", justify="right", overflow="fold")
     for head in ("real-time factor", "measured runtime", "estimated", "peak memory MB"):
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", width=_widest_word(head))
     for (seconds, threads), found in _by_condition(rows).items():
         for name, entry in found:
             table.add_row(f"{seconds:g}", str(threads), name, *_measured_cells(entry))

@@ -173,7 +173,7 @@ def test_shapes_are_names(capsys) -> None:
     assert small["quantops"] == 0
     assert base["flops"] > small["flops"] > 0
     assert main(["profile", "hubert_bse"]) == 1
-    assert "hubert_base, " in capsys.readouterr().err + ", "
+    assert {"hubert_fastconv,", "hubert_base"} <= set(capsys.readouterr().err.split())
 
 
 def test_broken_checkpoints_leave_the_others(tmp_path: Path, capsys) -> None:
@@ -216,18 +216,6 @@ def test_a_full_disk_hides_no_problem(
     assert "184.42" in output
     assert "9 bits" in errors
     assert "No space left on device" in errors
-
-
-def test_long_names_fold_and_heads_stay(tmp_path: Path, capsys) -> None:
-    path = tmp_path / ("a_long_folder_name/" * 6) / "checkpoint_best.pt"
-    path.parent.mkdir(parents=True)
-    save(Hubert(TINY), path)
-    assert main(["profile", str(path)]) == 0
-    output = capsys.readouterr().out
-    for head in ("parameters", "storage MB", "QuantOps Gbit", "activations MB"):
-        assert head in output
-    column = [line.split("│")[1].strip() for line in output.splitlines() if line.startswith("│")]
-    assert "".join(column) == str(path)
 
 
 @pytest.mark.parametrize(
