@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import math
 import sys
 from collections.abc import Iterable
@@ -12,9 +13,9 @@ from typing import Any
 from fairseq_lowbit.cli import measuring
 from fairseq_lowbit.cli.targets import Target
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.paper import ORIGINS, SOURCE, TABLE, PaperRow
+from fairseq_lowbit.evaluation.paper import ORIGINS, SOURCE, TABLE, UNITS, PaperRow
 from fairseq_lowbit.evaluation.tables import print_table
-from fairseq_lowbit.files import atomic_write
+from fairseq_lowbit.files import atomic_write, check_writable
 from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.plugin.configs import meta_model, model_config
 from fairseq_lowbit.profiling import Profile, profile
@@ -22,6 +23,7 @@ from fairseq_lowbit.profiling.cost import CONVERSION_RATE
 from fairseq_lowbit.profiling.tables import (
     flat_measurements,
     measured_table,
+    module_rows,
     module_table,
     paper_notes,
     paper_rows,
@@ -31,6 +33,8 @@ from fairseq_lowbit.profiling.tables import (
     write_csv,
 )
 
+logger = logging.getLogger(__name__)
+
 HELP = (
     "count storage, FLOPs, QuantOps and memory of configurations and checkpoints; with --measure "
     "also run them"
@@ -38,6 +42,7 @@ HELP = (
 # What estimated and measured runtimes are relative to.
 REFERENCE = "hubert_fastconv"
 _PAPER_SECONDS = 10.0
+_PaperRows = list[tuple[PaperRow, list[dict[str, Any]]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "targets",
         nargs="*",
         metavar="TARGET",
-        help="a configuration (bitla_w1a1), any precision (bitla_w3a5), or a checkpoint",
+        help="a configuration (bitla_w1a1), any precision (bitla_w3a5), a float model of a shape "
+        "(hubert_base, distilhubert), or a checkpoint; a file called like one of them is ./NAME",
     )
     parser.add_argument("--seconds", type=float, default=10.0, help="audio to count for (10)")
     parser.add_argument(
@@ -74,7 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--csv",
         type=Path,
         metavar="FILE",
-        help="write CSV too: a row per model, with --measure one per model, length and threads",
+        help="write CSV too: a row per model, with --measure one per model, length and threads; "
+        "with --per-module also one per operator",
     )
     measuring.add_arguments(parser)
 
@@ -91,7 +98,7 @@ class _Counted:
 def run(args: argparse.Namespace) -> int:
     _check(args)
     lengths = {args.seconds, *measuring.lengths(args)}
-    reference = _count(REFERENCE, Target(REFERENCE), lengths)
+    reference = _count(Target(REFERENCE), lengths)
     if args.paper:
         return _paper(reference.profiles[_PAPER_SECONDS], args)
     counted, problems = _count_all(args, lengths)
@@ -103,10 +110,12 @@ def run(args: argparse.Namespace) -> int:
         is_interrupted = outcome.is_interrupted
     else:
         rows = [_row(entry, reference, args.seconds, args) for entry in counted]
-    if rows:
-        _show(rows, [entry.profiles[args.seconds] for entry in counted], args)
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+    try:
+        if rows:
+            _show(rows, [entry.profiles[args.seconds] for entry in counted], reference, args)
+    finally:  # a full disk must not hide what was wrong with the targets
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
     if is_interrupted:
         print("interrupted: shown is what had been measured until then", file=sys.stderr)
         return 130
@@ -130,8 +139,8 @@ def _check(args: argparse.Namespace) -> None:
     _check_positive("--conversion-rate", args.conversion_rate)
     for seconds in measuring.lengths(args):
         _check_positive("--measure-seconds", seconds)
-    if args.csv and not args.csv.absolute().parent.is_dir():
-        raise LowbitError(f"--csv: there is no folder {args.csv.parent}")
+    if args.csv:
+        check_writable(args.csv)
 
 
 def _check_positive(option: str, value: float) -> None:
@@ -147,15 +156,19 @@ def _count_all(
     sources = dict.fromkeys(args.targets) if args.measure else args.targets
     counted, problems = [], []
     for source in sources:
+        target = Target(source, tuple(args.set))
         try:
-            counted.append(_count(source, Target(source, tuple(args.set)), lengths))
+            counted.append(_count(target, lengths))
         except LowbitError as error:
             problems.append(f"{source}: {error}")
+        except Exception as error:  # one broken checkpoint must not cost the others their rows
+            logger.debug("cannot count %s", source, exc_info=True)
+            problems.append(f"{source}: {type(error).__name__}: {error}")
     return counted, problems
 
 
-def _count(name: str, target: Target, lengths: Iterable[float]) -> _Counted:
-    model = target.read()
+def _count(target: Target, lengths: Iterable[float]) -> _Counted:
+    model, name = target.read(), target.name
     return _Counted(name, target, {seconds: profile(model, name, seconds) for seconds in lengths})
 
 
@@ -177,41 +190,50 @@ def _with_reference(counted: list[_Counted], reference: _Counted) -> list[_Count
 def _measured_rows(
     counted: list[_Counted], reference: _Counted, args: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], measuring.Outcome]:
+    # Estimates first: what is wrong with them must not cost the measurements.
+    rows = [_row(entry, reference, args.seconds, args) for entry in counted]
+    estimates = [
+        {s: _row(entry, reference, s, args) for s in measuring.lengths(args)} for entry in counted
+    ]
     outcome = measuring.run_targets({entry.name: entry.target for entry in counted}, args)
     (reference_name,) = (e.name for e in counted if e.target == reference.target)
-    rows = []
-    for entry in counted:
-        row = _row(entry, reference, args.seconds, args)
-        estimates = {s: _row(entry, reference, s, args) for s in measuring.lengths(args)}
-        measuring.add_measurements(row, entry.target, estimates, outcome.record, reference_name)
-        rows.append(row)
+    for entry, row, own in zip(counted, rows, estimates, strict=True):
+        measuring.add_measurements(row, entry.target, own, outcome.record, reference_name)
     return rows, outcome
 
 
-def _show(rows: list[dict[str, Any]], profiles: list[Profile], args: argparse.Namespace) -> None:
-    if args.json and args.per_module:
-        modules = [[cost.to_mapping() for cost in entry.costs] for entry in profiles]
+def _show(
+    rows: list[dict[str, Any]],
+    profiles: list[Profile],
+    reference: _Counted,
+    args: argparse.Namespace,
+) -> None:
+    modules: list[list[dict[str, Any]]] = []
+    if args.per_module:
+        measure = reference.profiles[args.seconds], args.conversion_rate
+        modules = [module_rows(entry, *measure) for entry in profiles]
+    if args.json and modules:
         pairs = zip(rows, modules, strict=True)
         print(json.dumps([{**row, "modules": own} for row, own in pairs], indent=1))
     elif args.json:
         print(json.dumps(rows, indent=1))
     else:
-        _print_tables(rows, profiles, args)
+        for row, own in zip(rows, modules, strict=False):
+            print_table(module_table(row, own))
+        _print_tables(rows, args)
     if args.csv:
+        flat = flat_measurements(rows) if args.measure else rows
+        own = [{"name": r["name"], **m} for r, found in zip(rows, modules) for m in found]
         with atomic_write(args.csv) as file:
-            write_csv(flat_measurements(rows) if args.measure else rows, file)
+            write_csv([*flat, *own], file)
 
 
-def _print_tables(
-    rows: list[dict[str, Any]], profiles: list[Profile], args: argparse.Namespace
-) -> None:
-    if args.per_module:
-        for entry in profiles:
-            print_table(module_table(entry))
+def _print_tables(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     print_table(profile_table(rows))
     print(
         f"runtime: (FLOPs + QuantOps/K) / FLOPs of {REFERENCE}, K = {args.conversion_rate:g}, an "
-        "estimate.\nactivations: most that one operator reads and writes, fp32."
+        "estimate.\nactivations: most that one operator (softmax, norms and GELU too) reads and "
+        "writes, fp32."
     )
     if args.measure and any(row["measured"] for row in rows):
         print_table(measured_table(rows))
@@ -219,7 +241,7 @@ def _print_tables(
 
 
 def _paper(reference: Profile, args: argparse.Namespace) -> int:
-    rows = []
+    rows: _PaperRows = []
     for published in TABLE:
         counted = profile(_paper_model(published), published.name, _PAPER_SECONDS)
         if published.without_final_projection:
@@ -227,18 +249,25 @@ def _paper(reference: Profile, args: argparse.Namespace) -> int:
             counted = replace(counted, costs=costs)
         row = profile_row(counted, reference, args.conversion_rate)
         rows.append((published, paper_rows(published, row)))
-    cells = [cell for _, found in rows for cell in found]
+    if args.json:
+        print(json.dumps(_cells(rows), indent=1))
+    else:
+        _print_paper(rows, args)
     if args.csv:
         with atomic_write(args.csv) as file:
-            write_csv(cells, file)
-    if args.json:
-        print(json.dumps(cells, indent=1))
-        return 0
+            write_csv(_cells(rows), file)
+    return 0
+
+
+def _cells(rows: _PaperRows) -> list[dict[str, Any]]:
+    return [cell for _, found in rows for cell in found]
+
+
+def _print_paper(rows: _PaperRows, args: argparse.Namespace) -> None:
     print_table(paper_table(rows))
-    print(f"{SOURCE}. K = {args.conversion_rate:g}.\n{ORIGINS}")
+    print(f"{SOURCE}. K = {args.conversion_rate:g}.\n{UNITS}\n{ORIGINS}")
     print("WER is measured, not counted: this code has not been run at that scale.\n")
     print("\n".join(paper_notes(rows)))
-    return 0
 
 
 def _paper_model(published: PaperRow) -> Hubert:

@@ -6,7 +6,12 @@ from pathlib import Path
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import Hubert, load_model, load_without_weights
 from fairseq_lowbit.nn import is_calibrated
-from fairseq_lowbit.plugin.configs import ModelConfig, meta_model, model_config
+from fairseq_lowbit.plugin.configs import (
+    ModelConfig,
+    is_configuration,
+    meta_model,
+    model_config,
+)
 from fairseq_lowbit.profiling.measured import with_random_weights
 
 
@@ -22,10 +27,18 @@ class Target:
     overrides: tuple[str, ...] = ()
 
     @property
+    def name(self) -> str:
+        """Of its row: overrides make a model another one."""
+        return self.source if self.has_weights else " ".join((self.source, *self.overrides))
+
+    @property
     def has_weights(self) -> bool:
-        """Whether it is a checkpoint."""
+        """Whether it is a checkpoint. A name wins over a file or folder that happens to be called
+        so: ``./bitla_w1a1`` is the file."""
+        if is_configuration(self.source):
+            return False
         path = Path(self.source)
-        return path.suffix == ".pt" or path.exists()
+        return path.suffix == ".pt" or "/" in self.source or path.is_file()
 
     def read(self) -> Hubert:
         """The model on the meta device.

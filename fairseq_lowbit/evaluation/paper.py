@@ -14,6 +14,12 @@ CELLS = {
     "gquantops": "QuantOps Gbit",
     "runtime": "runtime",
 }
+# Unit of the paper's QuantOps, which it does not tell: only so do they agree with its model.
+GIBI = 2**30 / 1e9
+UNITS = (
+    "QuantOps: by the arithmetic below, the paper's figures are in units of 2^30 (Gibit); ours are "
+    "in 1e9 (Gbit). Behind = stands\nthe paper's figure in Gbit; the difference is ours less that."
+)
 ORIGINS = (
     "published: read in the paper. derived: by arithmetic that agrees with every published cell. "
     "guessed: may not be the paper's.\nReasons were found by arithmetic, as the paper does not say "
@@ -28,24 +34,45 @@ class Cell:
     Attributes:
         value: or the lower end of what is known.
         upper: the upper end; None where one value is known.
+        unit: of the value, in ours.
         digits: behind its decimal point, as printed.
         note: why an honest count differs.
     """
 
     value: float
     upper: float | None = None
+    unit: float = 1.0
     digits: int = 2
     origin: Literal["published", "derived", "guessed"] = "published"
     note: str | None = None
 
+    @property
+    def converted(self) -> float:
+        """The value in our unit."""
+        return self.value * self.unit
+
     def difference(self, ours: float) -> float:
         """How far ``ours`` lies above the cell, or below; 0 inside of what is known."""
         upper = self.value if self.upper is None else self.upper
-        return ours - min(max(ours, self.value), upper)
+        return ours - min(max(ours, self.converted), upper * self.unit)
+
+    def describe_difference(self, ours: float) -> str:
+        """The difference, and in percent as far as the digits of the cell can tell; ``0.00`` where
+        they tell none."""
+        difference, half = self.difference(ours), 0.5 * 10**-self.digits
+        if abs(difference) < half * self.unit:
+            return "0.00"
+        places = 1 if half < 0.001 * self.value else 0
+        return f"{difference:+.2f} ({difference / self.converted:+.{places}%})"
 
     def __str__(self) -> str:
         ends = (self.value,) if self.upper is None else (self.value, self.upper)
         return " to ".join(f"{end:.{self.digits}f}" for end in ends)
+
+    def describe(self) -> str:
+        """As published, with the value in our unit where the units differ."""
+        same = f" Gibit = {self.converted:.{self.digits}f}" if self.unit == GIBI else ""
+        return f"{self}{same}"
 
 
 @dataclass(frozen=True)
@@ -56,8 +83,8 @@ class PaperRow:
         name: as in the table.
         precision: of this package.
         model: group of ``config/model``.
-        cells: the known ones, by the keys of :data:`CELLS`; sizes in 1e6 bytes, operations in 1e9
-            for 10 s of audio, runtime relative to HuBERT-FastConv.
+        cells: the known ones, by the keys of :data:`CELLS`; sizes in 1e6 bytes, FLOPs in 1e9 and
+            QuantOps in 2^30 for 10 s of audio, runtime relative to HuBERT-FastConv.
         without_final_projection: its stored size leaves out ``final_proj``.
     """
 
@@ -104,9 +131,9 @@ _BITLA_FLOPS = (
     "other 0.12 are not explained by the paper. Counted: 11.69 G"
 )
 _BITLA_W2_RUNTIME = (
-    "not explained by the paper: with the 11.82 G of W1A1, 0.15 leaves 282 to 356 Gbit at K = 66.5 "
-    "and the 0.12 of W1A1 61 to 135, but two bits cost twice as much as one. Counted: 187.89 and "
-    "93.94 Gbit"
+    "not explained by the paper: with the 11.82 G of W1A1, 0.15 leaves 282 to 356 Gibit at K = "
+    "66.5 and the 0.12 of W1A1 61 to 135, but two bits cost twice as much as one. Counted: 187.89 "
+    "and 93.94 Gbit"
 )
 _BITLA_W1_RUNTIME = "counted, 0.124 at K = 66.5, which rounds to it"
 
@@ -115,7 +142,13 @@ def _derived(value: float, note: str | None = None, digits: int = 2) -> Cell:
     return Cell(value, digits=digits, origin="derived", note=note)
 
 
-_SQWQ = {"gquantops": Cell(421.88, note=_FEED_FORWARD)}
+def _quantops(
+    value: float, note: str, origin: Literal["published", "derived", "guessed"] = "published"
+) -> Cell:
+    return Cell(value, unit=GIBI, origin=origin, note=note)
+
+
+_SQWQ = {"gquantops": _quantops(421.88, _FEED_FORWARD)}
 
 TABLE = (
     PaperRow(
@@ -161,7 +194,7 @@ TABLE = (
         cells={
             "wer": Cell(7.03),
             "storage_mb": _derived(99.49),
-            "gquantops": _derived(421.88, _FEED_FORWARD),
+            "gquantops": _quantops(421.88, _FEED_FORWARD, "derived"),
         },
     ),
     PaperRow(
@@ -175,7 +208,7 @@ TABLE = (
         cells={
             "storage_mb": Cell(25.17),
             "gflops": Cell(82.29, note=_BITL_FLOPS),
-            "gquantops": Cell(52.73, note=_FEED_FORWARD),
+            "gquantops": _quantops(52.73, _FEED_FORWARD),
             "runtime": Cell(0.75, note=_BITL_RUNTIME),
         },
     ),
@@ -185,7 +218,7 @@ TABLE = (
         cells={
             "wer": Cell(7.07),
             "storage_mb": _derived(99.54),
-            "gquantops": Cell(1898.44, origin="guessed", note=_BITLA_QUANTOPS),
+            "gquantops": _quantops(1898.44, _BITLA_QUANTOPS, "guessed"),
         },
     ),
     PaperRow(

@@ -18,6 +18,8 @@ from fairseq_lowbit.precision import Precision
 
 StateDict = dict[str, Tensor]
 _LABELS = "label_embs_concat"
+# Of fairseq and of this package; a converted checkpoint may have none.
+_HUBERT_NAMES = ("hubert", "hubert_fastconv", "lowbit_hubert", None)
 _NO_OPTIMIZER = ""  # in place of its name: quantized without training
 
 
@@ -53,6 +55,11 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
             not plain data.
     """
     path = Path(path)
+    if path.is_dir():
+        raise LowbitError(
+            f"checkpoint {path} is a folder: name a file in it, of a run "
+            f"{path / 'checkpoints' / 'checkpoint_best.pt'}"
+        )
     if not path.is_file():
         raise LowbitError(f"checkpoint {path} does not exist")
     try:
@@ -69,7 +76,8 @@ def load_model(path: str | Path) -> LoadedModel:
     """Loads a checkpoint at its own shape and precision, in eval mode.
 
     Raises:
-        LowbitError: see :func:`read_checkpoint` and :func:`check_same_shapes`.
+        LowbitError: see :func:`read_checkpoint`; another kind of model, or weights that do not fit
+            the checkpoint's own configuration.
     """
     state = read_checkpoint(path)
     model, weights = _build(state, path)
@@ -100,6 +108,8 @@ def _build(state: dict[str, Any], path: str | Path) -> tuple[Hubert, StateDict]:
     """The model that a checkpoint asks for, and the weights that fit it."""
     weights: StateDict = state["model"]
     config = dict(state["cfg"]["model"])
+    if config.get("_name") not in _HUBERT_NAMES:
+        raise LowbitError(f"checkpoint {path} holds a {config['_name']}, not a HuBERT")
     precision = config.get("precision")
     model = Hubert(
         Architecture.from_mapping(config),
@@ -108,7 +118,12 @@ def _build(state: dict[str, Any], path: str | Path) -> tuple[Hubert, StateDict]:
     )
     if "final_proj.weight" not in weights:
         weights = {**weights, **model.final_proj.state_dict(prefix="final_proj.")}
-    check_same_shapes(model, weights, path)
+    differing = _differences(model.state_dict(), weights)
+    if differing:
+        raise LowbitError(
+            f"checkpoint {path} holds weights of another shape than its own configuration: "
+            f"{differing}"
+        )
     return model, weights
 
 
@@ -192,6 +207,16 @@ def check_same_shapes(model: nn.Module, weights: StateDict, path: str | Path) ->
 
 
 def _check_names_and_shapes(expected: StateDict, weights: StateDict, what: str) -> None:
+    differing = _differences(expected, weights)
+    if differing:
+        raise LowbitError(
+            f"{what} is of another shape than the model: {differing}. "
+            "Give the model the checkpoint's architecture, for example model=fastconv_tiny"
+        )
+
+
+def _differences(expected: StateDict, weights: StateDict) -> str:
+    """The first tensors that differ; empty when none does."""
     differing = [
         f"{name} is {tuple(weights[name].shape)} where {tuple(tensor.shape)} is wanted"
         for name, tensor in expected.items()
@@ -199,12 +224,8 @@ def _check_names_and_shapes(expected: StateDict, weights: StateDict, what: str) 
     ]
     differing += [f"{name} is missing" for name in expected if name not in weights]
     differing += [f"{name} is unknown to the model" for name in weights if name not in expected]
-    if differing:
-        more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
-        raise LowbitError(
-            f"{what} is of another shape than the model: {'; '.join(differing[:3])}{more}. "
-            "Give the model the checkpoint's architecture, for example model=fastconv_tiny"
-        )
+    more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
+    return "; ".join(differing[:3]) + more
 
 
 def _what_is_wrong(error: Exception) -> str:

@@ -66,10 +66,12 @@ class Hubert(nn.Module):
         self.mask_emb = nn.Parameter(torch.empty(dim).uniform_())
         self.encoder = Encoder(shape)
         self.final_proj = Linear(dim, final_dim)
+        self.plan: Plan = attach(self, precision or Precision())
+        # Behind the plan, which tells what is stored of the model that is used: labels are for
+        # pre-training only.
         if classes:
             # fairseq draws them from U(0, 1), where all point the same way: slow to tell apart.
             self.label_embs_concat = nn.Parameter(torch.randn(classes, final_dim))
-        self.plan: Plan = attach(self, precision or Precision())
 
     def extract(self, waveform: Tensor, lengths: Tensor | None = None) -> Frames:
         """Front-end only.

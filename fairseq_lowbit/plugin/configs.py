@@ -14,6 +14,7 @@ import fairseq_lowbit
 from fairseq_lowbit.errors import LowbitError, describe_config_error
 from fairseq_lowbit.models import Architecture, Hubert, WithoutWeights
 from fairseq_lowbit.precision import Precision
+from fairseq_lowbit.precision.grammar import parse_precision
 
 _PACKAGE = Path(fairseq_lowbit.__file__).parent
 
@@ -34,6 +35,16 @@ def config_dir() -> Path:
 def config_names() -> list[str]:
     """Names for ``--config-name``."""
     return sorted(path.stem for path in config_dir().glob("*.yaml"))
+
+
+def _shape_names() -> list[str]:
+    """Names for ``model=``."""
+    return sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
+
+
+def is_configuration(name: str) -> bool:
+    """Whether :func:`model_config` finds ``name`` among our files."""
+    return name in config_names() or name in _shape_names()
 
 
 def compose_config(name: str, overrides: list[str]) -> DictConfig:
@@ -68,15 +79,30 @@ def rules_overrides(text: str) -> list[str]:
 
 
 def model_config(name: str, overrides: list[str]) -> ModelConfig:
-    """Shape and precision of a configuration name, or of a precision name at base size.
+    """Shape and precision of a configuration name, of a precision name at base size, or of a shape
+    (``hubert_base``) as a float model.
 
     Raises:
-        LowbitError: an override, a key or a value that does not fit.
+        LowbitError: an unknown name; an override, a key or a value that does not fit.
     """
-    if name not in config_names():
+    if not is_configuration(name):
+        _check_precision(name)
         overrides = [f"model.precision.name={name}", *overrides]
         name = "hubert_fastconv"
+    elif name not in config_names():
+        overrides = [f"model={name}", *overrides]
+        name = "hubert_fastconv"
     return read_model_config(compose_config(name, overrides).model)
+
+
+def _check_precision(name: str) -> None:
+    try:
+        parse_precision(name)
+    except LowbitError as error:
+        if "_w" in name:  # meant as a precision
+            raise
+        names = ", ".join([*config_names(), *_shape_names()])
+        raise LowbitError(f"{error}; or a configuration: {names}") from error
 
 
 def read_model_config(config: DictConfig) -> ModelConfig:

@@ -23,6 +23,7 @@ SiteKind = Literal["linear", "conv", "operand"]
 FLOAT_BYTES = FLOAT_BITS // 8
 SCALAR_BYTES = 4
 ZERO_POINT_BYTES = 1
+_QKV = re.compile(r"(?P<attention>.*self_attn)\.[qkv]_proj")
 ENCODER_LINEAR = re.compile(r"encoder\.layers\.\d+\.(self_attn\.([qkv]|out)_proj|fc[12])")
 
 
@@ -58,7 +59,8 @@ class PlanEntry:
         granularity: what shares a weight scale, ``-`` for a float weight.
         group_size: of ``per_group``.
         parameters: trained with the float model.
-        bytes: everything stored for the module: weight at its width, bias, shifts, scales.
+        bytes: everything stored for the module: weight at its width, bias, shifts, scales. What q,
+            k and v projection of an attention share is stored with the first of them.
     """
 
     module: str
@@ -124,7 +126,7 @@ def resolve_plan(precision: Precision, sites: Iterable[Site], other_parameters: 
     for rule in precision.rules:
         rule.check()
         _check_reach(rule, [s for s in sites if fnmatchcase(s.name, rule.match)], sites)
-    entries = tuple(_entry(site, preset, precision.rules) for site in sites)
+    entries = _with_shared_inputs(_entry(site, preset, precision.rules) for site in sites)
     for index in range(len(precision.rules)):
         _check_effect(precision.rules, index, entries)
     return Plan(precision, entries, other_parameters)
@@ -297,10 +299,30 @@ def _bytes(site: Site, choice: _Choice) -> float:
     if choice.weight_bits < FLOAT_BITS:
         total += _scale_bytes(site, choice)
     # The other methods compute the scales of activations from the activations.
-    if choice.activation_bits < FLOAT_BITS and choice.method in LEARNED_SCALE:
+    if _learns_input_scale(choice):
         shift_bytes = SCALAR_BYTES if site.shifts == 1 else site.shifts * FLOAT_BYTES
         total += SCALAR_BYTES + shift_bytes
     return total
+
+
+def _learns_input_scale(choice: _Choice | PlanEntry) -> bool:
+    return choice.activation_bits < FLOAT_BITS and choice.method in LEARNED_SCALE
+
+
+def _with_shared_inputs(entries: Iterable[PlanEntry]) -> tuple[PlanEntry, ...]:
+    """q, k and v projection of an attention read the same values: with learned scales of the same
+    bits they have one input quantizer, whose scale and shift are stored once."""
+    entries = list(entries)
+    readers: dict[str, list[int]] = {}
+    for index, entry in enumerate(entries):
+        if found := _QKV.fullmatch(entry.module):
+            readers.setdefault(found["attention"], []).append(index)
+    for members in readers.values():
+        bits = {entries[i].activation_bits for i in members}
+        if len(bits) == 1 and all(_learns_input_scale(entries[i]) for i in members):
+            for i in members[1:]:
+                entries[i] = replace(entries[i], bytes=entries[i].bytes - 2 * SCALAR_BYTES)
+    return tuple(entries)
 
 
 def _scale_bytes(site: Site, choice: _Choice) -> int:

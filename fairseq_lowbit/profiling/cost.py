@@ -5,10 +5,10 @@ operands quantized each counts max(weight bits, activation bits) in QuantOps, el
 Convolutions, linears and the two products of attention count, norms and activations do not.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import nn
@@ -33,10 +33,11 @@ class Cost:
     """One operator and one utterance.
 
     Attributes:
-        module: its name; an attention product is ``<attention>.scores`` or ``.context``.
+        module: its name; attention has ``<attention>.scores``, ``.softmax`` and ``.context``.
         operations: 2 per multiply-accumulate.
         bits: of an operation, max(weight bits, activation bits); 16 where a side is float.
-        values: activations alive while it runs: what it reads and what it writes.
+        values: activations that it reads and writes, or the norm or GELU behind it if these are
+            more.
     """
 
     module: str
@@ -56,8 +57,10 @@ class Cost:
         """Bits of the operations between quantized operands."""
         return 0 if self.bits == FLOAT_BITS else self.operations * self.bits
 
-    def to_mapping(self) -> dict[str, Any]:
-        return {**asdict(self), "flops": self.flops, "quantops": self.quantops}
+    @property
+    def activation_bytes(self) -> int:
+        """Of ``values``, in fp32, batch 1."""
+        return ACTIVATION_BYTES * self.values
 
 
 @dataclass(frozen=True)
@@ -89,17 +92,24 @@ class Profile:
     @cached_property
     def peak_activation_bytes(self) -> int:
         """Most that one operator reads and writes, in fp32, batch 1."""
-        return ACTIVATION_BYTES * max(cost.values for cost in self.costs)
+        return max(cost.activation_bytes for cost in self.costs)
 
     def runtime(self, reference: "Profile", conversion_rate: float = CONVERSION_RATE) -> float:
         """Estimated time in units of ``reference``'s: (FLOPs + QuantOps/K) over its FLOPs.
 
         Raises:
-            LowbitError: a conversion rate K that is not positive.
+            LowbitError: a conversion rate K that is not positive, not finite or so small that the
+                result is not.
         """
-        if not conversion_rate > 0:
+        if not 0 < conversion_rate < math.inf:
             raise LowbitError(f"conversion rate K is {conversion_rate}: want a positive number")
-        return (self.flops + self.quantops / conversion_rate) / reference.flops
+        runtime = (self.flops + self.quantops / conversion_rate) / reference.flops
+        if not math.isfinite(runtime):
+            raise LowbitError(
+                f"conversion rate K is {conversion_rate:g}, which makes the runtime infinite: want "
+                "more"
+            )
+        return runtime
 
 
 def profile(model: Hubert, name: str, seconds: float = 10.0) -> Profile:
@@ -153,13 +163,15 @@ def _behind_extractor(model: Hubert, entries: dict[str, PlanEntry], frames: int)
 def _operator(module: nn.Module, entry: PlanEntry, inputs: int, outputs: int) -> Cost:
     """An operator with a weight, from ``inputs`` to ``outputs`` values over time."""
     channels_in, channels_out, per_output = _shape(module)
+    read, written = channels_in * inputs, channels_out * outputs
     return Cost(
         entry.module,
         entry.parameters,
         entry.bytes,
         operations=2 * per_output * channels_out * outputs,
         bits=max(entry.weight_bits, entry.activation_bits),
-        values=channels_in * inputs + channels_out * outputs,
+        # What follows value by value reads and writes as much as this one writes.
+        values=max(read, written) + written,
     )
 
 
@@ -179,7 +191,8 @@ def _shape(module: nn.Module) -> tuple[int, int, int]:
 def _products(
     name: str, attention: SelfAttention, entries: dict[str, PlanEntry], frames: int
 ) -> Iterator[Cost]:
-    """The two matrix products of attention, with the operands' scales and shifts."""
+    """The two matrix products of attention, with the operands' scales and shifts, and the softmax
+    between them, which reads and writes one map of each head."""
     square = attention.heads * frames * frames
     features = attention.dim * frames
     for product, left, right, values in (
@@ -195,3 +208,5 @@ def _products(
             bits=max(operand.activation_bits for operand in operands),
             values=values,
         )
+        if product == "scores":
+            yield Cost(f"{name}.softmax", 0, 0, values=2 * square)

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any, TextIO
 
 from rich.table import Table
@@ -9,7 +10,7 @@ from rich.table import Table
 from fairseq_lowbit.evaluation.paper import CELLS, PaperRow
 from fairseq_lowbit.evaluation.tables import fold_layers
 from fairseq_lowbit.precision.grammar import FLOAT_BITS
-from fairseq_lowbit.profiling.cost import ACTIVATION_BYTES, Cost, Profile
+from fairseq_lowbit.profiling.cost import Profile
 
 
 def profile_row(profile: Profile, reference: Profile, conversion_rate: float) -> dict[str, Any]:
@@ -29,10 +30,11 @@ def profile_row(profile: Profile, reference: Profile, conversion_rate: float) ->
 
 def profile_table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(title=f"cost of {rows[0]['seconds']:g} s of audio", title_justify="left")
-    table.add_column("model", no_wrap=True)
-    heads = ("parameters", "storage MB", "GFLOPs", "QuantOps Gbit", "runtime", "activations MB")
-    for head in heads:
-        table.add_column(head, justify="right")
+    table.add_column("model", overflow="fold")
+    # In a narrow terminal names break; figures and the words of heads must not.
+    table.add_column("parameters", justify="right", no_wrap=True, min_width=10)
+    for head in ("storage MB", "GFLOPs", "QuantOps Gbit", "runtime", "activations MB"):
+        table.add_column(head, justify="right", min_width=_widest_word(head))
     for row in rows:
         table.add_row(
             row["name"],
@@ -46,28 +48,60 @@ def profile_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def module_table(profile: Profile) -> Table:
-    """Operators that do the same at the same cost in several layers are one row."""
-    table = Table(title=f"{profile.name}: {profile.seconds:g} s of audio", title_justify="left")
+def _widest_word(head: str) -> int:
+    return max(len(word) for word in head.split())
+
+
+def module_rows(
+    profile: Profile, reference: Profile, conversion_rate: float
+) -> list[dict[str, Any]]:
+    """Every operator as plain data; ``runtime`` is its share of the model's, see
+    :func:`profile_row`."""
+    return [
+        {
+            **asdict(cost),
+            "flops": cost.flops,
+            "quantops": cost.quantops,
+            "runtime": replace(profile, costs=(cost,)).runtime(reference, conversion_rate),
+            "activation_bytes": cost.activation_bytes,
+        }
+        for cost in profile.costs
+    ]
+
+
+def module_table(row: dict[str, Any], modules: Sequence[dict[str, Any]]) -> Table:
+    """Operators that do the same at the same cost in several layers are one row.
+
+    Args:
+        row: of :func:`profile_row`.
+        modules: of :func:`module_rows`.
+    """
+    table = Table(title=f"{row['name']}: {row['seconds']:g} s of audio", title_justify="left")
     table.add_column("module", no_wrap=True)
-    for head in ("parameters", "kB", "MFLOPs", "QuantOps Mbit", "bits", "activations MB"):
+    heads = ("parameters", "kB", "MFLOPs", "QuantOps Mbit", "bits", "runtime", "activations MB")
+    for head in heads:
         table.add_column(head, justify="right")
-    for names, costs in fold_layers(profile.costs, lambda cost: cost.module, _kind):
-        first = costs[0]
+    for names, found in fold_layers(modules, lambda module: module["module"], _kind):
+        bits, activation_bytes = found[0]["bits"], found[0]["activation_bytes"]
         table.add_row(
             names,
-            f"{sum(c.parameters for c in costs):,}",
-            f"{sum(c.storage_bytes for c in costs) / 1e3:,.1f}",
-            f"{sum(c.flops for c in costs) / 1e6:,.1f}",
-            f"{sum(c.quantops for c in costs) / 1e6:,.1f}",
-            "float" if first.bits == FLOAT_BITS else str(first.bits),
-            f"{ACTIVATION_BYTES * first.values / 1e6:.1f}",
+            f"{_total(found, 'parameters'):,}",
+            f"{_total(found, 'storage_bytes') / 1e3:,.1f}",
+            f"{_total(found, 'flops') / 1e6:,.1f}",
+            f"{_total(found, 'quantops') / 1e6:,.1f}",
+            "float" if bits == FLOAT_BITS else str(bits),
+            f"{_total(found, 'runtime'):.4f}",
+            f"{activation_bytes / 1e6:.1f}",
         )
     return table
 
 
-def _kind(cost: Cost) -> tuple[int, int]:
-    return cost.bits, cost.operations
+def _total(modules: Sequence[dict[str, Any]], key: str) -> float:
+    return sum(module[key] for module in modules)
+
+
+def _kind(module: dict[str, Any]) -> tuple[int, int, int]:
+    return module["bits"], module["operations"], module["activation_bytes"]
 
 
 def measured_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -77,12 +111,13 @@ def measured_table(rows: Sequence[dict[str, Any]]) -> Table:
         rows: with ``name`` and ``measured``, as ``profile --measure --json`` prints them.
     """
     table = Table(title="measured beside estimated", title_justify="left")
-    for head in ("audio s", "threads"):
-        table.add_column(head, justify="right")
-    table.add_column("model", no_wrap=True)
-    table.add_column("time ms", justify="right", no_wrap=True)
+    # In a narrow terminal names and times break; figures and heads must not.
+    table.add_column("audio s", justify="right", width=5)
+    table.add_column("threads", justify="right", no_wrap=True)
+    table.add_column("model", overflow="fold")
+    table.add_column("time ms", justify="right", overflow="fold")
     for head in ("real-time factor", "measured runtime", "estimated", "peak memory MB"):
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", width=_widest_word(head))
     for (seconds, threads), found in _by_condition(rows).items():
         for name, entry in found:
             table.add_row(f"{seconds:g}", str(threads), name, *_measured_cells(entry))
@@ -146,6 +181,9 @@ def paper_rows(published: PaperRow, row: dict[str, Any]) -> list[dict[str, Any]]
 
     Args:
         row: of :func:`profile_row`; what it cannot count is None in the result.
+
+    Returns:
+        ``paper`` as published, ``paper_converted`` in the unit of ``ours`` and ``difference``.
     """
     counted = {
         "storage_mb": row["storage_bytes"] / 1e6,
@@ -159,6 +197,7 @@ def paper_rows(published: PaperRow, row: dict[str, Any]) -> list[dict[str, Any]]
             "cell": key,
             "paper": cell.value,
             "paper_upper": cell.upper,
+            "paper_converted": cell.converted,
             "origin": cell.origin,
             "ours": counted.get(key),
             "difference": cell.difference(counted[key]) if key in counted else None,
@@ -178,11 +217,11 @@ def paper_table(rows: Sequence[tuple[PaperRow, list[dict[str, Any]]]]) -> Table:
     table.add_column("origin")
     for published, cells in rows:
         for row in cells:
-            ours, difference = "-", "-"
+            cell, ours, difference = published.cells[row["cell"]], "-", "-"
             if row["ours"] is not None:
                 ours = f"{row['ours']:.2f}"
-                difference = f"{row['difference']:+.2f} ({row['difference'] / row['paper']:+.1%})"
-            shown = (str(published.cells[row["cell"]]), ours, difference, row["origin"])
+                difference = cell.describe_difference(row["ours"])
+            shown = (cell.describe(), ours, difference, row["origin"])
             table.add_row(published.name, CELLS[row["cell"]], *shown)
         table.add_section()
     return table

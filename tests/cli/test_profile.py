@@ -50,13 +50,20 @@ def test_any_number_of_names_and_checkpoints(checkpoint: Path, capsys) -> None:
 
 def test_overrides_and_modules(capsys) -> None:
     (tiny,) = rows(capsys, "bitla_w1a1", "--set", "model=fastconv_tiny", "--per-module")
-    assert sum(module["flops"] for module in tiny["modules"]) == tiny["flops"]
+    assert tiny["name"] == "bitla_w1a1 model=fastconv_tiny"
+    for key in ("flops", "quantops", "parameters", "storage_bytes", "runtime"):
+        assert sum(module[key] for module in tiny["modules"]) == pytest.approx(tiny[key])
+    peaks = [module["activation_bytes"] for module in tiny["modules"]]
+    assert max(peaks) == tiny["peak_activation_bytes"]
     assert {"encoder.layers.3.fc2", "encoder.layers.0.self_attn.scores"} <= {
         module["module"] for module in tiny["modules"]
     }
     assert main(["profile", "bitla_w1a1", "--per-module"]) == 0
     output = capsys.readouterr().out
-    assert "encoder.layers.{0-11}.self_attn.context" in output
+    (line,) = [line for line in output.splitlines() if "layers.{0-11}.self_attn.softmax" in line]
+    assert line.split("│")[-2].strip() == "23.9"
+    (line,) = [line for line in output.splitlines() if "layers.{0-11}.fc1" in line]
+    assert line.split("│")[-3].strip() == "0.0040"  # 56.5 of its 93.9 Gbit, by K and 105.6 GFLOPs
     assert "K = 66.5" in output
 
 
@@ -71,9 +78,14 @@ def test_the_conversion_rate_is_a_choice(capsys) -> None:
 def test_csv(tmp_path: Path, capsys) -> None:
     file = tmp_path / "costs.csv"
     expected = rows(capsys, "float", "bitla_w1a1", "--per-module", "--csv", str(file))
-    found = list(csv.DictReader(file.open()))
-    assert set(found[0]) == set(expected[0]) - {"modules"}
+    table = list(csv.DictReader(file.open()))
+    found = [row for row in table if not row["module"]]
+    assert set(expected[0]) - {"modules"} < set(table[0])
     assert [row["name"] for row in found] == ["float", "bitla_w1a1"]
+    for row in expected:
+        own = [line for line in table if line["name"] == row["name"] and line["module"]]
+        assert [line["module"] for line in own] == [m["module"] for m in row["modules"]]
+        assert [float(line["runtime"]) for line in own] == [m["runtime"] for m in row["modules"]]
     assert [float(row["storage_bytes"]) for row in found] == [r["storage_bytes"] for r in expected]
 
 
@@ -96,6 +108,9 @@ def test_the_paper_cell_by_cell(paper_cells: list[dict], tmp_path: Path, capsys)
     assert [(name, cell, origin) for name, cell, *_, origin in printed] == shown
     assert ("HuBERT Base", "storage MB", "189.1 to 189.4", "189.14") in [p[:4] for p in printed]
     assert ("BiT-L W1A1", "GFLOPs", "82.29", "20.87", "-61.42 (-74.6%)", "published") in printed
+    converted = ("SqWQ W8", "QuantOps Gbit", "421.88 Gibit = 452.99", "678.12", "+225.13 (+49.7%)")
+    assert converted in [p[:5] for p in printed]
+    assert "in units of 2^30" in output
     assert ("SqWQ W2", "WER %", "12.56", "-", "-", "published") in printed
     for cell in paper_cells:
         if cell["note"]:
@@ -117,7 +132,7 @@ def test_every_difference_has_its_reason(paper_cells: list[dict]) -> None:
     counted = [cell for cell in paper_cells if cell["ours"] is not None]
     assert {cell["cell"] for cell in counted} == {"storage_mb", "gflops", "gquantops", "runtime"}
     for cell in counted:
-        differs = abs(cell["difference"]) > 0.01 * cell["paper"]
+        differs = abs(cell["difference"]) > 0.01 * cell["paper_converted"]
         assert differs == (cell["note"] is not None), cell
 
 
@@ -134,11 +149,73 @@ def test_one_bad_target_leaves_the_others(checkpoint: Path, tmp_path: Path, caps
     output, errors = capsys.readouterr()
     assert "bitla_w1a1" in output
     messages = errors.strip().splitlines()
-    parts = ("truncated", "9 bits", "not a fairseq checkpoint", "does not exist", "lm.pt is of ano")
+    parts = ("truncated", "9 bits", "not a fairseq checkpoint", "does not exist", "lm.pt holds a t")
     assert len(messages) == len(parts)
     for message, part in zip(messages, parts, strict=True):
         assert message.startswith("error: ")
         assert part in message
+
+
+def test_names_win_over_what_lies_in_the_folder(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    (tmp_path / "hubert_fastconv").mkdir()
+    (tmp_path / "bitla_w3a5").mkdir()
+    checkpoint.rename(tmp_path / "bitla_w1a1")
+    monkeypatch.chdir(tmp_path)
+    found = rows(capsys, "bitla_w1a1", "hubert_fastconv", "bitla_w3a5", "./bitla_w1a1")
+    assert [row["parameters"] == 92_212_096 for row in found] == [True, True, True, False]
+
+
+def test_shapes_are_names(capsys) -> None:
+    base, small = rows(capsys, "hubert_base", "distilhubert")
+    assert base["storage_bytes"] / 1e6 == pytest.approx(189.14, abs=0.01)
+    assert small["quantops"] == 0
+    assert base["flops"] > small["flops"] > 0
+    assert main(["profile", "hubert_bse"]) == 1
+    assert {"hubert_fastconv,", "hubert_base"} <= set(capsys.readouterr().err.split())
+
+
+def test_broken_checkpoints_leave_the_others(tmp_path: Path, capsys) -> None:
+    def broken(name: str, weights: object = None, **config: object) -> str:
+        model = Hubert(TINY)
+        state = {"model": {**model.state_dict(), **(weights or {})}}
+        state["cfg"] = {"model": {**asdict(TINY), **config}}
+        torch.save(state, tmp_path / name)
+        return str(tmp_path / name)
+
+    rule = {"name": "bitl_w1a1", "rules": [{"pattern": "*.fc1"}]}
+    targets = [
+        broken("text.pt", encoder_layers="x"),
+        broken("none.pt", encoder_layers=None),
+        broken("precision.pt", precision="foo"),
+        broken("rule.pt", precision=rule),
+        broken("tensor.pt", {"mask_emb": "text"}),
+        str(tmp_path),
+    ]
+    assert main(["profile", *targets, "bitla_w1a1"]) == 1
+    output, errors = capsys.readouterr()
+    assert "25.23" in output
+    messages = errors.strip().splitlines()
+    assert [m.startswith(f"error: {t}: ") for m, t in zip(messages, targets, strict=True)] == [
+        True
+    ] * len(targets)
+    assert "Error: " in messages[0]
+    assert "is a folder" in messages[-1]
+
+
+def test_a_full_disk_hides_no_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def full(rows: object, file: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fairseq_lowbit.cli.profile.write_csv", full)
+    assert main(["profile", "bitl_w9a1", "float", "--csv", str(tmp_path / "costs.csv")]) == 2
+    output, errors = capsys.readouterr()
+    assert "184.42" in output
+    assert "9 bits" in errors
+    assert "No space left on device" in errors
 
 
 @pytest.mark.parametrize(
@@ -158,7 +235,11 @@ def test_one_bad_target_leaves_the_others(checkpoint: Path, tmp_path: Path, caps
         (("float", "--measure", "--repeats", "0"), "--repeats 0"),
         (("float", "--measure-seconds", "2"), "belong to --measure"),
         (("float", "--repeats", "2"), "belong to --measure"),
-        (("float", "--measure", "--csv", "gone/costs.csv"), "--csv: there is no folder gone"),
+        (("float", "--measure", "--csv", "/dev/null/costs.csv"), "a file is where a folder has to"),
+        (("float", "--measure", "--csv", "/"), "/ is a folder: name a file"),
+        (("--paper", "--csv", "/"), "/ is a folder: name a file"),
+        (("float", "--measure", "--conversion-rate", "inf"), "--conversion-rate inf"),
+        (("bitl_w1a1", "--measure", "--conversion-rate", "1e-320"), "makes the runtime infinite"),
     ],
 )
 def test_contradictions(arguments: tuple, message: str, capsys) -> None:
@@ -198,7 +279,7 @@ def test_measured_beside_estimated(one_core, tmp_path: Path, capsys) -> None:
     found = json.loads(output)
     assert "timing 0.5 s, 1 thread" in progress
 
-    names = ["hubert_fastconv (reference)", "bitla_w1a1", str(student)]
+    names = ["hubert_fastconv (reference)", "bitla_w1a1 model=fastconv_tiny", str(student)]
     assert [row["name"] for row in found] == names
     assert [row["weights"] for row in found] == ["random", "random", "checkpoint"]
     fake = "fake quantization in fp32"

@@ -160,12 +160,25 @@ def test_weights_of_another_shape_name_the_first_tensors(tmp_path: Path) -> None
     state["model"]["encoder.layers.0.fc1.weight"] = torch.zeros(3, 16)
     del state["model"]["layer_norm.weight"]
     state["model"]["layer_norm.gain"] = torch.zeros(12)
-    with pytest.raises(LowbitError, match=r"c\.pt is of another shape") as error:
+    with pytest.raises(LowbitError, match=r"c\.pt holds weights of another shape") as error:
         load_model(save(tmp_path / "c.pt", state))
     message = str(error.value)
     assert "encoder.layers.0.fc1.weight is (3, 16) where (24, 16) is wanted" in message
     assert "layer_norm.weight is missing" in message
     assert "layer_norm.gain is unknown to the model" in message
+    assert "model=" not in message  # nobody can give a checkpoint another architecture
+
+
+def test_other_models_are_told_by_their_name(tmp_path: Path) -> None:
+    for name in ("transformer_lm", "hubert_ctc"):
+        state = {"cfg": {"model": {"_name": name, "activation_fn": "relu"}}, "model": {}}
+        with pytest.raises(LowbitError, match=f"c.pt holds a {name}, not a HuBERT"):
+            load_model(save(tmp_path / "c.pt", state))
+
+
+def test_a_folder_is_not_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(LowbitError, match=r"is a folder: .*/checkpoints/checkpoint_best\.pt"):
+        read_checkpoint(tmp_path)
 
 
 def test_long_lists_of_differences_are_cut() -> None:

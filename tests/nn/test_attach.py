@@ -266,3 +266,34 @@ def test_whole_forward_and_backward_never_wait_for_the_device() -> None:
         x, _ = model.encoder(frames.x, frames.padding_mask)
         model.final_proj(x).square().sum().backward()
         assert model.final_proj.weight.grad.shape == (8, 16)
+
+
+@pytest.mark.parametrize(
+    "name, rules",
+    [
+        ("bitla_w1a1", ()),
+        ("bitl_w2a2", (Rule("*.fc1", granularity="per_channel"),)),
+        ("sqwq_w4", ()),
+        # Three projections of one attention, of which one reads other bits than the others.
+        ("bitla_w1a1", (Rule("*.0.self_attn.k_proj", activation_bits=4),)),
+        ("bitla_w1a1", (Rule("*.0.self_attn.v_proj", method="stretched", weight_bits=2),)),
+        ("bitl_w2a2", (Rule("*.self_attn.q_proj", method="absmax"),)),
+    ],
+)
+def test_the_plan_stores_what_the_state_dict_holds(name: str, rules: tuple[Rule, ...]) -> None:
+    model = Hubert(TINY, classes=5, precision=Precision(name, list(rules)))
+    bits = {f"{entry.module}.weight": entry.weight_bits for entry in model.plan.entries}
+    total = 0.0
+    for key, tensor in model.state_dict().items():
+        if key == "label_embs_concat" or key.endswith(".calibrated"):
+            continue
+        is_scalar = "_quantizer." in key and tensor.numel() == 1
+        total += tensor.numel() * (32 if is_scalar else bits.get(key, 16)) / 8
+    if rules and rules[0].method == "absmax":
+        total += 4 * TINY.encoder_layers  # a scale computed from the weight
+    assert model.plan.bytes == total
+
+
+def test_label_embeddings_are_no_part_of_the_stored_model() -> None:
+    own, labelled = (Hubert(TINY, classes, Precision("bitl_w1a1")).plan for classes in (0, 500))
+    assert (own.bytes, own.parameters) == (labelled.bytes, labelled.parameters)

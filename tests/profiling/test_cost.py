@@ -1,9 +1,13 @@
 """Counted costs against torch's own counter, stored files and figures worked out by hand."""
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fairseq_lowbit.errors import LowbitError
@@ -102,13 +106,48 @@ def test_linears_grow_with_the_length_and_attention_with_its_square() -> None:
         assert long[name].operations == pytest.approx(factor * short[name].operations)
 
 
-def test_peak_activations_are_the_largest_operator() -> None:
-    own = counted("float", encoder_layers=1)
-    # The second convolution: 64 channels of 31,999 in, 128 of 15,999 out.
-    assert own.peak_activation_bytes == 4 * (64 * 31_999 + 128 * 15_999)
-    # At a minute, attention: q, k and 12 maps of 2999 x 2999.
-    own = counted("float", seconds=60.0, encoder_layers=1)
-    assert own.peak_activation_bytes == 4 * (2 * 768 * 2999 + 12 * 2999**2)
+class LargestOperator(TorchDispatchMode):
+    """Remembers the most bytes that one operator read and wrote; views move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        if not operator.is_view:
+            touched = [x for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor)]
+            activations = {id(x): x for x in touched if not isinstance(x, nn.Parameter)}
+            self.bytes = max(self.bytes, sum(x.nbytes for x in activations.values()))
+        return result
+
+
+@pytest.mark.parametrize(
+    "shape, seconds",
+    [
+        (TINY, SECONDS),  # the norm behind the first convolution
+        (replace(TINY, encoder_attention_heads=16), 4.0),  # softmax
+        (replace(TINY, encoder_ffn_embed_dim=2400), 2.0),  # GELU between the two linears
+    ],
+    ids=["norm", "softmax", "gelu"],
+)
+def test_peak_activations_are_the_largest_that_runs(shape: Architecture, seconds: float) -> None:
+    model = Hubert(shape).eval()
+    with torch.inference_mode(), LargestOperator() as largest:
+        frames = model.project(model.extract(torch.randn(1, int(seconds * 16_000))))
+        x = model.encoder.begin(frames.x, None)
+        for layer in model.encoder.layers:
+            x = layer(x, None, "probabilities").x  # attention in single steps
+    assert profile(model, "float", seconds).peak_activation_bytes == largest.bytes
+
+
+def test_peak_activations_at_base_size() -> None:
+    # Softmax of 12 heads' maps of 499 x 499, in and out: 23.9 MB.
+    assert counted("float", encoder_layers=1).peak_activation_bytes == 23_904_096
+    # The norm behind HuBERT Base's first convolution, 512 x 31,999 in and out.
+    front_end = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
+    own = counted("float", encoder_layers=1, conv_feature_layers=front_end)
+    assert own.peak_activation_bytes == 131_067_904
 
 
 def test_runtime_follows_the_conversion_rate() -> None:
@@ -117,8 +156,9 @@ def test_runtime_follows_the_conversion_rate() -> None:
     expected = (own.flops + own.quantops / 20) / reference.flops
     assert own.runtime(reference, 20) == expected
     assert own.runtime(reference, 1e12) == pytest.approx(own.flops / reference.flops)
-    with pytest.raises(LowbitError, match="K is 0"):
-        own.runtime(reference, 0)
+    for rate in (0, -1, float("nan"), float("inf"), 1e-320):
+        with pytest.raises(LowbitError, match="conversion rate K is"):
+            own.runtime(reference, rate)
 
 
 def test_too_short_audio_is_refused() -> None:

@@ -112,7 +112,7 @@ def test_sources_that_are_not_well(
         f"{tmp_path / 'b.json'} is not a comparison of fairseq-lowbit evaluate",
         f"{tmp_path / 'gone'}: there is no such file or folder",
         f"half.pt: checkpoint {truncated} is truncated",
-        f"lm.pt: checkpoint {other} is of another shape than the model",
+        f"lm.pt: checkpoint {other} holds a transformer_lm, not a HuBERT",
         "failed: the loss is not finite",
         f"silent: {tmp_path / 'exp' / 'silent'} holds no training log",
     ):
