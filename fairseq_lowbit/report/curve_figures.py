@@ -53,7 +53,7 @@ _HEALTH = {
     "clipped": _Health(
         "clipped values",
         "%",
-        "over all quantizers of the share of values beyond the outermost level",
+        "over all quantizers of the share of values more than half a step beyond the levels",
         "quartiles",
     ),
     "levels_used": _Health(

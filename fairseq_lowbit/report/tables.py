@@ -5,12 +5,11 @@ from contextlib import suppress
 
 from omegaconf import OmegaConf
 
-from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.runs import CONFIG_FILE
 from fairseq_lowbit.evaluation.sweep_table import untold_overrides
 from fairseq_lowbit.evaluation.tables import PLAN_HEADS, plan_rows
 from fairseq_lowbit.models import read_checkpoint
-from fairseq_lowbit.report.columns import COLUMNS
+from fairseq_lowbit.report.columns import COLUMNS, FLOAT_MODEL, runtime_reference
 from fairseq_lowbit.report.page import Details, Head, Line
 from fairseq_lowbit.report.subjects import Subject
 
@@ -20,9 +19,13 @@ _LONGEST_MESSAGE = 100
 
 def summary_of(subjects: Sequence[Subject]) -> str:
     """One line below the title."""
-    quantized = sum(not subject.is_float for subject in subjects)
-    count = f"{len(subjects)} model{'s' if len(subjects) != 1 else ''}"
-    return f"{count}, {quantized} of them quantized" if 0 < quantized < len(subjects) else count
+    models = [subject for subject in subjects if subject.is_readable]
+    quantized = sum(not subject.is_float for subject in models)
+    count = f"{len(models)} model{'s' if len(models) != 1 else ''}"
+    if 0 < quantized < len(models):
+        count = f"{count}, {quantized} of them quantized"
+    others = len(subjects) - len(models)
+    return f"{count}; {others} could not be read" if others else count
 
 
 def problems_of(subjects: Iterable[Subject]) -> list[str]:
@@ -39,7 +42,8 @@ def comparison(
 ) -> tuple[list[Head], list[Line]]:
     """The table: a column for every number that is known of some subject."""
     columns = [c for c in COLUMNS if any(c.value(subject) is not None for subject in subjects)]
-    heads = [Head(column.head, column.unit, column.note) for column in columns]
+    reference = runtime_reference(subjects)
+    heads = [Head(c.head, c.unit, c.note.replace(FLOAT_MODEL, reference)) for c in columns]
     teachers = {s.record["teacher"] for s in subjects} - {None}
     lines = []
     for index, subject in enumerate(subjects):
@@ -133,7 +137,7 @@ def _configuration(subject: Subject) -> str:
         with suppress(OSError):
             return (subject.folder / CONFIG_FILE).read_text(errors="replace")
     if subject.checkpoint is not None:
-        with suppress(LowbitError):
+        with suppress(Exception):  # what is wrong with it is told as the problem of its row
             return OmegaConf.to_yaml(
                 OmegaConf.create(read_checkpoint(subject.checkpoint, mmap=True)["cfg"])
             )
