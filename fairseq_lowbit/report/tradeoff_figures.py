@@ -68,6 +68,9 @@ def _drawing(
     add_legend(figure, _legend(subjects, colors))
     relative = f" Runtime 1 is {runtime_reference(subjects)}." if cost.key == "runtime" else ""
     spreads = " Bars: ± one standard deviation." if quality.spread else ""
+    points = ", ".join(
+        f"{s.name}: {quality.text(s)} {quality.unit} at {cost.text(s)} {cost.unit}" for s in best
+    )
     notes = f"{relative}{spreads}{note_on_grey(subjects, colors)}"
     return Drawing(
         f"{quality.key}_{cost.key}",
@@ -75,6 +78,7 @@ def _drawing(
         "Each point is a model, a diamond in float. The line is the Pareto front: nothing is both "
         f"cheaper and better than what is ringed.{notes}",
         figure,
+        f"On the Pareto front {points}",
     )
 
 
