@@ -100,6 +100,7 @@ class Details:
         facts: (what, value).
         plan_heads, plan_rows: the resolved precision, the total last; no rows without a plan.
         configuration: YAML; empty if it is not known.
+        is_told_by_another: a fact tells the configuration, so that it need not be printed.
     """
 
     anchor: str
@@ -109,6 +110,7 @@ class Details:
     plan_heads: Sequence[str]
     plan_rows: Sequence[Sequence[str]]
     configuration: str
+    is_told_by_another: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -13,6 +15,8 @@ from fairseq_lowbit.report.columns import COLUMNS, FLOAT_MODEL, runtime_referenc
 from fairseq_lowbit.report.page import Details, Head, Line
 from fairseq_lowbit.report.subjects import Subject
 
+# Between configurations; with more than that one is printed whole.
+_MOST_DIFFERENCES = 40
 # In the comparison; the problems tell the whole.
 _LONGEST_MESSAGE = 100
 
@@ -99,7 +103,46 @@ def _has_details(subject: Subject) -> bool:
 def all_details(subjects: Sequence[Subject]) -> list[Details]:
     """Of those that have any."""
     known = ((index, s) for index, s in enumerate(subjects) if _has_details(s))
-    return [_details(subject, _anchor(index)) for index, subject in known]
+    return _with_differences([_details(subject, _anchor(index)) for index, subject in known])
+
+
+def _with_differences(details: Iterable[Details]) -> list[Details]:
+    """On paper a configuration that is nearly another one's is told by what differs."""
+    told, whole = [], {}
+    for one in details:
+        own = _flat(one.configuration)
+        found = [(name, _differences(own, other)) for name, other in whole.items()] if own else []
+        name, nearest = min(found, key=lambda pair: len(pair[1]), default=("", None))
+        if nearest is None or len(nearest) > _MOST_DIFFERENCES:
+            if own:
+                whole[one.name] = own
+            told.append(one)
+            continue
+        fact = f"that of {name}" + (f" but for {', '.join(nearest)}" if nearest else "")
+        facts = [*one.facts, ("configuration", fact)]
+        told.append(replace(one, facts=facts, is_told_by_another=True))
+    return told
+
+
+def _flat(configuration: str) -> dict[str, str]:
+    """Values by dotted key; empty for what is no YAML of a mapping."""
+    found: dict[str, str] = {}
+
+    def visit(value: Any, path: str) -> None:
+        if isinstance(value, Mapping) and value:
+            for key, inner in value.items():
+                visit(inner, f"{path}.{key}" if path else str(key))
+        elif path:
+            found[path] = str(value)
+
+    with suppress(Exception):
+        visit(OmegaConf.to_container(OmegaConf.create(configuration)), "")
+    return found
+
+
+def _differences(own: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    changed = [f"{key}={value}" for key, value in own.items() if other.get(key) != value]
+    return changed + [f"no {key}" for key in other if key not in own]
 
 
 def _anchor(index: int) -> str:
