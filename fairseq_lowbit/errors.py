@@ -11,6 +11,14 @@ class LowbitError(Exception):
     would be right."""
 
 
+def describe(error: Exception) -> str:
+    """Of one thing among many that could not be read: a mistake as it says itself, anything else by
+    its kind too."""
+    if isinstance(error, LowbitError):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def describe_config_error(error: Exception, section: str = "") -> str:
     """What OmegaConf or Hydra says of a configuration, on one line that begins with the full key.
 

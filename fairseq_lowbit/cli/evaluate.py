@@ -8,7 +8,7 @@ import torch
 
 from fairseq_lowbit.cli import calibration
 from fairseq_lowbit.data.manifest import read_manifest
-from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.evaluation.compare import compare, comparison_table
 from fairseq_lowbit.evaluation.figures import draw_comparison
 from fairseq_lowbit.evaluation.measure import SECONDS, Candidate, read_held_out
@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    require_number("--seconds", args.seconds, 0, excluded=True)
     register()
     students = [_named_student(text) for text in args.student]
     calibration.check_needed(args, args.ptq)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
-from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.evaluation.collection import Entry
 from fairseq_lowbit.evaluation.measure import SECONDS
 from fairseq_lowbit.evaluation.measured_runs import measure_runs, stored_measurement
@@ -27,7 +27,8 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_measuring_arguments(args: argparse.Namespace) -> None:
-    """Raises LowbitError for what was given by hand and is not there."""
+    """Raises LowbitError for what was given by hand and is not there, or no amount of audio."""
+    require_number("--seconds", args.seconds, 0, excluded=True)
     if args.data and not (args.data / "test.tsv").is_file():
         raise LowbitError(f"--data {args.data} holds no test.tsv")
     if args.teacher and not args.teacher.is_file():

@@ -78,10 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     figures = args.figures or figures_folder(args.out)
-    _check(args, figures)
+    _check(args)
     sources = read_sources(args.sources)
     entries = _with_short_names(with_places(collect(sources.places), args))
     _check_content(entries, sources, args.dissect)
+    for path in (args.out, figures / "any"):
+        check_writable(path)
     measure(entries, args.seconds, only_known=args.no_evaluate)
     groups = records(entries, "storage")
     subjects = gather((r for group in groups for r in group), sources.records)
@@ -101,13 +103,11 @@ def _with_short_names(entries: Sequence[Entry]) -> list[Entry]:
     return [replace(entry, name=name) if entry.run else entry for entry, name in pairs]
 
 
-def _check(args: argparse.Namespace, figures: Path) -> None:
-    """What was given by hand has to be there, or to be writable, before time is spent."""
+def _check(args: argparse.Namespace) -> None:
+    """What was given by hand has to be there before time is spent."""
     check_measuring_arguments(args)
     if args.dissect and args.no_dissect:
         raise LowbitError("--dissect and --no-dissect contradict each other")
-    check_writable(args.out)
-    check_writable(figures / "any")
 
 
 def _check_content(entries: Sequence[Entry], sources: Sources, dissect: Sequence[str]) -> None:

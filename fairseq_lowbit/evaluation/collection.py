@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.errors import describe
 from fairseq_lowbit.evaluation.measure import Row
 from fairseq_lowbit.evaluation.measured_runs import Measurement
 from fairseq_lowbit.evaluation.paper import paper_wer
@@ -40,6 +40,8 @@ _TOLD_ELSEWHERE = (
     *("optimization.max_update", "lr_scheduler.warmup_updates", "sweep"),
 )
 Record = dict[str, Any]
+# Status of what holds no model.
+UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ def _name(path: Path) -> str:
 def _entry(name: str, path: Path) -> Entry:
     try:
         return Entry(name, read_single(path) if path.is_file() else read_run(path))
-    except LowbitError as error:
-        return Entry(name, problem=str(error))
+    except Exception as error:  # one broken run must not cost the others their rows
+        return Entry(name, problem=describe(error))
 
 
 def records(entries: Sequence[Entry], sort: str) -> list[list[Record]]:
@@ -108,7 +110,7 @@ def _group(members: Sequence[Entry], sort: str) -> list[Record]:
 def _record(entry: Entry, common: set[str]) -> Record:
     run, measurement = entry.run, entry.measurement
     if run is None:
-        return _blank(name=entry.name, status="unreadable", message=entry.problem)
+        return _blank(name=entry.name, status=UNREADABLE, message=entry.problem)
     is_trained = run.loss != CALIBRATION
     has_paper = not run.rules and is_trained
     told = common | {text for text in run.overrides if _key(text) in _TOLD_ELSEWHERE}

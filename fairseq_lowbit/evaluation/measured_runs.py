@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fairseq_lowbit import __version__
-from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.errors import LowbitError, describe
 from fairseq_lowbit.evaluation.agreement import Agreement
 from fairseq_lowbit.evaluation.masked import MaskedAccuracy
 from fairseq_lowbit.evaluation.measure import Candidate, Reference, Row, read_held_out
@@ -68,11 +68,9 @@ def measure_runs(
             fingerprint = _fingerprint(run, seconds)
             try:
                 measurement = bench.measure(run)
-            except LowbitError as error:
-                yield run, str(error)
             except Exception as error:  # one broken run must not cost the others their rows
                 logger.debug("cannot measure %s", run.folder, exc_info=True)
-                yield run, f"{type(error).__name__}: {error}"
+                yield run, describe(error)
             else:
                 _store(run, fingerprint, measurement)
                 yield run, measurement

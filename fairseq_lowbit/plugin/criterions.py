@@ -18,6 +18,9 @@ from fairseq_lowbit.nn import squashed_weights
 from fairseq_lowbit.plugin.dataset import NO_LABEL
 from fairseq_lowbit.quantization import squash_penalty
 
+# Of a logged loss; fairseq prints six significant digits of it, of which small terms need all.
+_DECIMALS = 10
+
 
 @dataclass
 class FrameCriterionConfig(FairseqDataclass):
@@ -77,7 +80,7 @@ class _FrameCriterion(FairseqCriterion):
         size = totals["sample_size"]
         for key, total in totals.items():
             if key.startswith("loss"):
-                metrics.log_scalar(key, total / size, size, round=4)
+                metrics.log_scalar(key, total / size, size, round=_DECIMALS)
         if "correct" in totals:
             metrics.log_scalar("accuracy", totals["correct"] / size, size, round=4)
 

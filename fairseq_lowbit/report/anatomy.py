@@ -1,8 +1,7 @@
 """The insides of a quantized model on one utterance: noise, levels, ranges, weights, attention."""
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,15 +47,6 @@ class Anatomy:
     quantizers: tuple[QuantizerAnatomy, ...]
     weights: tuple[WeightAnatomy, ...]
     attention: tuple[LayerAttention, ...]
-
-    def to_mapping(self) -> dict[str, Any]:
-        """Everything but histograms and maps, as plain data."""
-        return {
-            "seconds": self.seconds,
-            "layers": self.layers,
-            "quantizers": [asdict(quantizer) for quantizer in self.quantizers],
-            "attention": [layer.to_mapping() for layer in self.attention],
-        }
 
 
 @torch.no_grad()

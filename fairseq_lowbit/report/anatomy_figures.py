@@ -24,6 +24,6 @@ def anatomy_drawings(name: str, anatomy: Anatomy) -> list[Drawing]:
         drawings.append(weights_drawing(anatomy.weights))
     drawings.append(attention_drawing(anatomy.attention))
     return [
-        Drawing(f"{slug(name)}_{d.name}", f"{name}: {d.title}", d.caption, d.figure)
+        Drawing(f"{slug(name)}_{d.name}", f"{name}: {d.title}", d.caption, d.figure, d.alt)
         for d in drawings
     ]

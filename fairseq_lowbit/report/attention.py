@@ -1,7 +1,6 @@
 """Attention maps of a student beside its teacher's, of heads chosen by how far they are apart."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,15 +42,6 @@ class LayerAttention:
     moved: tuple[float, ...] | None
     row_sums: tuple[float, ...]
     heads: tuple[HeadMaps, ...]
-
-    def to_mapping(self) -> dict[str, Any]:
-        """Everything but the maps."""
-        return {
-            "layer": self.layer,
-            "moved": self.moved,
-            "row_sums": self.row_sums,
-            "shown": {head.chosen: head.head for head in self.heads},
-        }
 
 
 def layer_attention(

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fairseq_lowbit.report.attention import LayerAttention
-from fairseq_lowbit.report.drawing import Drawing
+from fairseq_lowbit.report.drawing import Drawing, numbers
 from fairseq_lowbit.report.style import NARROW, SEQUENTIAL, new_figure
 
 
@@ -23,7 +23,17 @@ def attention_drawing(layers: Sequence[LayerAttention]) -> Drawing:
         panels[0].set_ylabel(f"{label}\nattending at, s" if label else "attending at, s")
     for axes in grid[-1]:
         axes.set_xlabel("attended to at, s")
-    return Drawing("attention", *_attention_text(is_pair), figure)
+    return Drawing("attention", *_attention_text(is_pair), figure, _moved(layers))
+
+
+def _moved(layers: Sequence[LayerAttention]) -> str:
+    shares = {
+        f"layer {layer.layer + 1}, head {head.head + 1}": 100 * layer.moved[head.head]
+        for layer in layers
+        if layer.moved is not None
+        for head in layer.heads
+    }
+    return numbers(shares, "attention moved", "%") if shares else ""
 
 
 def _attention_text(is_pair: bool) -> tuple[str, str]:

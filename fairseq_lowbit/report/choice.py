@@ -41,10 +41,11 @@ def colors(subjects: Sequence[Subject], cost: Column) -> dict[str, str]:
     """A colour for every subject, the same in all figures of a report.
 
     There are only so many colours that can be told apart: with more models than that the Pareto
-    front and then the best have them, and the others are grey. The first float model is dark.
+    front and then the best have them, and the others are grey, as is what could not be read. The
+    first float model is dark.
     """
     teacher = next((s for s in subjects if s.is_float), None)
-    others = [s for s in subjects if s is not teacher]
+    others = [s for s in subjects if s is not teacher and s.is_readable]
     if len(others) > len(PALETTE):
         others = _by_merit(others, cost)[: len(PALETTE)]
         others = [s for s in subjects if s in others]

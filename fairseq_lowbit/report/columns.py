@@ -1,12 +1,14 @@
 """The columns of the comparison, which the figures of quality against cost take from too."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from fairseq_lowbit.profiling.cost import CONVERSION_RATE
 from fairseq_lowbit.report.subjects import SECONDS, Subject
 
 Value = Callable[[Subject], float | None]
+# In a note, stands for what runtimes are relative to.
+FLOAT_MODEL = "the float model"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class Column:
         return text if spread is None else f"{text} ± {spread:.{self.digits}f}"
 
 
+def runtime_reference(subjects: Iterable[Subject]) -> str:
+    """What the runtimes of a report are relative to."""
+    return next((s.costs.reference for s in subjects if s.costs is not None), FLOAT_MODEL)
+
+
 def _recorded(key: str, factor: float = 1.0) -> Value:
     def value(subject: Subject) -> float | None:
         found = subject.value(key)
@@ -94,8 +101,7 @@ COSTS = (
         "runtime",
         "runtime",
         "est.",
-        f"an estimate: (FLOPs + QuantOps / {CONVERSION_RATE:g}) / FLOPs of the float model of the "
-        "largest shape in this report",
+        f"an estimate: (FLOPs + QuantOps / {CONVERSION_RATE:g}) / FLOPs of {FLOAT_MODEL}",
         lambda s: None if s.costs is None else s.costs.runtime,
         3,
     ),

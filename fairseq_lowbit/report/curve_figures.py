@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fairseq_lowbit.report.choice import grey_first, note_on_grey, standing_out
 from fairseq_lowbit.report.curves import Band, Curve, Training
-from fairseq_lowbit.report.drawing import Drawing, slug
+from fairseq_lowbit.report.drawing import Drawing, numbers, slug
 from fairseq_lowbit.report.style import add_legend, new_figure, styled
 from fairseq_lowbit.report.subjects import Subject
 
@@ -38,32 +38,44 @@ _TERMS = {
 
 @dataclass(frozen=True)
 class _Health:
-    """How a figure of health is told: the median ``of`` something, and the band around it."""
+    """How a figure of health is told: the median ``of`` something, the band around it, and what is
+    the worst."""
 
     title: str
     unit: str
     of: str
     band: str
+    worst: str
 
 
 _HEALTH = {
     "sqnr_db": _Health(
-        "signal to quantization noise", "dB", "of all quantizers on one fixed batch", "quartiles"
+        "signal to quantization noise",
+        "dB",
+        "of all quantizers on one fixed batch",
+        "quartiles",
+        "the noisiest quantizer",
     ),
     "clipped": _Health(
         "clipped values",
         "%",
-        "over all quantizers of the share of values beyond the outermost level",
+        "over all quantizers of the share of values more than half a step beyond the levels",
         "quartiles",
+        "the quantizer that clips most",
     ),
     "levels_used": _Health(
-        "levels used", "%", "over all quantizers of the share of levels that occur", "quartiles"
+        "levels used",
+        "%",
+        "over all quantizers of the share of levels that occur",
+        "quartiles",
+        "the quantizer that uses the fewest",
     ),
     "centered_std": _Health(
         "centred std. deviation",
         "of the rms",
         "of the layers: near 0 a layer is constant over time, from 0.5 to 1 it is healthy",
         "extremes",
+        "the most constant layer",
     ),
 }
 
@@ -137,7 +149,21 @@ def _loss_drawing(
         f"{term}. Thin: training, means between two lines of the log; thick: validation."
         f"{scale}{_grey(runs, colors)}",
         figure,
+        _ends(name, {r.subject.name: _both(r.training, term)[-1].values[-1] for r in runs}),
     )
+
+
+def _ends(
+    name: str,
+    last: Mapping[str, float],
+    unit: str = "",
+    worst: Mapping[str, float] | None = None,
+) -> str:
+    """What the curves come to, in words."""
+    ends = numbers(last, "", unit)
+    if worst is not None:
+        ends = f"median {ends}; worst {numbers(worst, '', unit)}"
+    return f"{name} over updates, at the end: {ends}"
 
 
 def _plot_term(axes: Axes, training: Training, term: str, color: str) -> None:
@@ -164,10 +190,12 @@ def _health_drawing(runs: Sequence[Trained], colors: Mapping[str, str], key: str
     axes = figure.subplots()
     for run in grey_first(runs, lambda run: colors[run.subject.name]):
         band, color = run.bands[key], colors[run.subject.name]
-        middle, low, high = (
-            [factor * v for v in values] for values in (band.middle, band.low, band.high)
+        middle, low, high, worst = (
+            [factor * v for v in values]
+            for values in (band.middle, band.low, band.high, band.worst)
         )
         axes.plot(band.updates, middle, color=color)
+        axes.plot(band.updates, worst, color=color, linestyle="--", linewidth=0.8)
         if has_bands:
             axes.fill_between(band.updates, low, high, color=color, alpha=0.15, linewidth=0)
     _finish(axes, f"{told.title} ({told.unit})")
@@ -177,8 +205,15 @@ def _health_drawing(runs: Sequence[Trained], colors: Mapping[str, str], key: str
     return Drawing(
         f"health_{key}",
         told.title[0].upper() + told.title[1:],
-        f"Median{f' and {told.band}' if has_bands else ''} {told.of}.{_grey(runs, colors)}",
+        f"Median{f' and {told.band}' if has_bands else ''} {told.of}. Dashed: {told.worst}."
+        f"{_grey(runs, colors)}",
         figure,
+        _ends(
+            told.title,
+            {r.subject.name: factor * r.bands[key].middle[-1] for r in runs},
+            told.unit,
+            {r.subject.name: factor * r.bands[key].worst[-1] for r in runs},
+        ),
     )
 
 

@@ -75,12 +75,17 @@ class Training:
 
 @dataclass(frozen=True)
 class Band:
-    """A figure of all quantizers, or layers, at each recorded update."""
+    """A figure of all quantizers, or layers, at each recorded update.
+
+    Attributes:
+        worst: of the one that does worst, since a median hides it.
+    """
 
     updates: tuple[int, ...]
     middle: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
+    worst: tuple[float, ...]
 
 
 def read_training(folder: Path) -> Training:
@@ -183,13 +188,13 @@ def read_bands(folder: Path) -> dict[str, Band]:
     return {key: Band(*zip(*found, strict=True)) for key, found in rows.items()}
 
 
-def _health_rows(record: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
-    """Middle, low and high of what one record says."""
+def _health_rows(record: dict[str, Any]) -> dict[str, tuple[float, float, float, float]]:
+    """Middle, low, high and worst of what one record says."""
     layers = record["centered_std"]
-    rows = {"centered_std": (median(layers), min(layers), max(layers))}
-    for key in ("sqnr_db", "clipped", "levels_used"):
+    rows = {"centered_std": (median(layers), min(layers), max(layers), min(layers))}
+    for key, worst in (("sqnr_db", min), ("clipped", max), ("levels_used", min)):
         values = [entry[key] for entry in record["quantizers"]]
         if len(values) > 1:
             low, middle, high = quantiles(values, n=4, method="inclusive")
-            rows[key] = (middle, low, high)
+            rows[key] = (middle, low, high, worst(values))
     return rows

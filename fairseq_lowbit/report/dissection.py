@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fairseq_lowbit.data.audio import SAMPLE_RATE
 from fairseq_lowbit.data.manifest import read_manifest
-from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.errors import LowbitError, describe
 from fairseq_lowbit.evaluation.utterances import read_usable
 from fairseq_lowbit.models import LoadedModel, load_model
 from fairseq_lowbit.report.anatomy import dissect
@@ -50,8 +50,8 @@ def dissect_all(
         progress(subject)
         try:
             yield _dissected(subject, teachers)
-        except LowbitError as error:
-            yield Dissected(subject, str(error))
+        except Exception as error:  # one broken checkpoint must not cost the others the page
+            yield Dissected(subject, describe(error))
 
 
 def _dissected(subject: Subject, teachers: dict[Path, LoadedModel]) -> Dissected:
@@ -63,8 +63,8 @@ def _dissected(subject: Subject, teachers: dict[Path, LoadedModel]) -> Dissected
         try:
             teacher = teachers.get(teacher_path) or load_model(teacher_path)
             teachers[teacher_path] = teacher
-        except LowbitError as error:
-            missing = str(error)
+        except Exception as error:
+            missing = describe(error)
     student = load_model(subject.checkpoint)
     waveform, name = held_out_utterance(data, (teacher or student).normalize)
     drawings = anatomy_drawings(subject.name, dissect(student, teacher, waveform))

@@ -1,6 +1,7 @@
 """What a report shows besides tables."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
@@ -15,12 +16,27 @@ class Drawing:
         title: a few words.
         caption: one or two sentences how to read it, with units.
         figure: as drawn under :func:`fairseq_lowbit.report.style.styled`.
+        alt: what it shows, in numbers, for who cannot see it; empty where the caption has to do.
     """
 
     name: str
     title: str
     caption: str
     figure: Figure
+    alt: str = ""
+
+
+def numbers(values: Mapping[str, float], name: str, unit: str) -> str:
+    """For an alternative text: one value by its name, of several the least and the most.
+
+    >>> numbers({"a": 0.5, "b": 2, "c": 1}, "cosine", "dB")
+    'cosine from 0.5 dB (a) to 2 dB (b)'
+    """
+    unit = "%" if unit == "%" else f" {unit}" if unit else ""
+    named = {key: f"{value:.3g}{unit} ({key})" for key, value in values.items()}
+    low, high = (named[choose(values, key=values.__getitem__)] for choose in (min, max))
+    text = low if len(values) == 1 else f"from {low} to {high}"
+    return f"{name} {text}".strip()
 
 
 def slug(text: str) -> str:

@@ -6,7 +6,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from fairseq_lowbit.report.choice import grey_first, note_on_grey, standing_out
-from fairseq_lowbit.report.drawing import Drawing
+from fairseq_lowbit.report.drawing import Drawing, numbers
 from fairseq_lowbit.report.style import add_legend, new_figure, styled
 from fairseq_lowbit.report.subjects import Subject
 
@@ -42,10 +42,11 @@ def layer_drawings(subjects: Sequence[Subject], colors: Mapping[str, str]) -> li
 @styled()
 def _drawing(subjects: Sequence[Subject], colors: Mapping[str, str], key: str) -> Drawing:
     name, unit, factor, what = _FIGURES[key]
-    figure = new_figure()
+    figure, last = new_figure(), {}
     axes = figure.subplots()
     for subject in grey_first(subjects, lambda subject: colors[subject.name]):
         values = [factor * float(value) for value in subject.record[key].split()]
+        last[subject.name] = values[-1]
         axes.plot(range(1, len(values) + 1), values, "o-", color=colors[subject.name])
     axes.set(xlabel="layer", ylabel=f"{name} ({unit})" if unit else name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -57,4 +58,5 @@ def _drawing(subjects: Sequence[Subject], colors: Mapping[str, str], key: str) -
         f"{name[0].upper()}{name[1:]} by layer",
         f"{what}.{note_on_grey(subjects, colors)}",
         figure,
+        numbers(last, f"{name} in the last layer", unit),
     )

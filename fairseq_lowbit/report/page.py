@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fairseq_lowbit import __version__
 from fairseq_lowbit.files import atomic_write
 from fairseq_lowbit.report.drawing import Drawing
-from fairseq_lowbit.report.style import NARROW, as_bytes
+from fairseq_lowbit.report.style import as_bytes
 
 # Above this many bytes a figure of lines is larger, and slower to show, than its pixels.
 _MOST_SVG = 200_000
@@ -24,13 +24,13 @@ class Picture:
 
     Attributes:
         source: all of it, as a data URI.
-        is_wide: needs the whole width.
+        alt: what it shows, in words.
     """
 
     title: str
     caption: str
     source: str
-    is_wide: bool
+    alt: str
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ class Details:
         facts: (what, value).
         plan_heads, plan_rows: the resolved precision, the total last; no rows without a plan.
         configuration: YAML; empty if it is not known.
+        is_told_by_another: a fact tells the configuration, so that it need not be printed.
     """
 
     anchor: str
@@ -109,6 +110,7 @@ class Details:
     plan_heads: Sequence[str]
     plan_rows: Sequence[Sequence[str]]
     configuration: str
+    is_told_by_another: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,7 @@ class Pictures:
         if len(vectors) > max(_MOST_SVG, len(files["png"])):
             kind, content = "png", files["png"]
         source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-        is_wide = drawing.figure.get_figwidth() > 1.2 * NARROW
-        return Picture(drawing.title, drawing.caption, source, is_wide)
+        return Picture(drawing.title, drawing.caption, source, drawing.alt or drawing.caption)
 
     def _unused(self, name: str) -> str:
         """A name for files that no other drawing has; models may be named alike."""

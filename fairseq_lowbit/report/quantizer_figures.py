@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 
 from fairseq_lowbit.quantization import signed
 from fairseq_lowbit.report.anatomy import Anatomy
-from fairseq_lowbit.report.drawing import Drawing
+from fairseq_lowbit.report.drawing import Drawing, numbers
 from fairseq_lowbit.report.quantizers import QuantizerAnatomy
 from fairseq_lowbit.report.style import (
     FAINT,
@@ -98,6 +98,10 @@ def short_name(module: str) -> str:
     return module.removeprefix("feature_extractor.").removeprefix("encoder.").removesuffix(".0")
 
 
+def _by_name(anatomy: Anatomy, value: Callable[[QuantizerAnatomy], float]) -> dict[str, float]:
+    return {q.health.name.removesuffix("_quantizer"): value(q) for q in anatomy.quantizers}
+
+
 def noise_drawing(anatomy: Anatomy) -> Drawing:
     """Signal-to-quantization-noise ratios as maps."""
     tables = _tables(anatomy)
@@ -121,6 +125,7 @@ def noise_drawing(anatomy: Anatomy) -> Drawing:
         "the error. Bright is better, each map on a scale of its own. For comparison, normally "
         f"distributed values at their best scale: {references}.",
         figure,
+        numbers(_by_name(anatomy, lambda q: q.health.sqnr_db), "SQNR", "dB"),
     )
 
 
@@ -160,6 +165,7 @@ def levels_drawing(anatomy: Anatomy) -> Drawing:
         "paid for. Below, the share of all levels that occur at all. Bright: every bit says "
         "something; dark: nearly all values fall on one level.",
         figure,
+        numbers(_by_name(anatomy, lambda q: 100 * q.health.levels_used), "levels used", "%"),
     )
 
 
@@ -231,6 +237,7 @@ def ranges_drawing(anatomy: Anatomy) -> Drawing:
         loc="outside upper center",
         ncols=3,
     )
+    clipped = _by_name(anatomy, lambda q: 100 * q.health.clipped)
     return Drawing(
         "ranges",
         "activation ranges and clipping",
@@ -239,6 +246,9 @@ def ranges_drawing(anatomy: Anatomy) -> Drawing:
         "where every frame has a scale of its own that of the frame. Numbers: the share of values "
         "more than half a step beyond the levels.",
         figure,
+        numbers(
+            {n: v for n, v in clipped.items() if not n.endswith(".weight")}, "clipped values", "%"
+        ),
     )
 
 

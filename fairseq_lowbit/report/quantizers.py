@@ -35,13 +35,11 @@ class QuantizerAnatomy:
             with several scales (channels, groups, frames) each value in units of its own.
         levels: its decoded levels in the same unit, ascending; only the lowest and the highest of
             all where there are more than ``FEW_LEVELS`` or they differ from scale to scale.
-        outermost: the outermost decoded level itself, the median with several scales.
     """
 
     health: QuantizerHealth
     quantiles: tuple[float, ...]
     levels: tuple[float, ...]
-    outermost: float
 
     @property
     def place(self) -> str:
@@ -83,7 +81,6 @@ def _anatomy(health: QuantizerHealth, values: Tensor, codes: Codes) -> Quantizer
         health=health,
         quantiles=tuple(relative.quantile(at).tolist()),
         levels=_relative_levels(codes, outermost),
-        outermost=float(outermost.median()),
     )
 
 

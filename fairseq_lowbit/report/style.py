@@ -26,11 +26,10 @@ PALETTE = (
 INK, MUTED, FAINT, GRID = "#1f2328", "#59636e", "#b8bfc6", "#e4e7ea"
 # A teacher, or anything in floating point, beside its quantized counterpart; levels and limits.
 TEACHER, STUDENT, LEVEL = "#59636e", "#0072B2", "#D55E00"
-# For maps: from nothing to much, and around zero.
-SEQUENTIAL, DIVERGING = "cividis", "PuOr"
-# Widths in inches: two narrow figures stand side by side on a wide screen, one on a phone; only
-# what needs the whole page is wide.
-NARROW, WIDE = 5.0, 10.0
+# For maps, from nothing to much.
+SEQUENTIAL = "cividis"
+# Width in inches: two figures stand side by side on a wide screen and on paper.
+NARROW = 5.0
 
 _RC: dict[str, Any] = {
     "font.family": "DejaVu Sans",

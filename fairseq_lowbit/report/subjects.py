@@ -2,15 +2,15 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.collection import Record
+from fairseq_lowbit.errors import LowbitError, describe
+from fairseq_lowbit.evaluation.collection import UNREADABLE, Record
 from fairseq_lowbit.evaluation.runs import read_run
-from fairseq_lowbit.models import Architecture, Hubert, WithoutWeights, load_without_weights
+from fairseq_lowbit.models import Hubert, WithoutWeights, load_without_weights
 from fairseq_lowbit.precision import Plan
 from fairseq_lowbit.profiling import Profile, profile
 from fairseq_lowbit.profiling.cost import CONVERSION_RATE
@@ -27,12 +27,14 @@ class Costs:
     """What a model costs for 10 s of audio.
 
     Attributes:
-        runtime: an estimate, relative to the float model of the largest shape in the report.
+        runtime: an estimate, relative to the float model that most models have the shape of.
+        reference: what that is, in words.
     """
 
     plan: Plan
     profile: Profile
     runtime: float
+    reference: str
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,14 @@ class Subject:
     @property
     def is_float(self) -> bool:
         return self.record["precision"] == FLOAT and not self.record["rules"]
+
+    @property
+    def is_measured(self) -> bool:
+        return any(self.record[key] is not None for key in ("masked_accuracy", "cosine"))
+
+    @property
+    def is_readable(self) -> bool:
+        return self.record["status"] != UNREADABLE
 
     @property
     def folder(self) -> Path | None:
@@ -167,14 +177,27 @@ def _with_costs(subjects: Sequence[Subject]) -> list[Subject]:
         if subject.checkpoint is not None:
             try:
                 models[subject.name] = load_without_weights(subject.checkpoint)
-            except LowbitError as error:
-                problems[subject.name] = str(error)
-    reference = _reference(models.values())
+            except Exception as error:  # one broken checkpoint must not cost the others the page
+                problems[subject.name] = describe(error)
+    reference = _reference(subjects, models)
     costs = {name: _costs(model, reference) for name, model in models.items()}
     return [
-        replace(_with_precision(s, costs.get(s.name)), problem=problems.get(s.name))
+        _unreadable(s, problems[s.name])
+        if s.name in problems
+        else _with_precision(s, costs.get(s.name))
         for s in subjects
     ]
+
+
+def _unreadable(subject: Subject, problem: str) -> Subject:
+    """What its configuration says of a checkpoint that is no model of ours, or none at all, is not
+    to be trusted; what was measured of it once is."""
+    known: Record = {}
+    if not subject.is_measured:
+        known = dict.fromkeys(("precision", "rules", "loss"))
+        if subject.record["status"] != "failed":
+            known["status"] = UNREADABLE
+    return replace(subject, problem=problem, record=subject.record | known)
 
 
 def _with_precision(subject: Subject, costs: Costs | None) -> Subject:
@@ -188,18 +211,27 @@ def _with_precision(subject: Subject, costs: Costs | None) -> Subject:
 
 def _costs(model: Hubert, reference: Profile) -> Costs:
     counted = profile(model, model.plan.precision.name, SECONDS)
-    return Costs(model.plan, counted, counted.runtime(reference, CONVERSION_RATE))
+    runtime = counted.runtime(reference, CONVERSION_RATE)
+    return Costs(model.plan, counted, runtime, reference.name)
 
 
-def _reference(models: Iterable[Hubert]) -> Profile | None:
-    """Of the float model with the most work among these shapes; None without any."""
-    shapes: list[Architecture] = []
-    for model in models:
-        if model.shape not in shapes:
-            shapes.append(model.shape)
-    profiles = []
-    for shape in shapes:
-        with WithoutWeights():
-            model = Hubert(shape)
-        profiles.append(profile(model, FLOAT, SECONDS))
-    return max(profiles, key=lambda p: p.flops, default=None)
+def _reference(subjects: Sequence[Subject], models: Mapping[str, Hubert]) -> Profile | None:
+    """Of a float model of the shape that most models have, of several such the one with the most
+    work, so that a model of another shape rescales none of the others; None without any model."""
+    if not models:
+        return None
+    profiles = {name: _float_profile(model) for name, model in models.items()}
+    counts = Counter(p.flops for p in profiles.values())
+    usual = max(counts, key=lambda flops: (counts[flops], flops))
+    named = [s for s in subjects if s.name in profiles and profiles[s.name].flops == usual]
+    for subject in named:
+        precision = models[subject.name].plan.precision
+        if precision.name == FLOAT and not precision.rules:
+            return replace(profiles[subject.name], name=subject.name)
+    return replace(profiles[named[0].name], name=f"{named[0].name} in float")
+
+
+def _float_profile(model: Hubert) -> Profile:
+    with WithoutWeights():
+        model = Hubert(model.shape)
+    return profile(model, FLOAT, SECONDS)

@@ -2,27 +2,34 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from typing import Any
 
 from omegaconf import OmegaConf
 
-from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.runs import CONFIG_FILE
 from fairseq_lowbit.evaluation.sweep_table import untold_overrides
 from fairseq_lowbit.evaluation.tables import PLAN_HEADS, plan_rows
 from fairseq_lowbit.models import read_checkpoint
-from fairseq_lowbit.report.columns import COLUMNS
+from fairseq_lowbit.report.columns import COLUMNS, FLOAT_MODEL, runtime_reference
 from fairseq_lowbit.report.page import Details, Head, Line
 from fairseq_lowbit.report.subjects import Subject
 
+# Between configurations; with more than that one is printed whole.
+_MOST_DIFFERENCES = 40
 # In the comparison; the problems tell the whole.
 _LONGEST_MESSAGE = 100
 
 
 def summary_of(subjects: Sequence[Subject]) -> str:
     """One line below the title."""
-    quantized = sum(not subject.is_float for subject in subjects)
-    count = f"{len(subjects)} model{'s' if len(subjects) != 1 else ''}"
-    return f"{count}, {quantized} of them quantized" if 0 < quantized < len(subjects) else count
+    models = [subject for subject in subjects if subject.is_readable]
+    quantized = sum(not subject.is_float for subject in models)
+    count = f"{len(models)} model{'s' if len(models) != 1 else ''}"
+    if 0 < quantized < len(models):
+        count = f"{count}, {quantized} of them quantized"
+    others = len(subjects) - len(models)
+    return f"{count}; {others} could not be read" if others else count
 
 
 def problems_of(subjects: Iterable[Subject]) -> list[str]:
@@ -39,7 +46,8 @@ def comparison(
 ) -> tuple[list[Head], list[Line]]:
     """The table: a column for every number that is known of some subject."""
     columns = [c for c in COLUMNS if any(c.value(subject) is not None for subject in subjects)]
-    heads = [Head(column.head, column.unit, column.note) for column in columns]
+    reference = runtime_reference(subjects)
+    heads = [Head(c.head, c.unit, c.note.replace(FLOAT_MODEL, reference)) for c in columns]
     teachers = {s.record["teacher"] for s in subjects} - {None}
     lines = []
     for index, subject in enumerate(subjects):
@@ -95,7 +103,46 @@ def _has_details(subject: Subject) -> bool:
 def all_details(subjects: Sequence[Subject]) -> list[Details]:
     """Of those that have any."""
     known = ((index, s) for index, s in enumerate(subjects) if _has_details(s))
-    return [_details(subject, _anchor(index)) for index, subject in known]
+    return _with_differences([_details(subject, _anchor(index)) for index, subject in known])
+
+
+def _with_differences(details: Iterable[Details]) -> list[Details]:
+    """On paper a configuration that is nearly another one's is told by what differs."""
+    told, whole = [], {}
+    for one in details:
+        own = _flat(one.configuration)
+        found = [(name, _differences(own, other)) for name, other in whole.items()] if own else []
+        name, nearest = min(found, key=lambda pair: len(pair[1]), default=("", None))
+        if nearest is None or len(nearest) > _MOST_DIFFERENCES:
+            if own:
+                whole[one.name] = own
+            told.append(one)
+            continue
+        fact = f"that of {name}" + (f" but for {', '.join(nearest)}" if nearest else "")
+        facts = [*one.facts, ("configuration", fact)]
+        told.append(replace(one, facts=facts, is_told_by_another=True))
+    return told
+
+
+def _flat(configuration: str) -> dict[str, str]:
+    """Values by dotted key; empty for what is no YAML of a mapping."""
+    found: dict[str, str] = {}
+
+    def visit(value: Any, path: str) -> None:
+        if isinstance(value, Mapping) and value:
+            for key, inner in value.items():
+                visit(inner, f"{path}.{key}" if path else str(key))
+        elif path:
+            found[path] = str(value)
+
+    with suppress(Exception):
+        visit(OmegaConf.to_container(OmegaConf.create(configuration)), "")
+    return found
+
+
+def _differences(own: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    changed = [f"{key}={value}" for key, value in own.items() if other.get(key) != value]
+    return changed + [f"no {key}" for key in other if key not in own]
 
 
 def _anchor(index: int) -> str:
@@ -133,7 +180,7 @@ def _configuration(subject: Subject) -> str:
         with suppress(OSError):
             return (subject.folder / CONFIG_FILE).read_text(errors="replace")
     if subject.checkpoint is not None:
-        with suppress(LowbitError):
+        with suppress(Exception):  # what is wrong with it is told as the problem of its row
             return OmegaConf.to_yaml(
                 OmegaConf.create(read_checkpoint(subject.checkpoint, mmap=True)["cfg"])
             )

@@ -7,7 +7,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
 from fairseq_lowbit.report.choice import front, note_on_grey, placed, standing_out
-from fairseq_lowbit.report.columns import COSTS, DISTILLATION_LOSS, QUALITIES, Column
+from fairseq_lowbit.report.columns import (
+    COSTS,
+    DISTILLATION_LOSS,
+    QUALITIES,
+    Column,
+    runtime_reference,
+)
 from fairseq_lowbit.report.drawing import Drawing
 from fairseq_lowbit.report.style import FAINT, INK, MUTED, add_legend, new_figure, styled
 from fairseq_lowbit.report.subjects import Subject
@@ -60,13 +66,19 @@ def _drawing(
     axes.margins(0.08)
     _set_cost_scale(axes, [cost.value(subject) for subject in subjects])
     add_legend(figure, _legend(subjects, colors))
+    relative = f" Runtime 1 is {runtime_reference(subjects)}." if cost.key == "runtime" else ""
     spreads = " Bars: ± one standard deviation." if quality.spread else ""
+    points = ", ".join(
+        f"{s.name}: {quality.text(s)} {quality.unit} at {cost.text(s)} {cost.unit}" for s in best
+    )
+    notes = f"{relative}{spreads}{note_on_grey(subjects, colors)}"
     return Drawing(
         f"{quality.key}_{cost.key}",
         f"{quality.name[0].upper()}{quality.name[1:]} and {cost.name}",
         "Each point is a model, a diamond in float. The line is the Pareto front: nothing is both "
-        f"cheaper and better than what is ringed.{spreads}{note_on_grey(subjects, colors)}",
+        f"cheaper and better than what is ringed.{notes}",
         figure,
+        f"On the Pareto front {points}",
     )
 
 

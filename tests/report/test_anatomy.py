@@ -1,6 +1,5 @@
 """Anatomies against what a few lines of numpy make of the same values."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -119,9 +118,6 @@ def test_elastic_quantizers_are_those_of_brute_force(name: str) -> None:
         assert own.health.levels_used == used, place
         assert own.health.entropy == pytest.approx(entropy, abs=1e-6), place
         assert own.quantiles == pytest.approx(quantiles, abs=1e-4), place
-        ratio = seen[place][1]
-        peak = max(-quantizer.levels.lo, quantizer.levels.hi)
-        assert own.outermost == pytest.approx(ratio * peak * quantizer.scale.item(), rel=1e-5)
 
 
 def test_scales_of_frames_measure_each_value_in_its_own_frame() -> None:
@@ -133,7 +129,6 @@ def test_scales_of_frames_measure_each_value_in_its_own_frame() -> None:
     expected = np.quantile(values / (8 * scale), np.array(QUANTILES) / 100)
     assert anatomy[name].quantiles == pytest.approx(expected.tolist(), abs=1e-5)
     assert anatomy[name].levels == pytest.approx([k / 8 for k in range(-8, 8)])
-    assert anatomy[name].outermost == pytest.approx(np.sort(8 * scale, None)[(scale.size - 1) // 2])
     assert anatomy[name].health.clipped == 0
     assert len(anatomy["encoder.layers.1.fc1.weight_quantizer"].levels) == 2  # 256 are too many
 
@@ -348,7 +343,8 @@ def test_of_long_audio_the_middle_is_looked_at() -> None:
     whole = dissected(model, waveform=audio)
     assert whole.seconds == MAX_SECONDS == 4
     middle = dissected(model, waveform=audio[:, 18_000:82_000])
-    assert whole.to_mapping() == middle.to_mapping()
+    assert whole.quantizers == middle.quantizers
+    assert whole.attention[0].moved == middle.attention[0].moved
     assert len(whole.attention[0].heads[0].student) == 199
 
 
@@ -372,24 +368,15 @@ def test_a_large_tensor_is_sampled_fairly() -> None:
     assert own.quantiles == pytest.approx(quantiles, abs=0.1)
 
 
-def test_plain_data_of_an_anatomy() -> None:
-    student, teacher = calibrated(Precision("bitla_w1a1")), build(seed=1)
-    mapping = json.loads(json.dumps(dissected(student, teacher).to_mapping(), allow_nan=False))
-    assert mapping["layers"] == 2
-    first = mapping["quantizers"][0]
-    assert first["health"]["name"] == "encoder.layers.0.self_attn.input_quantizer"
-    assert 0 <= first["health"]["entropy"] <= first["health"]["bits"] == 1
-    assert len(first["quantiles"]) == len(QUANTILES)
-    assert set(mapping["attention"][0]["shown"]) == {"most different", "median"}
-
-
 def test_dissecting_leaves_the_models_alone() -> None:
     student, teacher = calibrated(Precision("sqwq_w2")), build(seed=1)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     first = dissected(student, teacher)
     assert not any(q._forward_hooks for _, q in quantizers(student))
     assert all(torch.equal(before[name], v) for name, v in student.state_dict().items())
-    assert dissected(student, teacher).to_mapping() == first.to_mapping()
+    again = dissected(student, teacher)
+    assert again.quantizers == first.quantizers
+    assert [layer.moved for layer in again.attention] == [layer.moved for layer in first.attention]
 
 
 @pytest.mark.parametrize(

@@ -119,10 +119,54 @@ def test_sources_that_are_not_well(
         assert sum(part in problem for problem in shown.problems) == 1, (part, shown.problems)
         assert part in shown.page.text
     assert len(shown.problems) == 7
+    assert "5 models, 3 of them quantized; 3 could not be read" in shown.page.text
+    assert "unreadable" in shown.page.row("lm.pt")[0]
+    assert shown.page.row("lm.pt")[1] == "–"
     row = shown.page.row("good")
     assert row[1] == "bitla_w2a2"
     assert float(row[2]) == pytest.approx(student.plan.bytes / 1e6, abs=0.005)
     assert "curve_distillation_loss_attention.png" in figures(tmp_path)
+
+
+def test_checkpoints_that_break_their_reader_cost_their_own_rows_only(
+    report: Callable, make_run: Callable, save: Callable
+) -> None:
+    student = calibrated("bitla_w1a1")
+
+    def broken(name: str, change: Callable[[dict], object]) -> Path:
+        path = save(name, student)
+        state = torch.load(path)
+        change(state)
+        torch.save(state, path)
+        return path
+
+    files = [
+        broken("shape", lambda state: state["cfg"]["model"].update(encoder_layers="x")),
+        broken("rule", lambda state: state["cfg"]["model"].update(precision={"mood": "bad"})),
+        broken("weight", lambda state: state["model"].update(mask_emb="x")),
+    ]
+    folder = make_run("exp/good", student)
+    write_log(folder, 3)
+    shown = report(folder, *files, *QUICK)
+    assert {problem.split(":")[0] for problem in shown.problems} == {path.name for path in files}
+    assert shown.page.row("good")[1] == "bitla_w1a1"
+    assert "2 models, 1 of them quantized; 3 could not be read" in shown.page.text
+
+
+def test_another_shape_rescales_no_runtime(
+    report: Callable, make_run: Callable, model: Hubert, save: Callable
+) -> None:
+    """They are relative to the float model of the shape that most have, which is named."""
+    folders = [make_run(f"exp/{name}", calibrated("bitla_w1a1")) for name in ("a", "b")]
+    larger = save("larger", Hubert(replace(model.shape, encoder_layers=5)))
+    alone = report(*folders, *QUICK)
+    both = report(*folders, larger, *QUICK)
+    column = [cell.split(" ")[0] for cell in alone.page.comparison[0]].index("runtime")
+    assert alone.page.row("a")[column] == both.page.row("a")[column]
+    (teacher,) = (row for row in both.page.comparison if row[0].startswith("teacher "))
+    assert teacher[column] == "1.000"
+    assert float(both.page.row("larger.pt")[column]) > 1
+    assert f"/ FLOPs of {teacher[0]}." in both.page.text
 
 
 def figures(folder: Path) -> set[str]:
@@ -310,7 +354,7 @@ def test_what_cannot_be_written_is_said_before_time_is_spent(
 def test_mistakes(refused: Callable, make_run: Callable, tmp_path: Path, unmeasured: None) -> None:
     folder = make_run("exp/a", calibrated("bitla_w1a1"))
     (tmp_path / "empty").mkdir()
-    out = ("-o", tmp_path / "page.html")
+    out = ("-o", tmp_path / "new" / "page.html")
     for arguments, named in (
         ([tmp_path / "gone"], f"{tmp_path}/gone: there is no such file or folder"),
         ([tmp_path / "empty"], f"{tmp_path}/empty: no run in this folder"),
@@ -322,9 +366,12 @@ def test_mistakes(refused: Callable, make_run: Callable, tmp_path: Path, unmeasu
             "--dissect b: there is no such run with a checkpoint; there are a",
         ),
         ([folder, "--dissect=a", "--no-dissect"], "contradict"),
+        ([folder, "--seconds=0"], "--seconds 0.0: give a number above 0"),
+        ([folder, "--seconds=-1"], "--seconds -1.0"),
+        ([folder, "--seconds=nan"], "--seconds nan"),
     ):
         assert named in refused(*arguments, *out)
-        assert not (tmp_path / "page.html").exists()
+        assert not (tmp_path / "new").exists()
 
 
 def test_a_page_is_replaced_whole_or_not_at_all(

@@ -165,6 +165,9 @@ def test_health_over_updates(make_run: Callable, model: Hubert) -> None:
         3.0,
     )
     assert bands["clipped"].middle == (0.2, 0.2)
+    # The one that collapsed.
+    assert bands["sqnr_db"].worst == (0.0, 0.0)
+    assert bands["clipped"].worst == (0.4, 0.4)
     std = bands["centered_std"]
     assert (std.low[1], std.middle[1], std.high[1]) == (0.5, 0.7, 0.9)
 

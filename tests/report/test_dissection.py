@@ -111,3 +111,16 @@ def test_another_model_is_no_student_of_its_teacher(make_run: Callable, model: H
     (one,) = dissect_all(subjects_of(make_run("run", shallow)), lambda subject: None)
     assert one.has_failed
     assert "layers" in one.note
+
+
+def test_whatever_goes_wrong_with_one_is_its_own(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise TypeError("no\nnumber")
+
+    monkeypatch.setattr(dissection, "dissect", fail)
+    student = calibrated("bitla_w1a1")
+    subjects = subjects_of(make_run("a", student), make_run("b", student))
+    shown = list(dissect_all(subjects, lambda subject: None))
+    assert [one.note for one in shown] == ["TypeError: no number"] * 2
