@@ -31,10 +31,15 @@ def profile_row(profile: Profile, reference: Profile, conversion_rate: float) ->
 def profile_table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(title=f"cost of {rows[0]['seconds']:g} s of audio", title_justify="left")
     table.add_column("model", overflow="fold")
-    # In a narrow terminal names break; figures and the words of heads must not.
-    table.add_column("parameters", justify="right", no_wrap=True, min_width=10)
-    for head in ("storage MB", "GFLOPs", "QuantOps Gbit", "runtime", "activations MB"):
-        table.add_column(head, justify="right", min_width=_widest_word(head))
+    for head in (
+        "parameters",
+        "storage MB",
+        "GFLOPs",
+        "QuantOps Gbit",
+        "runtime",
+        "activations MB",
+    ):
+        _add_figures(table, head)
     for row in rows:
         table.add_row(
             row["name"],
@@ -48,8 +53,14 @@ def profile_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _widest_word(head: str) -> int:
-    return max(len(word) for word in head.split())
+def _add_figures(table: Table, head: str, width: int = 8) -> None:
+    """A column that stays whole in a narrow terminal, where names break: a head of several words
+    stands in lines over figures of up to ``width`` digits."""
+    words = head.split()
+    if len(words) == 1:
+        table.add_column(head, justify="right", no_wrap=True)
+    else:
+        table.add_column(head, justify="right", width=max(width, *map(len, words)))
 
 
 def module_rows(
@@ -111,13 +122,12 @@ def measured_table(rows: Sequence[dict[str, Any]]) -> Table:
         rows: with ``name`` and ``measured``, as ``profile --measure --json`` prints them.
     """
     table = Table(title="measured beside estimated", title_justify="left")
-    # In a narrow terminal names and times break; figures and heads must not.
-    table.add_column("audio s", justify="right", width=5)
-    table.add_column("threads", justify="right", no_wrap=True)
+    _add_figures(table, "audio s", 5)
+    _add_figures(table, "threads")
     table.add_column("model", overflow="fold")
     table.add_column("time ms", justify="right", overflow="fold")
     for head in ("real-time factor", "measured runtime", "estimated", "peak memory MB"):
-        table.add_column(head, justify="right", width=_widest_word(head))
+        _add_figures(table, head)
     for (seconds, threads), found in _by_condition(rows).items():
         for name, entry in found:
             table.add_row(f"{seconds:g}", str(threads), name, *_measured_cells(entry))
