@@ -15,8 +15,8 @@ from fairseq_lowbit.report.columns import COLUMNS, FLOAT_MODEL, runtime_referenc
 from fairseq_lowbit.report.page import Details, Head, Line
 from fairseq_lowbit.report.subjects import Subject
 
-# Between configurations; with more than that one is printed whole.
-_MOST_DIFFERENCES = 40
+# Of a configuration's values; where more differ from any other's it is printed whole.
+_MOST_DIFFERENT = 0.25
 # In the comparison; the problems tell the whole.
 _LONGEST_MESSAGE = 100
 
@@ -113,7 +113,7 @@ def _with_differences(details: Iterable[Details]) -> list[Details]:
         own = _flat(one.configuration)
         found = [(name, _differences(own, other)) for name, other in whole.items()] if own else []
         name, nearest = min(found, key=lambda pair: len(pair[1]), default=("", None))
-        if nearest is None or len(nearest) > _MOST_DIFFERENCES:
+        if nearest is None or len(nearest) > _MOST_DIFFERENT * len(own):
             if own:
                 whole[one.name] = own
             told.append(one)
@@ -141,8 +141,10 @@ def _flat(configuration: str) -> dict[str, str]:
 
 
 def _differences(own: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
-    changed = [f"{key}={value}" for key, value in own.items() if other.get(key) != value]
-    return changed + [f"no {key}" for key in other if key not in own]
+    """What is missing is None, as fairseq fills it in."""
+    keys = dict.fromkeys([*own, *other])
+    pairs = {key: (own.get(key, "None"), other.get(key, "None")) for key in keys}
+    return [f"{key}={value}" for key, (value, known) in pairs.items() if value != known]
 
 
 def _anchor(index: int) -> str:

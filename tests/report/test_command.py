@@ -289,6 +289,21 @@ def test_whatever_a_user_named_is_text(
     assert not shown.page.sources
 
 
+def test_a_configuration_is_told_by_what_differs(
+    report: Callable, make_run: Callable, unmeasured: None
+) -> None:
+    """On paper; on the screen each is there whole, folded."""
+    folders = [
+        make_run(f"exp/{name}", calibrated("bitla_w1a1"), planned=planned)
+        for name, planned in (("a", 10), ("b", 20), ("c", 10))
+    ]
+    shown = report(*folders, *QUICK)
+    assert shown.page.text.count("that of a but for optimization.max_update=20 ") == 1
+    assert shown.page.text.count("that of a ") == 2
+    assert shown.page.html.count('class="configuration told"') == 2
+    assert shown.page.text.count("max_update: ") == 3
+
+
 def test_many_runs_are_told_apart_as_far_as_colours_go(
     report: Callable, tmp_path: Path, unmeasured: None
 ) -> None:
