@@ -149,6 +149,8 @@ def _check_reach(rule: Rule, matched: list[Site], sites: list[Site]) -> None:
 def _check_effect(rules: list[Rule], index: int, entries: Iterable[PlanEntry]) -> None:
     """A rule may repeat what the name says anyway, but not come to nothing."""
     rule = rules[index]
+    if any(later.match == rule.match for later in rules[index + 1 :]):
+        return  # replaced on purpose, as an experiment adds to its base
     where = f"precision rule {rule.match!r}"
     reached = [entry for entry in entries if fnmatchcase(entry.module, rule.match)]
     decided = [e for e in reached if not _is_reached(e, rules[index + 1 :])]

@@ -249,6 +249,11 @@ def test_rules_without_effect_are_refused(name: str, rules: list[Rule], message:
         plan(name, *rules)
 
 
+def test_a_rule_replaces_one_of_the_same_pattern() -> None:
+    entries = plan("bitl_w2a2", Rule("*.fc1", weight_bits=4), Rule("*.fc1", weight_bits=8))
+    assert {bits(e)[0] for name, e in entries.items() if name.endswith("fc1")} == {8}
+
+
 def test_rules_that_repeat_what_the_name_says_are_fine() -> None:
     for name, rule in (
         ("absmax_w8a8", Rule("encoder.layers.*", granularity="per_channel")),
