@@ -53,7 +53,7 @@ def test_the_validation_loss_decides_where_nothing_was_measured() -> None:
 
 def with_costs(one: Subject, precision: str) -> Subject:
     model = Hubert(TINY, precision=Precision(precision))
-    costs = Costs(model.plan, profile(model, one.name), 1.0)
+    costs = Costs(model.plan, profile(model, one.name), 1.0, "teacher")
     return Subject(one.name, one.record, costs=costs)
 
 
