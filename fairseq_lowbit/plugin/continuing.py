@@ -82,6 +82,8 @@ def refuse_other_run(config: DictConfig, folder: Path) -> list[str]:
     """
     try:
         stages = list(_stages(config, folder.absolute()))
+    except OtherRun:
+        raise
     except (LowbitError, OmegaConfBaseException):
         return []  # the run itself will say what is wrong with its settings
     changes = []
@@ -99,6 +101,10 @@ def _stages(config: DictConfig, folder: Path) -> Iterator[tuple[DictConfig, Path
         return
     schedule = Schedule(read_stages(config), folder)
     if not schedule.stages:
+        try:
+            schedule.refuse_other_stages()
+        except LowbitError as mistake:
+            raise OtherRun(mistake) from None
         yield copy.deepcopy(config), folder
         return
     for index, own in enumerate(stage_configs(config, schedule)):
@@ -181,6 +187,6 @@ def _same_content(before: str, now: str) -> bool:
 
 def _is_refused(change: Change, is_done: bool) -> bool:
     key, before, now = change
-    if key in _PATHS and before and now and not os.path.exists(before):
-        return False  # moved, as far as anybody can tell
+    if key in _PATHS and before and now and not (os.path.exists(before) and os.path.exists(now)):
+        return False  # moved, as far as anybody can tell; what is gone the run itself will miss
     return is_done or not _is_among(key, _COURSE)

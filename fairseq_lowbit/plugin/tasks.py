@@ -242,6 +242,9 @@ class _SpeechTask(FairseqTask):
     def _prepare_training(self, dataset: SpeechDataset) -> None:
         """Calibration batches are the same on every process: chosen by seed, not by rank."""
         parameter = next(self.model.parameters())
+        self._calibration_audio.require(
+            receptive_field(self.model.conv_layers), self.cfg.sample_rate
+        )
         batches = [
             batch.to(parameter.device, parameter.dtype) for batch in self._fixed_batches(dataset)
         ]
@@ -254,7 +257,6 @@ class _SpeechTask(FairseqTask):
 
     def _fixed_batches(self, dataset: SpeechDataset) -> list[torch.Tensor]:
         audio, rate = self._calibration_audio, self.cfg.sample_rate
-        audio.require(receptive_field(self.model.conv_layers), rate)
         return [
             dataset.unpadded_batch(indices, audio.samples(rate))["waveform"]
             for indices in audio.draw(dataset.sizes, rate)

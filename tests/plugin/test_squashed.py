@@ -24,7 +24,7 @@ OPTIONS = (
 
 # So that the last checkpoint has a rate to compare.
 END = 0.001
-OPTIONS_TO_END = (*OPTIONS, f"lr_scheduler.end_learning_rate={END}")
+OPTIONS_TO_END = (*OPTIONS, f"+lr_scheduler.end_learning_rate={END}")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_masked_prediction_trains_squashed_weights_in_bf16(train: Callable, teac
         "common.bf16=true",
         "criterion.squash_weight=2.0",
         "optimization.lr=[0.0005]",
-        f"lr_scheduler.end_learning_rate={END / 10}",
+        f"+lr_scheduler.end_learning_rate={END / 10}",
     )
     squash = run.logged("loss_squash")
     assert len(squash) == 5
