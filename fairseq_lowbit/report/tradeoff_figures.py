@@ -93,7 +93,8 @@ def _set_cost_scale(axes: Axes, costs: Sequence[float]) -> None:
     """Logarithmic, with readable ticks, where costs differ by more than some per cent."""
     if min(costs) > 0 and max(costs) > _LOG_RATIO * min(costs):
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+        ticks = (1, 2, 5) if max(costs) > 10 * min(costs) else (1, 1.5, 2, 3, 4, 5, 7)
+        axes.xaxis.set_major_locator(LogLocator(subs=ticks))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_locator(NullLocator())
 
