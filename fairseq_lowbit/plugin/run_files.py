@@ -14,7 +14,7 @@ from fairseq_lowbit.evaluation.runs import HEALTH_FILE, LAST_CHECKPOINT, PLAN_FI
 from fairseq_lowbit.evaluation.tables import health_table, plan_table, print_table
 from fairseq_lowbit.files import atomic_write, writing
 from fairseq_lowbit.plugin.processes import is_first
-from fairseq_lowbit.precision import Plan
+from fairseq_lowbit.precision import Plan, Precision
 
 UNUSABLE_FILE = "skipped_files.tsv"
 
@@ -38,6 +38,8 @@ class RunFiles:
         if not path.is_file() or not (self.folder / LAST_CHECKPOINT).is_file():
             return
         stored, own = json.loads(path.read_text()), plan.to_mapping()
+        # What an earlier version did not know yet has its default.
+        stored["precision"] = Precision().to_mapping() | stored["precision"]
         if stored["precision"] != own["precision"]:
             kinds = [
                 f"precision {p['name']} with {len(p['rules'])} rules"

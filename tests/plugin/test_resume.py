@@ -1,6 +1,7 @@
 """A run that is killed and started again by the same command ends as if nothing had happened."""
 
 import fcntl
+import json
 import random
 import re
 import shutil
@@ -252,3 +253,19 @@ def test_half_a_health_record(train: Callable, trainer, teacher: Path) -> None:
     resumed = trainer.fork(run.folder, *options, "optimization.max_update=10")
     assert resumed.status == 0, resumed.output
     assert [record["update"] for record in resumed.health()] == [0, 5]
+
+
+def test_a_run_of_an_earlier_version_goes_on(
+    trainer, student_run, teacher: Path, tmp_path: Path
+) -> None:
+    """Its plan lacks a setting that has been added since."""
+    folder = tmp_path / "run"
+    shutil.copytree(student_run.folder, folder)
+    path = folder / "checkpoints" / "precision_plan.json"
+    plan = json.loads(path.read_text())
+    del plan["precision"]["squash_std"]
+    path.write_text(json.dumps(plan))
+    options = (f"task.teacher={teacher}", "optimization.max_update=31")
+    run = trainer.fork(folder, "bitla_w1a1", *options)
+    assert run.status == 0, run.output
+    assert load_model(run.last).updates == 31
