@@ -74,7 +74,7 @@ setup(
     },
     package_data={
         "fairseq_lowbit.config": ["**/*.yaml"],
-        "fairseq_lowbit.report": ["template/*"],
+        "fairseq_lowbit.report.page": ["template/*"],
     },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,

@@ -52,16 +52,16 @@ import torch
 from omegaconf import OmegaConf
 from rich.table import Table
 
+from fairseq_lowbit.configurations import compose_config
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.health import measure_health
-from fairseq_lowbit.evaluation.tables import print_table
 from fairseq_lowbit.machine import this_machine
 from fairseq_lowbit.models import Architecture, Hubert, LoadedModel, start_from
+from fairseq_lowbit.monitoring.health import measure_health
 from fairseq_lowbit.nn import calibrate, quantizers
 from fairseq_lowbit.plugin import register
-from fairseq_lowbit.plugin.configs import compose_config
 from fairseq_lowbit.precision import Precision, parse_precision
 from fairseq_lowbit.quantization import Quantizer
+from fairseq_lowbit.terminal import print_table
 
 register()
 # Importing fairseq leaves it at DEBUG.

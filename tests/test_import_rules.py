@@ -12,17 +12,22 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fairseq_lowbit"
 
 # Room -> rooms it may import. Besides these: itself, errors.py and files.py.
-MAY_IMPORT = {
+CORE = {"quantization", "precision", "nn", "models"}
+MAY_IMPORT: dict[str, set[str]] = {
     "quantization": set(),
     "precision": {"quantization"},
     "nn": {"quantization", "precision"},
     "models": {"quantization", "precision", "nn"},
-    "distillation": {"quantization", "precision", "nn", "models"},
-    "profiling": {"quantization", "precision", "nn", "models", "evaluation"},
-    "evaluation": {"quantization", "precision", "nn", "models", "distillation", "data"},
+    "distillation": CORE,
     "data": set(),
+    "profiling": CORE,
+    "monitoring": CORE,
+    "evaluation": CORE | {"data"},
+    "configurations": CORE,
 }
-MAY_IMPORT["plugin"] = MAY_IMPORT["report"] = set(MAY_IMPORT)
+MAY_IMPORT["runs"] = CORE | {"data", "monitoring", "evaluation", "profiling"}
+MAY_IMPORT["report"] = CORE | {"data", "monitoring", "evaluation", "profiling", "runs"}
+MAY_IMPORT["plugin"] = set(MAY_IMPORT) - {"report"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 MAY_IMPORT["_hydra"] = set()
 

@@ -98,9 +98,9 @@ def test_every_module_is_packaged(wheel: Path) -> None:
 
 
 def test_the_template_of_the_report_is_packaged(wheel: Path) -> None:
-    template = ROOT / "fairseq_lowbit" / "report" / "template"
+    template = ROOT / "fairseq_lowbit" / "report" / "page" / "template"
     expected = {path.relative_to(ROOT).as_posix() for path in template.iterdir()}
-    assert "fairseq_lowbit/report/template/page.html" in expected <= names(wheel)
+    assert "fairseq_lowbit/report/page/template/page.html" in expected <= names(wheel)
 
 
 def test_hydra_plugin_is_in_the_namespace_that_hydra_scans(wheel: Path) -> None:

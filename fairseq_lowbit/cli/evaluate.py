@@ -6,18 +6,18 @@ from pathlib import Path
 
 import torch
 
-from fairseq_lowbit.cli import calibration
+from fairseq_lowbit.cli import calibration_options
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.evaluation.compare import compare, comparison_table
 from fairseq_lowbit.evaluation.figures import draw_comparison
-from fairseq_lowbit.evaluation.measure import SECONDS, Candidate, read_held_out
 from fairseq_lowbit.evaluation.ptq import post_training_quantized
-from fairseq_lowbit.evaluation.tables import print_table
+from fairseq_lowbit.evaluation.quality import SECONDS, Candidate, read_held_out
 from fairseq_lowbit.models import LoadedModel, load_model
 from fairseq_lowbit.plugin import register
 from fairseq_lowbit.precision import Precision
 from fairseq_lowbit.quantization import Criterion
+from fairseq_lowbit.terminal import print_table
 
 HELP = "compare models with their teacher on held-out audio: table, figure, JSON"
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=CHECKPOINT",
         help="a row of a checkpoint, trained or written by fairseq-lowbit ptq",
     )
-    calibration.add_arguments(parser)
+    calibration_options.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,10 +51,10 @@ def run(args: argparse.Namespace) -> int:
     require_number("--seconds", args.seconds, 0, excluded=True)
     register()
     students = [_named_student(text) for text in args.student]
-    calibration.check_needed(args, args.ptq)
-    precisions = [calibration.read_precision(name, args) for name in args.ptq]
+    calibration_options.check_needed(args, args.ptq)
+    precisions = [calibration_options.read_precision(name, args) for name in args.ptq]
     teacher = load_model(args.teacher)
-    criteria = [calibration.read_criterion(args, teacher, p) for p in precisions]
+    criteria = [calibration_options.read_criterion(args, teacher, p) for p in precisions]
     held_out = read_held_out(args.data, teacher, args.seconds)
     candidates = [
         _calibrated(teacher, precision, args.data, criterion)

@@ -3,9 +3,10 @@
 import argparse
 import json
 
-from fairseq_lowbit.evaluation.tables import plan_table, print_table
-from fairseq_lowbit.plugin.configs import meta_model, model_config
+from fairseq_lowbit.configurations import meta_model, model_config
 from fairseq_lowbit.precision import Plan
+from fairseq_lowbit.precision.plan_table import plan_table
+from fairseq_lowbit.terminal import print_table
 
 HELP = "print which module gets how many bits, and what it stores"
 

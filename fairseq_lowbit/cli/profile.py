@@ -10,16 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fairseq_lowbit.cli import measuring
-from fairseq_lowbit.cli.targets import Target
+from fairseq_lowbit.cli import profile_timing
+from fairseq_lowbit.cli.profile_targets import Target
+from fairseq_lowbit.configurations import meta_model, model_config
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.paper import ORIGINS, SOURCE, TABLE, UNITS, PaperRow
-from fairseq_lowbit.evaluation.tables import print_table
 from fairseq_lowbit.files import atomic_write, check_writable
 from fairseq_lowbit.models import Hubert
-from fairseq_lowbit.plugin.configs import meta_model, model_config
 from fairseq_lowbit.profiling import Profile, profile
 from fairseq_lowbit.profiling.cost import CONVERSION_RATE
+from fairseq_lowbit.profiling.paper import ORIGINS, SOURCE, TABLE, UNITS, PaperRow
 from fairseq_lowbit.profiling.tables import (
     flat_measurements,
     measured_table,
@@ -32,6 +31,7 @@ from fairseq_lowbit.profiling.tables import (
     profile_table,
     write_csv,
 )
+from fairseq_lowbit.terminal import print_table
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write CSV too: a row per model, with --measure one per model, length and threads; "
         "with --per-module also one per operator",
     )
-    measuring.add_arguments(parser)
+    profile_timing.add_arguments(parser)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class _Counted:
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
-    lengths = {args.seconds, *measuring.lengths(args)}
+    lengths = {args.seconds, *profile_timing.lengths(args)}
     reference = _count(Target(REFERENCE), lengths)
     if args.paper:
         return _paper(reference.profiles[_PAPER_SECONDS], args)
@@ -137,7 +137,7 @@ def _check(args: argparse.Namespace) -> None:
         raise LowbitError("name a configuration, a precision or a checkpoint, or give --paper")
     _check_positive("--seconds", args.seconds)
     _check_positive("--conversion-rate", args.conversion_rate)
-    for seconds in measuring.lengths(args):
+    for seconds in profile_timing.lengths(args):
         _check_positive("--measure-seconds", seconds)
     if args.csv:
         check_writable(args.csv)
@@ -189,16 +189,17 @@ def _with_reference(counted: list[_Counted], reference: _Counted) -> list[_Count
 
 def _measured_rows(
     counted: list[_Counted], reference: _Counted, args: argparse.Namespace
-) -> tuple[list[dict[str, Any]], measuring.Outcome]:
+) -> tuple[list[dict[str, Any]], profile_timing.Outcome]:
     # Estimates first: what is wrong with them must not cost the measurements.
     rows = [_row(entry, reference, args.seconds, args) for entry in counted]
     estimates = [
-        {s: _row(entry, reference, s, args) for s in measuring.lengths(args)} for entry in counted
+        {s: _row(entry, reference, s, args) for s in profile_timing.lengths(args)}
+        for entry in counted
     ]
-    outcome = measuring.run_targets({entry.name: entry.target for entry in counted}, args)
+    outcome = profile_timing.run_targets({entry.name: entry.target for entry in counted}, args)
     (reference_name,) = (e.name for e in counted if e.target == reference.target)
     for entry, row, own in zip(counted, rows, estimates, strict=True):
-        measuring.add_measurements(row, entry.target, own, outcome.record, reference_name)
+        profile_timing.add_measurements(row, entry.target, own, outcome.record, reference_name)
     return rows, outcome
 
 
@@ -237,7 +238,7 @@ def _print_tables(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     )
     if args.measure and any(row["measured"] for row in rows):
         print_table(measured_table(rows))
-        print("\n".join(measuring.notes(rows, REFERENCE)))
+        print("\n".join(profile_timing.notes(rows, REFERENCE)))
 
 
 def _paper(reference: Profile, args: argparse.Namespace) -> int:

@@ -4,14 +4,15 @@ import argparse
 import time
 from pathlib import Path
 
-from fairseq_lowbit.cli import calibration
-from fairseq_lowbit.data.calibration import CalibrationAudio
+from fairseq_lowbit.cli import calibration_options
+from fairseq_lowbit.data.calibration_audio import CalibrationAudio
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.ptq import post_training_quantized
-from fairseq_lowbit.evaluation.tables import plan_table, print_table
 from fairseq_lowbit.models import load_model, write_model
 from fairseq_lowbit.nn import describe_squashing
+from fairseq_lowbit.precision.plan_table import plan_table
+from fairseq_lowbit.terminal import print_table
 
 HELP = "quantize a checkpoint by calibrating on audio: a model of any precision without training"
 
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", required=True, help="for example bitl_w8a8, absmax_w4a8")
     parser.add_argument("--data", type=Path, required=True, help="folder with the manifest")
     parser.add_argument("--out", type=Path, help="checkpoint to write (default ptq_<precision>.pt)")
-    calibration.add_arguments(parser)
+    calibration_options.add_arguments(parser)
     parser.add_argument("--split", default="train", help="manifest to calibrate on (train)")
     parser.add_argument(
         "--batches",
@@ -50,9 +51,9 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path(f"ptq_{args.precision}.pt")
     _check_out(out, args.teacher)
     audio = CalibrationAudio(args.batches, max_seconds=args.seconds, seed=args.seed)
-    precision = calibration.read_precision(args.precision, args)
+    precision = calibration_options.read_precision(args.precision, args)
     teacher = load_model(args.teacher)
-    criterion = calibration.read_criterion(args, teacher, precision)
+    criterion = calibration_options.read_criterion(args, teacher, precision)
     manifest = read_manifest(args.data / f"{args.split}.tsv")
     started = time.monotonic()
     calibrated = post_training_quantized(teacher, precision, manifest, criterion, audio)

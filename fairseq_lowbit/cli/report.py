@@ -15,23 +15,28 @@ from fairseq_lowbit.cli.doctor import (
     check_python,
     check_torch,
 )
-from fairseq_lowbit.cli.quality import (
+from fairseq_lowbit.cli.run_quality import (
     add_measuring_arguments,
     check_measuring_arguments,
     measure,
     with_places,
 )
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.collection import Entry, collect, records
 from fairseq_lowbit.files import check_writable
-from fairseq_lowbit.report.choice import colors, worth_dissecting
-from fairseq_lowbit.report.columns import COSTS
-from fairseq_lowbit.report.dissection import dissect_all
-from fairseq_lowbit.report.page import Page, Pictures, figures_folder, write_page
+from fairseq_lowbit.report.inside.dissection import dissect_all
+from fairseq_lowbit.report.overview.choice import colors, worth_dissecting
+from fairseq_lowbit.report.overview.columns import COSTS
+from fairseq_lowbit.report.overview.comparison import (
+    all_details,
+    comparison,
+    problems_of,
+    summary_of,
+)
+from fairseq_lowbit.report.page.page import Page, Pictures, figures_folder, write_page
 from fairseq_lowbit.report.sections import Sections
 from fairseq_lowbit.report.sources import Sources, read_sources
 from fairseq_lowbit.report.subjects import Subject, gather, short_names
-from fairseq_lowbit.report.tables import all_details, comparison, problems_of, summary_of
+from fairseq_lowbit.runs.collection import Entry, collect, records
 
 HELP = "one page from runs, checkpoints and tables: costs, quality, curves, the insides of models"
 MOST_DISSECTED = 3

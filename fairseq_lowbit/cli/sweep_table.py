@@ -4,18 +4,18 @@ import argparse
 import logging
 from pathlib import Path
 
-from fairseq_lowbit.cli.quality import (
+from fairseq_lowbit.cli.run_quality import (
     add_measuring_arguments,
     check_measuring_arguments,
     measure,
     with_places,
 )
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.collection import SORTS, Record, collect, records
-from fairseq_lowbit.evaluation.paper import SOURCE
-from fairseq_lowbit.evaluation.sweep_table import LEGEND, markdown, rich_table, write_csv
-from fairseq_lowbit.evaluation.tables import print_table
 from fairseq_lowbit.files import atomic_write, check_writable
+from fairseq_lowbit.profiling.paper import SOURCE
+from fairseq_lowbit.runs.collection import SORTS, Record, collect, records
+from fairseq_lowbit.runs.sweep_table import LEGEND, markdown, rich_table, write_csv
+from fairseq_lowbit.terminal import print_table
 
 HELP = "collect runs into one table: sweeps, single runs, the stages of a schedule"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fairseq_lowbit.data.speech import synthesize_corpus
+from fairseq_lowbit.data.synthetic.speech import synthesize_corpus
 
 HELP = "make an offline corpus of synthetic speech for trying things out"
 

@@ -10,9 +10,14 @@ import numpy as np
 from rich.table import Table
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.measure import Candidate, HeldOut, Reference, Row
-from fairseq_lowbit.evaluation.measured_runs import read_row
 from fairseq_lowbit.evaluation.probe import Probe
+from fairseq_lowbit.evaluation.quality import (
+    Candidate,
+    HeldOut,
+    Quality,
+    Reference,
+    read_quality,
+)
 from fairseq_lowbit.files import atomic_write
 from fairseq_lowbit.models import LoadedModel
 
@@ -28,11 +33,11 @@ class Comparison:
     untrained_probe: of a network of the teacher's shape with random weights.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[Quality, ...]
     untrained_probe: Probe | None
 
     @property
-    def teacher(self) -> Row:
+    def teacher(self) -> Quality:
         return self.rows[0]
 
     def findings(self) -> list[str]:
@@ -77,7 +82,7 @@ class Comparison:
             stored = json.loads(path.read_text())
             probe = stored["untrained_probe"]
             untrained = probe and Probe(tuple(probe["mean"]), tuple(probe["std"]))
-            return cls(tuple(read_row(row) for row in stored["rows"]), untrained)
+            return cls(tuple(read_quality(row) for row in stored["rows"]), untrained)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LowbitError(f"{path} is not a comparison of fairseq-lowbit evaluate") from error
 
@@ -133,7 +138,7 @@ def _probe_cell(probe: Probe) -> str:
     return " ".join(f"{100 * mean:.1f}±{100 * std:.1f}" for mean, std in pairs)
 
 
-def _training_findings(rows: Sequence[Row]) -> list[str]:
+def _training_findings(rows: Sequence[Quality]) -> list[str]:
     """For every trained row, whether it beats the best calibrated one at all."""
     calibrated = [row for row in rows if row.is_calibrated_only]
     trained = [row for row in rows if row.agreement and not row.is_calibrated_only]
@@ -148,13 +153,13 @@ def _training_findings(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def _scores(row: Row) -> list[float]:
+def _scores(row: Quality) -> list[float]:
     """What ``_SCORES`` names; without labels the last one is missing."""
     masked = [] if row.masked is None else [100 * row.masked.accuracy]
     return [row.agreement.cosine[-1], row.agreement.snr_db[-1], *masked]
 
 
-def _probe_findings(rows: Sequence[Row]) -> list[str]:
+def _probe_findings(rows: Sequence[Quality]) -> list[str]:
     """Neighbouring rows whose last layers the probe cannot tell apart, in one sentence."""
     alike = []
     for first, second in pairwise(rows):

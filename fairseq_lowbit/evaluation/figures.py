@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from fairseq_lowbit.evaluation.compare import Comparison
-from fairseq_lowbit.evaluation.measure import Row
+from fairseq_lowbit.evaluation.quality import Quality
 
 
 def draw_comparison(comparison: Comparison, path: Path) -> None:
@@ -50,7 +50,7 @@ def _draw_probe(axis: Axes, comparison: Comparison, colors: dict[str, str]) -> N
     axis.legend(frameon=False)
 
 
-def _draw_storage(axis: Axes, rows: tuple[Row, ...], colors: dict[str, str]) -> None:
+def _draw_storage(axis: Axes, rows: tuple[Quality, ...], colors: dict[str, str]) -> None:
     axis.set(title="masked-frame label accuracy", xlabel="stored MB (log)", ylabel="% correct")
     axis.set_xscale("log")
     axis.xaxis.set_minor_formatter(plt.NullFormatter())

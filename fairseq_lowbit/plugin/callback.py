@@ -24,15 +24,6 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 import fairseq_lowbit
 from fairseq_lowbit.errors import LowbitError, describe_config_error
-from fairseq_lowbit.evaluation.runs import (
-    CONFIG_FILE,
-    HYDRA_FILE,
-    LAST_CHECKPOINT,
-    OVERRIDES_FILE,
-    forget_failure,
-    write_failure,
-    write_finished,
-)
 from fairseq_lowbit.files import writing
 from fairseq_lowbit.models import read_checkpoint, updates_of
 from fairseq_lowbit.plugin import register
@@ -46,6 +37,15 @@ from fairseq_lowbit.plugin.sweeps import (
     parse_override,
     refuse_shadowed,
     report_failed_job,
+)
+from fairseq_lowbit.runs.folder import (
+    CONFIG_FILE,
+    HYDRA_FILE,
+    LAST_CHECKPOINT,
+    OVERRIDES_FILE,
+    forget_failure,
+    write_failure,
+    write_finished,
 )
 
 logger = logging.getLogger(__name__)

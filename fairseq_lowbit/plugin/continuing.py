@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.runs import LAST_CHECKPOINT, has_finished
 from fairseq_lowbit.models import read_checkpoint, updates_of
 from fairseq_lowbit.plugin.stages import OWN_DIR, Schedule, read_stages, stage_configs
+from fairseq_lowbit.runs.folder import LAST_CHECKPOINT, has_finished
 
 _PATHS = ("task.data", "task.label_dir", "task.teacher", "task.init_from")
 # What a run is: with another value it is another run, however far it has come.

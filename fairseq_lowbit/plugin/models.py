@@ -11,11 +11,11 @@ from fairseq.modules import GradMultiply
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from fairseq_lowbit.configurations import model_group
 from fairseq_lowbit.distillation import DistillationTerms, distill
 from fairseq_lowbit.models import Architecture, Hubert
 from fairseq_lowbit.models.model import Frames
 from fairseq_lowbit.nn.attention import AttentionMap
-from fairseq_lowbit.plugin.configs import model_group
 from fairseq_lowbit.precision import Precision
 
 

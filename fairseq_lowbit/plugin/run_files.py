@@ -9,12 +9,14 @@ from typing import Any
 from fairseq.logging import progress_bar
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.health import Health
-from fairseq_lowbit.evaluation.runs import HEALTH_FILE, LAST_CHECKPOINT, PLAN_FILE, read_health
-from fairseq_lowbit.evaluation.tables import health_table, plan_table, print_table
 from fairseq_lowbit.files import atomic_write, writing
+from fairseq_lowbit.monitoring.health import Health
+from fairseq_lowbit.monitoring.health_table import health_table
 from fairseq_lowbit.plugin.processes import is_first
 from fairseq_lowbit.precision import Plan, Precision
+from fairseq_lowbit.precision.plan_table import plan_table
+from fairseq_lowbit.runs.folder import HEALTH_FILE, LAST_CHECKPOINT, PLAN_FILE, read_health
+from fairseq_lowbit.terminal import print_table
 
 UNUSABLE_FILE = "skipped_files.tsv"
 

@@ -14,10 +14,10 @@ from typing import Any, Optional
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from fairseq_lowbit.configurations import meta_model, read_model_config
 from fairseq_lowbit.errors import LowbitError, describe_config_error
-from fairseq_lowbit.evaluation.runs import FINISHED_FILE, LAST_CHECKPOINT
-from fairseq_lowbit.plugin.configs import meta_model, read_model_config
 from fairseq_lowbit.precision import parse_precision
+from fairseq_lowbit.runs.folder import FINISHED_FILE, LAST_CHECKPOINT
 
 ORIGINAL, PREVIOUS = "original", "previous"
 OWN_DIR = "give this run a hydra.run.dir of its own"

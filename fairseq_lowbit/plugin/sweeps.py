@@ -18,7 +18,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.runs import folder_name
+from fairseq_lowbit.runs.folder import folder_name
 
 logger = logging.getLogger(__name__)
 

@@ -12,15 +12,15 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II
 
-from fairseq_lowbit.data.calibration import CalibrationAudio
+from fairseq_lowbit.data.calibration_audio import CalibrationAudio
 from fairseq_lowbit.data.label_file import LabelFile, count_classes, read_dictionary
 from fairseq_lowbit.data.manifest import check_manifest, read_manifest
 from fairseq_lowbit.distillation import same_front_end
 from fairseq_lowbit.errors import LowbitError, require_number
-from fairseq_lowbit.evaluation.collapse import CollapseWatch
-from fairseq_lowbit.evaluation.health import collapsed_layers, measure_health, refuse_collapsed
 from fairseq_lowbit.models import Hubert, LoadedModel, load_model, start_from
 from fairseq_lowbit.models.extractor import receptive_field
+from fairseq_lowbit.monitoring.collapse import CollapseWatch
+from fairseq_lowbit.monitoring.health import collapsed_layers, measure_health, refuse_collapsed
 from fairseq_lowbit.nn import calibrate, describe_squashing, is_calibrated
 from fairseq_lowbit.plugin.dataset import AudioOptions, SpeechDataset
 from fairseq_lowbit.plugin.processes import (

@@ -12,7 +12,7 @@ from fairseq.trainer import Trainer
 from torch import Tensor
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.divergence import first_non_finite
+from fairseq_lowbit.monitoring.divergence import first_non_finite
 from fairseq_lowbit.plugin import interruption
 from fairseq_lowbit.plugin.processes import gather, raise_shared, together
 

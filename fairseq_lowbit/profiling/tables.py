@@ -7,10 +7,10 @@ from typing import Any, TextIO
 
 from rich.table import Table
 
-from fairseq_lowbit.evaluation.paper import CELLS, PaperRow
-from fairseq_lowbit.evaluation.tables import fold_layers
 from fairseq_lowbit.precision.grammar import FLOAT_BITS
+from fairseq_lowbit.precision.plan_table import fold_layers
 from fairseq_lowbit.profiling.cost import Profile
+from fairseq_lowbit.profiling.paper import CELLS, PaperRow
 
 
 def profile_row(profile: Profile, reference: Profile, conversion_rate: float) -> dict[str, Any]:

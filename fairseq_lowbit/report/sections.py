@@ -4,19 +4,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.report.curve_figures import (
+from fairseq_lowbit.report.drawing import Drawing, slug
+from fairseq_lowbit.report.inside.dissection import Dissected
+from fairseq_lowbit.report.overview.layer_figures import layer_drawings
+from fairseq_lowbit.report.overview.tradeoff_figures import tradeoff_drawings
+from fairseq_lowbit.report.page.page import Group, Pictures, Section
+from fairseq_lowbit.report.subjects import Subject
+from fairseq_lowbit.report.training.curve_figures import (
     Trained,
     health_drawings,
     loss_drawings,
     silent_terms,
 )
-from fairseq_lowbit.report.curves import Training, read_bands, read_training
-from fairseq_lowbit.report.dissection import Dissected
-from fairseq_lowbit.report.drawing import Drawing, slug
-from fairseq_lowbit.report.layer_figures import layer_drawings
-from fairseq_lowbit.report.page import Group, Pictures, Section
-from fairseq_lowbit.report.subjects import Subject
-from fairseq_lowbit.report.tradeoff_figures import tradeoff_drawings
+from fairseq_lowbit.report.training.curves import Training, read_bands, read_training
 
 _LOSS_TITLES = {"distillation": "Distillation", "hubert": "HuBERT loss"}
 

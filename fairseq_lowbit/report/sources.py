@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.collection import Record, record_of_row
 from fairseq_lowbit.evaluation.compare import COMPARISON_FILE, Comparison
-from fairseq_lowbit.evaluation.runs import CALIBRATION, find_runs
-from fairseq_lowbit.evaluation.sweep_table import read_csv
+from fairseq_lowbit.runs.collection import Record, record_of_row
+from fairseq_lowbit.runs.folder import CALIBRATION, find_runs
+from fairseq_lowbit.runs.sweep_table import read_csv
 
 
 @dataclass(frozen=True)

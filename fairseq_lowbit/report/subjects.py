@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_lowbit.errors import LowbitError, describe
-from fairseq_lowbit.evaluation.collection import UNREADABLE, Record
-from fairseq_lowbit.evaluation.runs import read_run
 from fairseq_lowbit.models import Hubert, WithoutWeights, load_without_weights
 from fairseq_lowbit.precision import Plan
 from fairseq_lowbit.profiling import Profile, profile
 from fairseq_lowbit.profiling.cost import CONVERSION_RATE
+from fairseq_lowbit.runs.collection import UNREADABLE, Record
+from fairseq_lowbit.runs.folder import read_run
 
 SECONDS = 10.0
 FLOAT = "float"
@@ -43,7 +43,7 @@ class Subject:
 
     Attributes:
         name: unique in a report.
-        record: see :data:`fairseq_lowbit.evaluation.collection.FIELDS`.
+        record: see :data:`fairseq_lowbit.runs.collection.FIELDS`.
         checkpoint: None for a row that is known from a table only, or without one yet.
         costs: None without a readable checkpoint.
         problem: why there are none.

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fairseq_lowbit.cli import measuring
+from fairseq_lowbit.cli import profile_timing
 from fairseq_lowbit.cli.main import main
-from fairseq_lowbit.cli.targets import Target
-from fairseq_lowbit.evaluation.paper import CELLS, TABLE
+from fairseq_lowbit.cli.profile_targets import Target
 from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.precision import Precision
-from fairseq_lowbit.profiling.measured import Runnable, runnable, with_random_weights
+from fairseq_lowbit.profiling.paper import CELLS, TABLE
+from fairseq_lowbit.profiling.timing import Runnable, runnable, with_random_weights
 from tests.shapes import TINY
 
 
@@ -254,7 +254,7 @@ OVERRIDE = ("--set", "model=fastconv_tiny")
 @pytest.fixture
 def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two threads on a busy core take seconds to wait for each other."""
-    monkeypatch.setattr(measuring, "usable_cores", lambda: 1)
+    monkeypatch.setattr(profile_timing, "usable_cores", lambda: 1)
 
 
 @pytest.fixture
@@ -316,8 +316,8 @@ def test_measured_beside_estimated(one_core, tmp_path: Path, capsys) -> None:
 def test_every_model_at_every_length_with_one_thread_and_all(
     small_reference, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
 ) -> None:
-    monkeypatch.setattr(measuring, "usable_cores", lambda: 3)
-    monkeypatch.setattr(measuring, "runnable", lambda model: replace(runnable(model), run=len))
+    monkeypatch.setattr(profile_timing, "usable_cores", lambda: 3)
+    monkeypatch.setattr(profile_timing, "runnable", lambda model: replace(runnable(model), run=len))
     file = tmp_path / "measured.csv"
     arguments = ("hubert_fastconv", "bitl_w1a1", "--measure", "--csv", str(file))
     assert main(["profile", *arguments, "--repeats", "2", "--measure-seconds", "1", "0.5"]) == 0
@@ -388,7 +388,7 @@ def test_an_interruption_shows_what_was_measured(
             raise KeyboardInterrupt
         runs.append(waveform)
 
-    monkeypatch.setattr(measuring, "runnable", lambda model: Runnable(run, "nothing"))
+    monkeypatch.setattr(profile_timing, "runnable", lambda model: Runnable(run, "nothing"))
     file = tmp_path / "measured.csv"
     arguments = ("bitla_w1a1", "--measure", "--measure-seconds", "1", "--csv", str(file))
     assert main(["profile", "--json", *arguments]) == 130

@@ -13,9 +13,9 @@ from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.compare import Comparison, compare, comparison_table
 from fairseq_lowbit.evaluation.masked import MaskedAccuracy
-from fairseq_lowbit.evaluation.measure import Candidate, Row, read_held_out
 from fairseq_lowbit.evaluation.probe import Probe
 from fairseq_lowbit.evaluation.ptq import post_training_quantized
+from fairseq_lowbit.evaluation.quality import Candidate, Quality, read_held_out
 from fairseq_lowbit.models import Hubert, LoadedModel, load_model
 from fairseq_lowbit.precision import Precision
 
@@ -93,7 +93,7 @@ def test_seconds_bound_what_is_measured(teacher: LoadedModel, data: Path) -> Non
 # Findings
 
 
-ROW = Row(
+ROW = Quality(
     name="FP teacher",
     is_calibrated_only=False,
     storage_mb=1.0,
@@ -103,7 +103,7 @@ ROW = Row(
 )
 
 
-def findings(*rows: Row, untrained: float = 0.3) -> str:
+def findings(*rows: Quality, untrained: float = 0.3) -> str:
     return "\n".join(Comparison(rows, Probe((untrained,) * 2, (0.0,) * 2)).findings())
 
 

@@ -7,7 +7,7 @@ import pytest
 import soundfile
 import torch
 
-from fairseq_lowbit.data.calibration import CalibrationAudio
+from fairseq_lowbit.data.calibration_audio import CalibrationAudio
 from fairseq_lowbit.data.manifest import Manifest, read_manifest, write_manifest
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.agreement import agreement, valid_frames

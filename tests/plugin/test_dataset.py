@@ -9,11 +9,11 @@ import torch
 from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask
 
-from fairseq_lowbit.data.calibration import CalibrationAudio
+from fairseq_lowbit.configurations import compose_config
+from fairseq_lowbit.data.calibration_audio import CalibrationAudio
 from fairseq_lowbit.data.label_file import LabelFile
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.plugin.configs import compose_config
 from fairseq_lowbit.plugin.dataset import NO_LABEL, AudioOptions, SpeechDataset
 from fairseq_lowbit.plugin.tasks import (
     CalibrationConfig,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from fairseq_lowbit.configurations import compose_config
 from fairseq_lowbit.models import load_model
-from fairseq_lowbit.plugin.configs import compose_config
 
 OPTIONS = ("loss=demo_hubert", "optimization.max_update=40", "optimization.lr=[0.01]")
 

@@ -11,9 +11,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fairseq_lowbit.configurations import ModelConfig, compose_config
 from fairseq_lowbit.errors import LowbitError, describe_config_error
 from fairseq_lowbit.plugin.callback import user_mistake
-from fairseq_lowbit.plugin.configs import ModelConfig, compose_config
 from fairseq_lowbit.plugin.criterions import (
     LowbitHubertCriterion,
     LowbitHubertCriterionConfig,

@@ -15,11 +15,11 @@ import torch
 from fairseq.logging import progress_bar
 from omegaconf import DictConfig, OmegaConf
 
+from fairseq_lowbit.configurations import compose_config
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.runs import write_finished
 from fairseq_lowbit.plugin import callback
-from fairseq_lowbit.plugin.configs import compose_config
 from fairseq_lowbit.plugin.stages import Schedule, read_stages, stage_configs, stops_early
+from fairseq_lowbit.runs.folder import write_finished
 
 THREE = [
     {"precision": "w8a8", "updates": 30},

@@ -13,8 +13,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from fairseq_lowbit.cli.main import main
+from fairseq_lowbit.configurations import config_dir, meta_model, read_model_config
 from fairseq_lowbit.plugin.callback import _absolute_override
-from fairseq_lowbit.plugin.configs import config_dir, meta_model, read_model_config
 from fairseq_lowbit.plugin.sweeps import parse_override
 from fairseq_lowbit.quantization.quantizer import SCALE_GROUP, SHIFT_GROUP
 from fairseq_lowbit.quantization.squashed import SQUASHED_GROUP

@@ -11,10 +11,10 @@ from fairseq import checkpoint_utils
 from omegaconf import OmegaConf
 
 from fairseq_lowbit.cli.main import main
+from fairseq_lowbit.configurations import compose_config, config_names
 from fairseq_lowbit.models import load_model
 from fairseq_lowbit.nn import quantizers
 from fairseq_lowbit.plugin import register
-from fairseq_lowbit.plugin.configs import compose_config, config_names
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("bitl", "bitla")

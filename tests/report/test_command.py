@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from fairseq_lowbit.cli.main import main
-from fairseq_lowbit.evaluation import measured_runs
 from fairseq_lowbit.evaluation.agreement import Agreement
-from fairseq_lowbit.evaluation.collection import Record, record_of_row
 from fairseq_lowbit.evaluation.compare import Comparison
 from fairseq_lowbit.evaluation.masked import MaskedAccuracy
-from fairseq_lowbit.evaluation.measure import Row
-from fairseq_lowbit.evaluation.sweep_table import write_csv
+from fairseq_lowbit.evaluation.quality import Quality
 from fairseq_lowbit.models import Hubert, LoadedModel, write_model
+from fairseq_lowbit.runs import measured
+from fairseq_lowbit.runs.collection import Record, record_of_row
+from fairseq_lowbit.runs.sweep_table import write_csv
 from tests.evaluation.conftest import calibrated
 from tests.report.conftest import write_log
 from tests.report.page_parser import ReportPage
@@ -82,7 +82,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(*args: object) -> None:
         raise AssertionError("measured")
 
-    monkeypatch.setattr(measured_runs, "load_model", refuse)
+    monkeypatch.setattr(measured, "load_model", refuse)
     return
 
 
@@ -226,9 +226,9 @@ def teacher_name(folder: Path) -> str:
     return f"teacher {folder.name}/teacher.pt"
 
 
-def row_of(name: str, accuracy: float, cosine: float, megabytes: float) -> Row:
+def row_of(name: str, accuracy: float, cosine: float, megabytes: float) -> Quality:
     close = Agreement((0.99, cosine), (20.0, 3.0))
-    return Row(name, False, megabytes, close, MaskedAccuracy(accuracy, 0.1), None)
+    return Quality(name, False, megabytes, close, MaskedAccuracy(accuracy, 0.1), None)
 
 
 def test_a_comparison_of_the_same_runs(
@@ -239,7 +239,7 @@ def test_a_comparison_of_the_same_runs(
     first = report(tmp_path / "demo", "--seconds=5", "--no-dissect")
     assert first.status == 1  # it left no log
     stored = json.loads((folder / "evaluation.json").read_text())
-    teacher, own = (measured_runs.read_row(stored[key]) for key in ("teacher", "row"))
+    teacher, own = (measured.read_quality(stored[key]) for key in ("teacher", "row"))
     # As another number of threads adds them up, and named as evaluate was told to.
     cosine = tuple(value + 1e-6 for value in own.agreement.cosine)
     close = replace(own, name="QAT w1a1", agreement=replace(own.agreement, cosine=cosine))

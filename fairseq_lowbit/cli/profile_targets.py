@@ -1,0 +1,76 @@
+"""What a command takes for a model: a configuration's name, any precision by name, a checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fairseq_lowbit.configurations import (
+    ModelConfig,
+    is_configuration,
+    meta_model,
+    model_config,
+)
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.models import Hubert, load_model, load_without_weights
+from fairseq_lowbit.nn import is_calibrated
+from fairseq_lowbit.profiling.timing import with_random_weights
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model as a user named it.
+
+    Attributes:
+        overrides: Hydra's, for a name; a checkpoint has its own configuration.
+    """
+
+    source: str
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of its row: overrides make a model another one."""
+        return self.source if self.has_weights else " ".join((self.source, *self.overrides))
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it is a checkpoint. A name wins over a file or folder that happens to be called
+        so: ``./bitla_w1a1`` is the file."""
+        if is_configuration(self.source):
+            return False
+        path = Path(self.source)
+        return path.suffix == ".pt" or "/" in self.source or path.is_file()
+
+    def read(self) -> Hubert:
+        """The model on the meta device.
+
+        Raises:
+            LowbitError: there is no such thing, or it cannot be read.
+        """
+        if not self.has_weights:
+            return meta_model(self.config())
+        return load_without_weights(self.source)
+
+    def load(self) -> Hubert:
+        """The model ready to run; a name has no weights and gets random ones.
+
+        Raises:
+            LowbitError: as :meth:`read`; quantizers of a checkpoint that have no scales yet.
+        """
+        if not self.has_weights:
+            config = self.config()
+            return with_random_weights(config, config.precision)
+        model = load_model(self.source).model
+        if not is_calibrated(model):
+            raise LowbitError(
+                f"{self.source} has quantizers that were never calibrated, so it cannot run: want "
+                "a checkpoint that training or fairseq-lowbit ptq wrote"
+            )
+        return model
+
+    def config(self) -> ModelConfig:
+        """What a name asks for.
+
+        Raises:
+            LowbitError: there is no such name, or an override does not fit.
+        """
+        return model_config(self.source, list(self.overrides))

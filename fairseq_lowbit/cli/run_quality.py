@@ -1,0 +1,84 @@
+"""Measuring the runs that a command was given: its options, and its progress on stderr."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+from fairseq_lowbit.errors import LowbitError, require_number
+from fairseq_lowbit.evaluation.quality import SECONDS
+from fairseq_lowbit.plugin import register
+from fairseq_lowbit.runs.collection import Entry
+from fairseq_lowbit.runs.folder import Run
+from fairseq_lowbit.runs.measured import measure_runs, stored_measurement
+
+
+def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, help="folder with test.tsv (default: the run's own)")
+    parser.add_argument("--teacher", type=Path, help="compare with this (default: the run's own)")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="audio to measure on (default %(default)g)"
+    )
+    parser.add_argument(
+        "--no-evaluate", action="store_true", help="measure nothing; show what is known already"
+    )
+
+
+def check_measuring_arguments(args: argparse.Namespace) -> None:
+    """Raises LowbitError for what was given by hand and is not there, or no amount of audio."""
+    require_number("--seconds", args.seconds, 0, excluded=True)
+    if args.data and not (args.data / "test.tsv").is_file():
+        raise LowbitError(f"--data {args.data} holds no test.tsv")
+    if args.teacher and not args.teacher.is_file():
+        raise LowbitError(f"--teacher {args.teacher} does not exist")
+
+
+def with_places(entries: Sequence[Entry], args: argparse.Namespace) -> list[Entry]:
+    """With the data and the teacher of the command line, where they are given; the teacher itself
+    is its own run's model and nobody's student."""
+    given = {"data": args.data, "teacher": args.teacher}
+    given = {key: path for key, path in given.items() if path is not None}
+
+    def place(run: Run) -> Run:
+        is_teacher = args.teacher and run.checkpoint.resolve() == args.teacher.resolve()
+        return replace(run, **given | {"teacher": None} if is_teacher else given)
+
+    return [replace(e, run=place(e.run)) if e.run else e for e in entries]
+
+
+def measure(entries: list[Entry], seconds: float, only_known: bool) -> None:
+    """Replaces entries by measured ones, one by one; what an earlier command measured is kept.
+
+    Args:
+        only_known: measure nothing anew.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted, and has said so.
+    """
+    places = {}
+    for index, entry in enumerate(entries):
+        if entry.run is None or entry.run.updates is None:
+            continue
+        known = stored_measurement(entry.run, seconds)
+        entries[index] = replace(entry, measurement=known)
+        if known is None:
+            places[entry.run] = index
+    if only_known or not places:
+        return
+    register()
+    started = count(1)
+
+    def announce(run: Run) -> None:
+        name = entries[places[run]].name
+        print(f"measuring {next(started)} of {len(places)}: {name}", file=sys.stderr, flush=True)
+
+    try:
+        for run, result in measure_runs(places, seconds, announce):
+            index = places[run]
+            known = {"problem" if isinstance(result, str) else "measurement": result}
+            entries[index] = replace(entries[index], **known)
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is kept, the same command goes on", file=sys.stderr)
+        raise

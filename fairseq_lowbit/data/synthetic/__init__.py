@@ -1,0 +1,1 @@
+"""The demo corpus, spoken by a synthesizer."""

@@ -1,0 +1,51 @@
+"""Whether a quantizer still says anything: read off the health records of a run."""
+
+from collections.abc import Iterable
+
+from fairseq_lowbit.monitoring.health import QuantizerHealth
+
+_CLIPPED = 0.99
+_AT_FLOOR = 0.5
+_FAITHFUL_DB = 10.0
+_NAMED = 5
+
+
+def collapse(quantizer: QuantizerHealth) -> str | None:
+    """What is wrong with a quantizer that has collapsed, in words; None for one that has not.
+
+    A quantizer that says its input faithfully has not, whatever its levels: one level does for even
+    attention, and a scale at its floor for tiny inputs. The floor is named first, since it clips
+    everything too.
+    """
+    if quantizer.sqnr_db >= _FAITHFUL_DB:
+        return None
+    if quantizer.at_floor >= _AT_FLOOR:
+        return "scale at its floor"
+    if quantizer.clipped >= _CLIPPED:
+        return f"{quantizer.clipped:.0%} of its values clipped"
+    if quantizer.levels_used * 2**quantizer.bits < 1.5:
+        return f"1 of {2**quantizer.bits} levels in use"
+    return None
+
+
+class CollapseWatch:
+    """Warns once of every quantizer that collapses, and again only after it had recovered."""
+
+    def __init__(self) -> None:
+        self._collapsed: set[str] = set()
+
+    def warning(self, quantizers: Iterable[QuantizerHealth]) -> str | None:
+        """The warning due after one health record; None when nothing collapsed since the last."""
+        reasons = {entry.name: collapse(entry) for entry in quantizers}
+        reasons = {name: reason for name, reason in reasons.items() if reason}
+        new = [f"{n} ({reason})" for n, reason in reasons.items() if n not in self._collapsed]
+        self._collapsed = set(reasons)
+        if not new:
+            return None
+        more = f" and {len(new) - _NAMED} more" if len(new) > _NAMED else ""
+        return (
+            f"collapsed quantizers, which pass nothing on: {', '.join(new[:_NAMED])}{more}. They "
+            "seldom recover: go back to an earlier checkpoint and lower optimizer.scale_lr_ratio, "
+            "optimizer.shift_lr_ratio or optimization.lr, or give these modules more bits with "
+            "model.precision.rules"
+        )

@@ -1,0 +1,270 @@
+"""What models take when they run: wall time, real-time factor, peak memory.
+
+Every model is first loaded alone, for its memory. Then all are loaded together and take turns, so
+that whatever else the machine does hits all of them.
+"""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.models import Architecture, Hubert
+from fairseq_lowbit.nn import calibrate, quantizers
+from fairseq_lowbit.precision import Precision
+from fairseq_lowbit.profiling.cost import SAMPLE_RATE
+from fairseq_lowbit.profiling.memory import (
+    peak_resident_bytes,
+    resident_bytes,
+    within_free_memory,
+)
+from fairseq_lowbit.quantization import Criterion, SquashedQuantizer
+
+Announce = Callable[[str, str], None]
+FLOAT = "fp32"
+FAKE_QUANTIZATION = "fake quantization in fp32"
+_CALIBRATION_SAMPLES = SAMPLE_RATE // 2
+
+
+@dataclass(frozen=True)
+class Runnable:
+    """A model that is ready to run.
+
+    Attributes:
+        run: on a waveform [1, samples], fp32 at 16 kHz.
+        arithmetic: what it computes with, in words.
+    """
+
+    run: Callable[[Tensor], object]
+    arithmetic: str
+
+
+@dataclass(frozen=True)
+class TimedModel:
+    """A model to measure, under a name of its own; ``load`` gives a new copy of it."""
+
+    name: str
+    load: Callable[[], Runnable]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Length of the audio and number of threads within an operator."""
+
+    seconds: float
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.seconds:g} s, {self.threads} {'thread' if self.threads == 1 else 'threads'}"
+
+
+@dataclass
+class TimingRecord:
+    """What has been measured so far, by name and condition.
+
+    Attributes:
+        times: seconds of each run, one per turn.
+        peaks: bytes, see :func:`peak_resident_bytes`, with no other model loaded; None where the
+            system does not tell.
+        arithmetic: by name, see :class:`Runnable`.
+        failures: by name, why a model was not measured.
+        libraries: resident bytes with no model loaded, after all have run.
+    """
+
+    times: dict[tuple[str, Condition], list[float]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    peaks: dict[tuple[str, Condition], int | None] = field(default_factory=dict)
+    arithmetic: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    libraries: int | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One model under one condition.
+
+    Attributes:
+        times: seconds, one per run.
+        runtime: in units of the reference model's: the median over the turns of the quotient of
+            neighbouring runs; None when the reference was not measured.
+        peak_resident_bytes: see :class:`TimingRecord`.
+    """
+
+    condition: Condition
+    times: tuple[float, ...]
+    runtime: float | None
+    peak_resident_bytes: int | None
+
+    @property
+    def time(self) -> float:
+        """Median, in seconds."""
+        return statistics.median(self.times)
+
+    @property
+    def real_time_factor(self) -> float:
+        """Processing time over the length of the audio: below 1 is faster than real time."""
+        return self.time / self.condition.seconds
+
+    def to_mapping(self) -> dict[str, Any]:
+        return {
+            "seconds": self.condition.seconds,
+            "threads": self.condition.threads,
+            "measured_runtime": self.runtime,
+            "time_s": self.time,
+            "time_min_s": min(self.times),
+            "time_max_s": max(self.times),
+            "times_s": list(self.times),
+            "real_time_factor": self.real_time_factor,
+            "peak_resident_bytes": self.peak_resident_bytes,
+        }
+
+
+def runnable(model: Hubert) -> Runnable:
+    """``model`` as it stands, computing the output of every layer."""
+    is_quantized = next(quantizers(model), None) is not None
+    return Runnable(model.hidden_states, FAKE_QUANTIZATION if is_quantized else FLOAT)
+
+
+def with_random_weights(shape: Architecture, precision: Precision) -> Hubert:
+    """A model that runs, in eval mode: weights are drawn from a fixed seed, quantizers calibrated
+    on noise. What it takes to run does not depend on the values.
+
+    Raises:
+        LowbitError: an impossible shape or precision.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Hubert(shape, precision=precision).eval()
+        noise = torch.randn(1, _CALIBRATION_SAMPLES)
+    for _, quantizer in quantizers(model):
+        if isinstance(quantizer, SquashedQuantizer):
+            # What was drawn is taken for squashed weights: to fit them takes a minute.
+            quantizer.mark_calibrated(True)
+    calibrate(model, [noise], model.final_output, Criterion("absmax"))
+    return model
+
+
+def conditions(lengths: Sequence[float], threads: Sequence[int]) -> list[Condition]:
+    """All combinations, each once, the shortest and fewest first."""
+    return [Condition(s, t) for s in sorted(set(lengths)) for t in sorted(set(threads))]
+
+
+def count_steps(candidates: Sequence[TimedModel], grid: Sequence[Condition], repeats: int) -> int:
+    """How often :func:`measure` announces."""
+    loads, memory_and_warm_up = 2, 2
+    return len(candidates) * (loads + len(grid) * (memory_and_warm_up + repeats))
+
+
+def measure(
+    candidates: Sequence[TimedModel],
+    grid: Sequence[Condition],
+    repeats: int,
+    record: TimingRecord,
+    announce: Announce = lambda stage, step: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
+    """Runs every candidate under every condition, at batch 1.
+
+    A candidate that cannot be loaded, or that does not fit into memory, is left out of the rest.
+
+    Args:
+        repeats: timed runs of each candidate under each condition.
+        record: filled run by run, so that an interruption leaves what was measured.
+        announce: called before every step with its stage and with what it is.
+
+    Raises:
+        LowbitError: all candidates together do not fit into memory.
+    """
+    for candidate in candidates:
+        try:
+            _measure_memory(candidate, grid, record, announce)
+        except LowbitError as error:
+            record.failures[candidate.name] = str(error)
+    record.libraries = resident_bytes()
+    left = [candidate for candidate in candidates if candidate.name not in record.failures]
+    if not left:
+        return
+    with within_free_memory(f"timing {len(left)} models in turns"):
+        models = {}
+        for candidate in left:
+            announce("loading", candidate.name)
+            models[candidate.name] = candidate.load()
+        for condition in grid:
+            _take_turns(models, condition, repeats, record, announce, clock)
+
+
+def timings(record: TimingRecord, name: str, reference: str) -> list[Timing]:
+    """What was measured of the candidate ``name``, in units of the candidate ``reference``."""
+    found = []
+    for (own, condition), times in record.times.items():
+        if own == name:
+            pairs = zip(times, record.times.get((reference, condition), ()), strict=False)
+            quotients = [time / other for time, other in pairs]
+            runtime = statistics.median(quotients) if quotients else None
+            peak = record.peaks[name, condition]
+            found.append(Timing(condition, tuple(times), runtime, peak))
+    return found
+
+
+def _measure_memory(
+    candidate: TimedModel, grid: Sequence[Condition], record: TimingRecord, announce: Announce
+) -> None:
+    stage = f"memory of {candidate.name}"
+    announce(stage, "loading")
+    with within_free_memory("loading"):
+        model = candidate.load()
+    record.arithmetic[candidate.name] = model.arithmetic
+    for condition in grid:
+        announce(stage, str(condition))
+        what = f"running {condition.seconds:g} s of audio"
+        with within_free_memory(what), _running(condition):
+            run = partial(model.run, _noise(condition))
+            record.peaks[candidate.name, condition] = peak_resident_bytes(run)
+
+
+def _take_turns(
+    models: dict[str, Runnable],
+    condition: Condition,
+    repeats: int,
+    record: TimingRecord,
+    announce: Announce,
+    clock: Callable[[], float],
+) -> None:
+    waveform, stage = _noise(condition), f"timing {condition}"
+    with _running(condition):
+        for name, model in models.items():
+            announce(stage, f"warming up {name}")
+            model.run(waveform)
+        for turn in range(repeats):
+            # In alternating order, so that a machine that gets slower or faster favours nobody.
+            for name in models if turn % 2 == 0 else reversed(models):
+                announce(stage, f"turn {turn + 1} of {repeats}, {name}")
+                start = clock()
+                models[name].run(waveform)
+                record.times[name, condition].append(clock() - start)
+
+
+def _noise(condition: Condition) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, int(condition.seconds * SAMPLE_RATE), generator=generator)
+
+
+@contextmanager
+def _running(condition: Condition) -> Iterator[None]:
+    """Inference with as many threads as the condition says."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(condition.threads)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,1 @@
+"""One model taken apart: its weights, quantizers and attention."""

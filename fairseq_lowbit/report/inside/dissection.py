@@ -1,0 +1,89 @@
+"""Models taken apart on held-out audio, beside their teachers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from fairseq_lowbit.data.audio import SAMPLE_RATE
+from fairseq_lowbit.data.manifest import read_manifest
+from fairseq_lowbit.errors import LowbitError, describe
+from fairseq_lowbit.evaluation.utterances import read_usable
+from fairseq_lowbit.models import LoadedModel, load_model
+from fairseq_lowbit.report.drawing import Drawing
+from fairseq_lowbit.report.inside.anatomy import dissect
+from fairseq_lowbit.report.inside.anatomy_figures import anatomy_drawings
+from fairseq_lowbit.report.subjects import Subject
+
+SECONDS = 4.0
+_SPLITS = ("test", "valid")
+
+
+@dataclass(frozen=True)
+class Dissected:
+    """Attributes:
+    note: on what audio and beside which teacher; or, without drawings, why there are none.
+    """
+
+    subject: Subject
+    note: str
+    drawings: Sequence[Drawing] = ()
+
+    @property
+    def has_failed(self) -> bool:
+        return not self.drawings
+
+
+def dissect_all(
+    subjects: Sequence[Subject], progress: Callable[[Subject], None]
+) -> Iterator[Dissected]:
+    """Takes models apart one by one, each beside the teacher of its run if that is there.
+
+    Args:
+        subjects: each with a checkpoint.
+        progress: called with each before it is loaded.
+    """
+    teachers: dict[Path, LoadedModel] = {}
+    for subject in subjects:
+        progress(subject)
+        try:
+            yield _dissected(subject, teachers)
+        except Exception as error:  # one broken checkpoint must not cost the others the page
+            yield Dissected(subject, describe(error))
+
+
+def _dissected(subject: Subject, teachers: dict[Path, LoadedModel]) -> Dissected:
+    data, teacher_path = subject.record["data"], subject.record["teacher"]
+    if data is None:
+        raise LowbitError("its configuration names no data to look into it with: give --data")
+    teacher, missing = None, "its run names no teacher"
+    if teacher_path is not None:
+        try:
+            teacher = teachers.get(teacher_path) or load_model(teacher_path)
+            teachers[teacher_path] = teacher
+        except Exception as error:
+            missing = describe(error)
+    student = load_model(subject.checkpoint)
+    waveform, name = held_out_utterance(data, (teacher or student).normalize)
+    drawings = anatomy_drawings(subject.name, dissect(student, teacher, waveform))
+    beside = f"beside its teacher {teacher_path}" if teacher else f"without a teacher: {missing}"
+    seconds = waveform.shape[1] / SAMPLE_RATE
+    return Dissected(subject, f"On {seconds:.1f} s of held-out audio ({name}), {beside}.", drawings)
+
+
+def held_out_utterance(data: Path, normalize: bool) -> tuple[Tensor, str]:
+    """The utterance of a data folder's test set, or else validation set, that is nearest to a few
+    seconds, [1, samples], and its file name.
+
+    Raises:
+        LowbitError: neither is there, or no file is usable.
+    """
+    paths = [data / f"{split}.tsv" for split in _SPLITS]
+    manifest = read_manifest(next((path for path in paths if path.is_file()), paths[0]))
+    for line in np.argsort(np.abs(manifest.sizes - SECONDS * SAMPLE_RATE), kind="stable"):
+        audio = read_usable(manifest, [int(line)], normalize)
+        if audio:
+            return audio[int(line)].unsqueeze(0), manifest.names[int(line)]
+    raise LowbitError(f"{manifest.path}: none of the files is usable")

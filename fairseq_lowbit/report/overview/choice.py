@@ -1,0 +1,100 @@
+"""Which models stand out of many: the ones worth their cost, in colour and taken apart."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from fairseq_lowbit.report.overview.columns import DISTILLATION_LOSS, QUALITIES, Column
+from fairseq_lowbit.report.overview.pareto import pareto_front
+from fairseq_lowbit.report.style import FAINT, PALETTE, TEACHER
+from fairseq_lowbit.report.subjects import Subject
+
+Item = TypeVar("Item")
+# A cosine is relative to a teacher and a signal-to-noise ratio says the same again.
+_DECIDING = tuple(column for column in QUALITIES if column.key != "snr")
+
+
+def deciding_quality(subjects: Sequence[Subject]) -> Column:
+    """What the most quantized models were measured by; their validation loss if nothing else."""
+
+    def count(column: Column) -> int:
+        return sum(column.value(s) is not None for s in subjects if not s.is_float)
+
+    best = max(_DECIDING, key=count)
+    return best if count(best) else DISTILLATION_LOSS
+
+
+def front(subjects: Sequence[Subject], cost: Column, quality: Column) -> list[Subject]:
+    """The subjects that no other one beats in both, cheapest first."""
+    known = placed(subjects, cost, quality)
+    sign = -1 if quality.is_loss else 1
+    costs = [cost.value(subject) for subject in known]
+    qualities = [sign * quality.value(subject) for subject in known]
+    return [known[index] for index in pareto_front(costs, qualities)]
+
+
+def placed(subjects: Sequence[Subject], *columns: Column) -> list[Subject]:
+    """Those whose values are all known."""
+    return [s for s in subjects if all(column.value(s) is not None for column in columns)]
+
+
+def colors(subjects: Sequence[Subject], cost: Column) -> dict[str, str]:
+    """A colour for every subject, the same in all figures of a report.
+
+    There are only so many colours that can be told apart: with more models than that the Pareto
+    front and then the best have them, and the others are grey, as is what could not be read. The
+    first float model is dark.
+    """
+    teacher = next((s for s in subjects if s.is_float), None)
+    others = [s for s in subjects if s is not teacher and s.is_readable]
+    if len(others) > len(PALETTE):
+        others = _by_merit(others, cost)[: len(PALETTE)]
+        others = [s for s in subjects if s in others]
+    found = {subject.name: FAINT for subject in subjects}
+    found |= {s.name: color for s, color in zip(others, PALETTE, strict=False)}
+    return found if teacher is None else found | {teacher.name: TEACHER}
+
+
+def standing_out(subjects: Sequence[Subject], colors: Mapping[str, str]) -> list[Subject]:
+    """Those with a colour of their own."""
+    return [subject for subject in subjects if colors[subject.name] != FAINT]
+
+
+def grey_first(items: Iterable[Item], color: Callable[[Item], str]) -> list[Item]:
+    """In the order of drawing: what is grey lies below the others."""
+    return sorted(items, key=lambda item: color(item) != FAINT)
+
+
+def note_on_grey(subjects: Sequence[Subject], colors: Mapping[str, str]) -> str:
+    """For a caption; empty when all have colours."""
+    others = len(subjects) - len(standing_out(subjects, colors))
+    return f" Grey: {others} more." if others else ""
+
+
+def worth_dissecting(
+    subjects: Sequence[Subject], cost: Column, most: int
+) -> tuple[list[Subject], str]:
+    """Quantized models with a checkpoint on the Pareto front, from the cheapest to the best, and
+    why these; evenly spaced ones if there are more than ``most``."""
+    able = [s for s in subjects if s.costs is not None and not s.is_float]
+    quality = deciding_quality(able)
+    best = front(able, cost, quality)
+    why = f"on the Pareto front of {quality.name} against {cost.name}"
+    if not best:
+        best, why = able, "in the order of the table, since no quality is known"
+    if len(best) > most:
+        best = [best[round(i * (len(best) - 1) / (most - 1))] for i in range(most)]
+        why = f"evenly spaced {why}"
+    return best, f"{len(best)} of the {len(able)} quantized models with a checkpoint, {why}."
+
+
+def _by_merit(subjects: Sequence[Subject], cost: Column) -> list[Subject]:
+    """The Pareto front, then by quality, then those without a known one."""
+    quality = deciding_quality(subjects)
+    best = front(subjects, cost, quality)
+    sign = 1 if quality.is_loss else -1
+
+    def rank(subject: Subject) -> tuple[bool, bool, float]:
+        value = quality.value(subject)
+        return subject not in best, value is None, sign * (value or 0.0)
+
+    return sorted(subjects, key=rank)

@@ -1,0 +1,113 @@
+"""Quality against cost, the Pareto front marked."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
+
+from fairseq_lowbit.report.drawing import Drawing
+from fairseq_lowbit.report.overview.choice import front, note_on_grey, placed, standing_out
+from fairseq_lowbit.report.overview.columns import (
+    COSTS,
+    DISTILLATION_LOSS,
+    QUALITIES,
+    Column,
+    runtime_reference,
+)
+from fairseq_lowbit.report.style import FAINT, INK, MUTED, add_legend, new_figure, styled
+from fairseq_lowbit.report.subjects import Subject
+
+_AXES = tuple(column for column in COSTS if column.key in ("storage", "runtime"))
+_FEWEST = 2
+_LOG_RATIO = 1.5
+
+
+def tradeoff_drawings(subjects: Sequence[Subject], colors: Mapping[str, str]) -> list[Drawing]:
+    """A figure for every measured quality and every cost that two models at least are known by; for
+    the validation loss where nothing was measured."""
+    drawings = _drawings(subjects, colors, QUALITIES)
+    return drawings or _drawings(subjects, colors, [DISTILLATION_LOSS])
+
+
+def _drawings(
+    subjects: Sequence[Subject], colors: Mapping[str, str], qualities: Sequence[Column]
+) -> list[Drawing]:
+    pairs = ((quality, cost) for quality in qualities for cost in _AXES)
+    return [
+        _drawing(known, colors, cost, quality)
+        for quality, cost in pairs
+        if len(known := placed(subjects, cost, quality)) >= _FEWEST
+    ]
+
+
+@styled()
+def _drawing(
+    subjects: Sequence[Subject], colors: Mapping[str, str], cost: Column, quality: Column
+) -> Drawing:
+    figure = new_figure(height=3.4)
+    axes = figure.subplots()
+    best = front(subjects, cost, quality)
+    _draw_front(axes, best, cost, quality)
+    for subject in subjects:
+        spread = quality.spread(subject) if quality.spread else None
+        axes.errorbar(
+            cost.value(subject),
+            quality.value(subject),
+            spread,
+            fmt="D" if subject.is_float else "o",
+            color=colors[subject.name],
+            markeredgecolor=INK if subject in best else "white",
+            markeredgewidth=1.1 if subject in best else 0.5,
+            elinewidth=1,
+            zorder=2 if colors[subject.name] == FAINT else 3,
+        )
+    axes.set(xlabel=cost.axis, ylabel=quality.axis)
+    axes.margins(0.08)
+    _set_cost_scale(axes, [cost.value(subject) for subject in subjects])
+    add_legend(figure, _legend(subjects, colors))
+    relative = f" Runtime 1 is {runtime_reference(subjects)}." if cost.key == "runtime" else ""
+    spreads = " Bars: ± one standard deviation." if quality.spread else ""
+    points = ", ".join(
+        f"{s.name}: {quality.text(s)} {quality.unit} at {cost.text(s)} {cost.unit}" for s in best
+    )
+    notes = f"{relative}{spreads}{note_on_grey(subjects, colors)}"
+    return Drawing(
+        f"{quality.key}_{cost.key}",
+        f"{quality.name[0].upper()}{quality.name[1:]} and {cost.name}",
+        "Each point is a model, a diamond in float. The line is the Pareto front: nothing is both "
+        f"cheaper and better than what is ringed.{notes}",
+        figure,
+        f"On the Pareto front {points}",
+    )
+
+
+def _draw_front(axes: Axes, best: Sequence[Subject], cost: Column, quality: Column) -> None:
+    """As a staircase: what a given cost can buy."""
+    costs = [cost.value(subject) for subject in best]
+    qualities = [quality.value(subject) for subject in best]
+    axes.plot(costs, qualities, drawstyle="steps-post", color=MUTED, linewidth=1, zorder=1)
+
+
+def _set_cost_scale(axes: Axes, costs: Sequence[float]) -> None:
+    """Logarithmic, with readable ticks, where costs differ by more than some per cent."""
+    if min(costs) > 0 and max(costs) > _LOG_RATIO * min(costs):
+        axes.set_xscale("log")
+        ticks = (1, 2, 5) if max(costs) > 10 * min(costs) else (1, 1.5, 2, 3, 4, 5, 7)
+        axes.xaxis.set_major_locator(LogLocator(subs=ticks))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _legend(subjects: Sequence[Subject], colors: Mapping[str, str]) -> list[Line2D]:
+    return [
+        Line2D(
+            [],
+            [],
+            linestyle="",
+            marker="D" if subject.is_float else "o",
+            color=colors[subject.name],
+            label=subject.name,
+        )
+        for subject in standing_out(subjects, colors)
+    ]

@@ -1,0 +1,190 @@
+"""The page: one HTML file with everything in it, and the figures as files beside."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain, count
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from fairseq_lowbit import __version__
+from fairseq_lowbit.files import atomic_write
+from fairseq_lowbit.report.drawing import Drawing
+from fairseq_lowbit.report.style import as_bytes
+
+# Above this many bytes a figure of lines is larger, and slower to show, than its pixels.
+_MOST_SVG = 200_000
+_FILES = ("png", "pdf")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as it stands on the page.
+
+    Attributes:
+        source: all of it, as a data URI.
+        alt: what it shows, in words.
+    """
+
+    title: str
+    caption: str
+    source: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pictures that belong together.
+
+    Attributes:
+        title: None for the only group of a section.
+        notes: paragraphs before them.
+    """
+
+    pictures: Sequence[Picture] = ()
+    title: str | None = None
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page with figures.
+
+    Attributes:
+        anchor: what links lead to.
+    """
+
+    anchor: str
+    title: str
+    groups: Sequence[Group]
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Head:
+    """Above a column of the comparison."""
+
+    title: str
+    unit: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the comparison.
+
+    Attributes:
+        anchor: of the details, None without any.
+        color: in the figures.
+        details: what differs from the others, in small letters.
+        status: empty for a finished run.
+        message: why something is missing; empty where nothing is.
+    """
+
+    name: str
+    anchor: str | None
+    color: str
+    precision: str
+    details: str
+    status: str
+    message: str
+    cells: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a run was, for who wants to know exactly.
+
+    Attributes:
+        facts: (what, value).
+        plan_heads, plan_rows: the resolved precision, the total last; no rows without a plan.
+        configuration: YAML; empty if it is not known.
+        is_told_by_another: a fact tells the configuration, so that it need not be printed.
+    """
+
+    anchor: str
+    name: str
+    summary: str
+    facts: Sequence[tuple[str, str]]
+    plan_heads: Sequence[str]
+    plan_rows: Sequence[Sequence[str]]
+    configuration: str
+    is_told_by_another: bool = False
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that a report says.
+
+    Attributes:
+        created: date and time.
+        problems: what could not be read, or did not work.
+        findings: sentences below the comparison.
+        environment: (topic, lines).
+    """
+
+    title: str
+    created: str
+    summary: str
+    problems: Sequence[str]
+    heads: Sequence[Head]
+    lines: Sequence[Line]
+    findings: Sequence[str]
+    sections: Sequence[Section]
+    details: Sequence[Details]
+    environment: Sequence[tuple[str, Sequence[str]]]
+    version: str = __version__
+
+
+@dataclass
+class Pictures:
+    """Makes pictures of drawings, and leaves each in a folder as PNG and PDF too."""
+
+    folder: Path
+    names: list[str] = field(default_factory=list)
+
+    def add(self, drawing: Drawing) -> Picture:
+        """Raises LowbitError when the folder cannot be written."""
+        stem = self._unused(drawing.name)
+        files = {kind: as_bytes(drawing.figure, kind) for kind in _FILES}
+        for kind, content in files.items():
+            with atomic_write(self.folder / f"{stem}.{kind}", "wb") as file:
+                file.write(content)
+        vectors = as_bytes(drawing.figure, "svg")
+        kind, content = "svg+xml", vectors
+        if len(vectors) > max(_MOST_SVG, len(files["png"])):
+            kind, content = "png", files["png"]
+        source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+        return Picture(drawing.title, drawing.caption, source, drawing.alt or drawing.caption)
+
+    def _unused(self, name: str) -> str:
+        """A name for files that no other drawing has; models may be named alike."""
+        numbered = (f"{name}_{number}" for number in count(2))
+        free = next(stem for stem in chain([name], numbered) if stem not in self.names)
+        self.names.append(free)
+        return free
+
+
+def figures_folder(page: Path) -> Path:
+    """Beside the page: ``report.html`` -> ``report_figures``."""
+    return page.with_name(f"{page.stem}_figures")
+
+
+def render(page: Page) -> str:
+    """The HTML. Whatever a user named is escaped."""
+    environment = Environment(
+        loader=PackageLoader("fairseq_lowbit.report.page", "template"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html").render(page=page)
+
+
+def write_page(page: Page, path: Path) -> None:
+    """Replaces ``path`` at once or not at all; raises LowbitError when it cannot be written."""
+    html = render(page)
+    with atomic_write(path) as file:
+        file.write(html)

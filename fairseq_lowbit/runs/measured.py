@@ -1,0 +1,152 @@
+"""Measuring many runs, each once: what was measured stands beside the run until either changes."""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fairseq_lowbit import __version__
+from fairseq_lowbit.errors import LowbitError, describe
+from fairseq_lowbit.evaluation.quality import (
+    Candidate,
+    Quality,
+    Reference,
+    read_held_out,
+    read_quality,
+)
+from fairseq_lowbit.files import atomic_write
+from fairseq_lowbit.models import load_model
+from fairseq_lowbit.runs.folder import Run
+
+logger = logging.getLogger(__name__)
+
+RESULTS_FILE = "evaluation.json"
+_HELD_OUT = ("test.tsv", "test.km", "words_train.tsv", "words_test.tsv")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of a run, and of its teacher on the same audio (None without one); both
+    rows are named by their precision."""
+
+    row: Quality
+    teacher: Quality | None
+
+
+def stored_measurement(run: Run, seconds: float) -> Measurement | None:
+    """What an earlier table measured, if run, teacher, data and ``seconds`` are the same still."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        stored = json.loads(_results(run).read_text())
+        if stored["of"] == _fingerprint(run, seconds):
+            teacher = stored["teacher"]
+            return Measurement(read_quality(stored["row"]), teacher and read_quality(teacher))
+    return None
+
+
+def measure_runs(
+    runs: Iterable[Run], seconds: float, progress: Callable[[Run], None]
+) -> Iterator[tuple[Run, Measurement | str]]:
+    """Measures runs, those of one teacher and data folder after each other, and stores the results
+    beside them.
+
+    Args:
+        runs: each with a checkpoint.
+        seconds: audio to measure on.
+        progress: called with each run before it is measured.
+
+    Yields:
+        each run with its measurement, or with a message why it could not be measured.
+    """
+    for (data, teacher), members in groupby(sorted(runs, key=_group), key=_group):
+        bench = _Bench(data, teacher, seconds)
+        for run in members:
+            progress(run)
+            # Of the files as they are now: a run may go on while it is measured.
+            fingerprint = _fingerprint(run, seconds)
+            try:
+                measurement = bench.measure(run)
+            except Exception as error:  # one broken run must not cost the others their rows
+                logger.debug("cannot measure %s", run.folder, exc_info=True)
+                yield run, describe(error)
+            else:
+                _store(run, fingerprint, measurement)
+                yield run, measurement
+
+
+def _group(run: Run) -> tuple[str, str]:
+    return str(run.data or ""), str(run.teacher or "")
+
+
+class _Bench:
+    """One teacher and one data folder, loaded when the first run asks for them."""
+
+    def __init__(self, data: str, teacher: str, seconds: float) -> None:
+        self._data, self._teacher, self._seconds = data, teacher, seconds
+        self._reference: Reference | None = None
+        self._teacher_row: Quality | None = None
+        self._mistake: LowbitError | None = None
+
+    def measure(self, run: Run) -> Measurement:
+        with torch.inference_mode():
+            if not self._teacher:
+                return Measurement(self._refer_to(run.checkpoint)[1], None)
+            self._load_teacher()
+            candidate = Candidate.of(load_model(run.checkpoint))
+            return Measurement(self._reference.measure(candidate), self._teacher_row)
+
+    def _load_teacher(self) -> None:
+        """Once; what is wrong with the teacher or the data is wrong for every run."""
+        if self._mistake is not None:
+            raise self._mistake
+        if self._reference is None:
+            try:
+                self._reference, self._teacher_row = self._refer_to(self._teacher)
+            except LowbitError as error:
+                self._mistake = error
+                raise
+
+    def _refer_to(self, checkpoint: str | Path) -> tuple[Reference, Quality]:
+        """A model as the measure of others, and its own row."""
+        if not self._data:
+            raise LowbitError("its configuration names no data to measure on: give --data")
+        loaded = load_model(checkpoint)
+        reference = Reference(loaded, read_held_out(Path(self._data), loaded, self._seconds))
+        return reference, reference.measure_teacher(loaded.model.plan.precision.name)
+
+
+def _store(run: Run, fingerprint: dict[str, Any], measurement: Measurement) -> None:
+    # In a folder that is not ours to write to, the next table measures again.
+    with suppress(LowbitError), atomic_write(_results(run)) as file:
+        json.dump({"of": fingerprint, **asdict(measurement)}, file, indent=1)
+
+
+def _results(run: Run) -> Path:
+    """In the run's folder, or next to a checkpoint outside of any."""
+    if run.folder == run.checkpoint:
+        return run.checkpoint.with_suffix(f".{RESULTS_FILE}")
+    return run.folder / RESULTS_FILE
+
+
+def _fingerprint(run: Run, seconds: float) -> dict[str, Any]:
+    """Changes with whatever a measurement depends on, but not when folders are moved."""
+    return {
+        "version": __version__,
+        "seconds": seconds,
+        "checkpoint": _stamp(run.checkpoint),
+        "teacher": run.teacher and _stamp(run.teacher),
+        "data": run.data and {name: _stamp(run.data / name) for name in _HELD_OUT},
+    }
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Size and time of the last change; None for a file that is not there."""
+    with suppress(OSError):
+        status = path.stat()
+        return [status.st_size, status.st_mtime_ns]
+    return None
