@@ -6,17 +6,21 @@ the curves of one run are comparable.
 
 import math
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.nn import quantizers
 from fairseq_lowbit.quantization import Codes, Quantizer
 from fairseq_lowbit.quantization.calibration import thin
+
+Batch = TypeVar("Batch")
 
 COLLAPSED = 0.05
 # Values per quantizer: to sort all of them would take longer than the forward.
@@ -76,9 +80,26 @@ def split_layer(name: str) -> tuple[int | None, str]:
     return (int(match[1]), match[2]) if match else (None, name)
 
 
+def every_layer(model: Hubert, waveform: Tensor) -> list[Tensor]:
+    """Runs every operator of ``model``; the outputs of layers 1..L, [batch, frames, dim] each."""
+    outputs, _ = model.hidden_states(waveform)
+    model.project_final(outputs[-1])  # the last quantizers there may be
+    return outputs
+
+
 @torch.no_grad()
-def measure_health(model: Hubert, waveform: Tensor) -> Health:
-    """Runs ``model`` in eval mode on ``waveform`` [batch, samples], all of it valid."""
+def measure_health(
+    model: nn.Module,
+    batch: Batch,
+    forward: Callable[[Batch], Sequence[Tensor]] | None = None,
+) -> Health:
+    """Runs ``model`` in eval mode on ``batch``, all of it valid.
+
+    Args:
+        forward: runs ``model`` on ``batch`` and returns the outputs of its layers; none are needed
+            for the health of quantizers. Default: a :class:`Hubert` on [batch, samples].
+    """
+    forward = forward or partial(every_layer, model)
     measured: list[QuantizerHealth] = []
     handles = [
         quantizer.register_forward_hook(_observer(name, measured))
@@ -87,8 +108,7 @@ def measure_health(model: Hubert, waveform: Tensor) -> Health:
     was_training = model.training
     model.eval()
     try:
-        outputs, _ = model.hidden_states(waveform)
-        model.project_final(outputs[-1])  # the last quantizers there may be
+        outputs = forward(batch)
     finally:
         for handle in handles:
             handle.remove()
