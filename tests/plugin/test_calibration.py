@@ -141,7 +141,7 @@ hydra:
 def test_a_task_of_fairseq_trains_a_quantized_model(train_bigrams: Callable) -> None:
     run = train_bigrams()
     assert run.status == 0, run.output
-    assert "calibrating on 5 batches" in run.output
+    assert "calibrating on 7 batches" in run.output
     plan = json.loads((run.checkpoints / "precision_plan.json").read_text())
     assert [entry["module"] for entry in plan["entries"]] == ["inner", "outer"]
     (record,) = run.health()
