@@ -2,15 +2,16 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from fairseq_lowbit.configurations import read_model_config, rules_overrides, training_config
-from fairseq_lowbit.data.calibration_audio import CalibrationAudio
+from fairseq_lowbit.data.calibration_audio import CalibrationAudio, CalibrationConfig
 from fairseq_lowbit.data.manifest import Manifest
-from fairseq_lowbit.data.recordings import AudioOptions, Recordings
-from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.data.recordings import LABEL_RATE, AudioConfig, AudioOptions, Recordings
+from fairseq_lowbit.errors import LowbitError, describe_config_error
 from fairseq_lowbit.evaluation.ptq import Calibrated, post_training_quantized
 from fairseq_lowbit.models import Hubert, LoadedModel, WithoutWeights
 from fairseq_lowbit.models.extractor import receptive_field
@@ -101,13 +102,29 @@ def check_criterion(args: argparse.Namespace, teacher: LoadedModel, precision: P
             )
 
 
+@dataclass
+class _TaskSection(AudioConfig):
+    """What calibration depends on; its types check what a user wrote."""
+
+    label_rate: float = LABEL_RATE
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+
+def _read_task(config: DictConfig) -> _TaskSection:
+    given = {e.name: config.task[e.name] for e in fields(_TaskSection) if e.name in config.task}
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_TaskSection), given))
+    except OmegaConfBaseException as error:
+        raise LowbitError(describe_config_error(error, "task")) from error
+
+
 def quantize(teacher: LoadedModel, config: DictConfig, manifest: Manifest) -> Calibrated:
     """``teacher`` as a training of ``config`` on ``manifest`` starts with it.
 
     Raises:
         LowbitError: settings that make no sense; no file of a usable size; too many unusable ones.
     """
-    task = config.task
+    task = _read_task(config)
     frame = receptive_field(teacher.model.conv_layers)
     options = AudioOptions.from_config(task, frame, config.common.seed)
     return post_training_quantized(

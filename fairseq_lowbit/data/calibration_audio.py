@@ -1,8 +1,8 @@
 """What is calibrated on, before training and without any: seeded batches of which little is cut."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -37,8 +37,7 @@ class CalibrationAudio:
         require_number("calibration.max_seconds", self.max_seconds, 0, excluded=True)
 
     @classmethod
-    def from_config(cls, calibration: Any) -> "CalibrationAudio":
-        """What the ``task.calibration`` section of a training configuration says."""
+    def from_config(cls, calibration: "CalibrationConfig") -> "CalibrationAudio":
         return cls(**{entry.name: getattr(calibration, entry.name) for entry in fields(cls)})
 
     def require(self, frame: int, rate: int = SAMPLE_RATE) -> None:
@@ -70,6 +69,28 @@ class CalibrationAudio:
         batches = np.array_split(by_size, -(-len(sizes) // self.batch_size))
         chosen = random.permutation(len(batches))[: self.batches]
         return [batches[index].tolist() for index in chosen]
+
+
+@dataclass
+class CalibrationConfig:
+    """The ``task.calibration`` section of a training configuration."""
+
+    batches: int = field(
+        default=CalibrationAudio.batches, metadata={"help": "batches of the calibration pass"}
+    )
+    batch_size: int = field(
+        default=CalibrationAudio.batch_size, metadata={"help": "utterances per batch"}
+    )
+    max_seconds: float = field(
+        default=CalibrationAudio.max_seconds, metadata={"help": "longest cut of an utterance"}
+    )
+    seed: int = field(default=CalibrationAudio.seed, metadata={"help": "which utterances"})
+    criterion: str = field(
+        default="mse", metadata={"help": "what a scale fits: mse, absmax or percentile"}
+    )
+    percentile: float = field(
+        default=99.9, metadata={"help": "percentage of magnitudes that are not clipped"}
+    )
 
 
 class CalibrationBatch(NamedTuple):

@@ -1,8 +1,8 @@
 """The usable recordings of a manifest, as training and calibration read and cut them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from logging import getLogger
-from typing import Any
+from typing import Optional
 
 import numpy as np
 import torch
@@ -11,13 +11,37 @@ from torch.nn import functional as F
 
 from fairseq_lowbit.data.audio import SAMPLE_RATE, UnusableAudio, read_audio
 from fairseq_lowbit.data.manifest import Manifest
-from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.errors import LowbitError, require_number
 
 logger = getLogger(__name__)
 
 FIRST_EPOCH = 1
 LABEL_RATE = 50.0
 _MAX_SUBSTITUTES = 20
+
+
+@dataclass
+class AudioConfig:
+    """The keys of a training configuration's ``task`` section that say how utterances are chosen,
+    read and cut."""
+
+    sample_rate: int = field(default=SAMPLE_RATE, metadata={"help": "rate of the audio in Hz"})
+    normalize: bool = field(
+        default=False, metadata={"help": "zero mean, unit variance per utterance"}
+    )
+    pad_audio: bool = field(
+        default=False, metadata={"help": "pad a batch to its longest instead of cutting it"}
+    )
+    random_crop: bool = field(default=True, metadata={"help": "cut at a random place"})
+    min_sample_size: Optional[int] = field(
+        default=None, metadata={"help": "leave out shorter utterances, in samples"}
+    )
+    max_keep_size: Optional[int] = field(
+        default=None, metadata={"help": "leave out longer utterances, in samples"}
+    )
+    max_sample_size: Optional[int] = field(
+        default=250_000, metadata={"help": "cut utterances to this many samples"}
+    )
 
 
 @dataclass(frozen=True)
@@ -27,6 +51,9 @@ class AudioOptions:
     Attributes:
         label_rate: labels per second; a cut begins with a whole one, so that labels and frames
             stay aligned.
+
+    Raises:
+        LowbitError: a rate that makes no sense.
     """
 
     sample_rate: int = SAMPLE_RATE
@@ -39,13 +66,18 @@ class AudioOptions:
     seed: int = 1
     label_rate: float = LABEL_RATE
 
+    def __post_init__(self) -> None:
+        require_number("task.sample_rate", self.sample_rate, 1)
+        require_number("task.label_rate", self.label_rate, 0, excluded=True)
+
     @classmethod
-    def from_config(cls, task: Any, frame: int, seed: int) -> "AudioOptions":
-        """What the ``task`` section of a training configuration says.
+    def from_config(cls, task: AudioConfig, frame: int, seed: int) -> "AudioOptions":
+        """The reading that a training configuration asks for.
 
         Args:
+            task: its ``task`` section, with ``label_rate`` where there are labels.
             frame: samples of the model's first frame, the least that a recording must have.
-            seed: ``common.seed``.
+            seed: its ``common.seed``.
         """
         return cls(
             sample_rate=task.sample_rate,

@@ -4,7 +4,6 @@ leaves the plan and health records beside its checkpoints."""
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from fairseq import utils
 from fairseq.data import data_utils
 from torch import Tensor
 
-from fairseq_lowbit.data.calibration_audio import CalibrationAudio
+from fairseq_lowbit.data.calibration_audio import CalibrationConfig
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.monitoring.collapse import CollapseWatch
 from fairseq_lowbit.monitoring.health import collapsed_layers, measure_health
@@ -35,26 +34,6 @@ logger = logging.getLogger(__name__)
 
 HEALTH_INTERVAL = 200
 _NAMED = 3
-
-
-@dataclass
-class CalibrationConfig:
-    batches: int = field(
-        default=CalibrationAudio.batches, metadata={"help": "batches of the calibration pass"}
-    )
-    batch_size: int = field(
-        default=CalibrationAudio.batch_size, metadata={"help": "utterances per batch"}
-    )
-    max_seconds: float = field(
-        default=CalibrationAudio.max_seconds, metadata={"help": "longest cut of an utterance"}
-    )
-    seed: int = field(default=CalibrationAudio.seed, metadata={"help": "which utterances"})
-    criterion: str = field(
-        default="mse", metadata={"help": "what a scale fits: mse, absmax or percentile"}
-    )
-    percentile: float = field(
-        default=99.9, metadata={"help": "percentage of magnitudes that are not clipped"}
-    )
 
 
 class QuantizedTraining:

@@ -13,10 +13,14 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II
 
-from fairseq_lowbit.data.calibration_audio import CalibrationAudio, calibration_batches
+from fairseq_lowbit.data.calibration_audio import (
+    CalibrationAudio,
+    CalibrationConfig,
+    calibration_batches,
+)
 from fairseq_lowbit.data.label_file import LabelFile, count_classes, read_dictionary
 from fairseq_lowbit.data.manifest import check_manifest, read_manifest
-from fairseq_lowbit.data.recordings import AudioOptions
+from fairseq_lowbit.data.recordings import LABEL_RATE, AudioConfig, AudioOptions
 from fairseq_lowbit.distillation import same_front_end
 from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.models import Hubert, LoadedModel, load_model, start_from
@@ -24,7 +28,7 @@ from fairseq_lowbit.models.extractor import receptive_field
 from fairseq_lowbit.monitoring.health import every_layer, measure_health, refuse_collapsed
 from fairseq_lowbit.plugin.dataset import SpeechDataset
 from fairseq_lowbit.plugin.processes import gather, is_first, refuse_different_data, together
-from fairseq_lowbit.plugin.quantized_training import HEALTH_INTERVAL, CalibrationConfig
+from fairseq_lowbit.plugin.quantized_training import HEALTH_INTERVAL
 from fairseq_lowbit.plugin.run_files import UnusableFiles
 from fairseq_lowbit.plugin.stages import Stage
 
@@ -32,25 +36,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class SpeechTaskConfig(FairseqDataclass):
+class SpeechTaskConfig(AudioConfig, FairseqDataclass):
     data: Optional[str] = field(default=None, metadata={"help": "folder of the manifests"})
-    sample_rate: int = field(default=16_000, metadata={"help": "rate of the audio in Hz"})
-    normalize: bool = field(
-        default=False, metadata={"help": "zero mean, unit variance per utterance"}
-    )
-    pad_audio: bool = field(
-        default=False, metadata={"help": "pad a batch to its longest instead of cutting it"}
-    )
-    random_crop: bool = field(default=True, metadata={"help": "cut at a random place"})
-    min_sample_size: Optional[int] = field(
-        default=None, metadata={"help": "leave out shorter utterances, in samples"}
-    )
-    max_keep_size: Optional[int] = field(
-        default=None, metadata={"help": "leave out longer utterances, in samples"}
-    )
-    max_sample_size: Optional[int] = field(
-        default=250_000, metadata={"help": "cut utterances to this many samples"}
-    )
     max_unusable: float = field(
         default=0.05, metadata={"help": "share of unusable files at which a run gives up"}
     )
@@ -73,7 +60,7 @@ class LowbitPretrainingConfig(SpeechTaskConfig):
         default_factory=lambda: ["km"], metadata={"help": "extension of the label files"}
     )
     label_dir: Optional[str] = field(default=None, metadata={"help": "default: the data folder"})
-    label_rate: float = field(default=50.0, metadata={"help": "labels per second"})
+    label_rate: float = field(default=LABEL_RATE, metadata={"help": "labels per second"})
     teacher: Optional[str] = field(
         default=None, metadata={"help": "checkpoint a student starts from, trained on these labels"}
     )

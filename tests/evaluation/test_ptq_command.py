@@ -89,6 +89,10 @@ def test_rules_and_criteria_reach_the_result(
             "calibration.max_seconds 0.001: give a number from 0.025 up",
         ),
         ((*W8A8, "--seed", "-1"), "seed -1"),
+        ((*W8A8, "--override", "task.min_sample_size=100000"), "see task.min_sample_size and"),
+        ((*W8A8, "--override", "task.min_sample_size=half"), "task.min_sample_size: Value 'half'"),
+        ((*W8A8, "--override", "task.min_sampl_size=1"), "task.min_sampl_size"),
+        ((*W8A8, "--override", "+task.label_rate=0"), "task.label_rate 0.0: give a number above 0"),
     ],
 )
 def test_mistakes_are_named_and_nothing_is_written(
@@ -139,6 +143,7 @@ def test_the_audio_is_chosen(teacher: LoadedModel, data: Path, tmp_path: Path) -
     usual, one, other = scales(), scales(*less), scales(*less, "--seed", "2")
     assert usual == scales("--batches", "8", "--seconds", "10", "--seed", "1")
     assert usual != one != other
+    assert usual != scales("--override", "task.min_sample_size=12000")
 
 
 def test_a_folder_that_is_not_there(teacher: LoadedModel, data: Path, tmp_path: Path) -> None:

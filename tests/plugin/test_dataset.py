@@ -10,12 +10,12 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask
 
 from fairseq_lowbit.configurations import compose_config
+from fairseq_lowbit.data.calibration_audio import CalibrationConfig
 from fairseq_lowbit.data.label_file import LabelFile
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.data.recordings import AudioOptions
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.plugin.dataset import NO_LABEL, SpeechDataset
-from fairseq_lowbit.plugin.quantized_training import CalibrationConfig
 
 # Shorter than every file: all sizes tie, and every utterance is cut at random.
 CUT = AudioOptions(max_size=12_000)

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fairseq_lowbit.configurations import ModelConfig, compose_config
+from fairseq_lowbit.data.calibration_audio import CalibrationConfig
 from fairseq_lowbit.errors import LowbitError, describe_config_error
 from fairseq_lowbit.plugin.callback import user_mistake
 from fairseq_lowbit.plugin.criterions import (
@@ -21,7 +22,6 @@ from fairseq_lowbit.plugin.criterions import (
     LowbitKdCriterion,
 )
 from fairseq_lowbit.plugin.optimizer import LowbitAdam, LowbitAdamConfig
-from fairseq_lowbit.plugin.quantized_training import CalibrationConfig
 from fairseq_lowbit.plugin.tasks import LowbitDistillationConfig, LowbitDistillationTask
 from fairseq_lowbit.plugin.trainer import _describe
 
