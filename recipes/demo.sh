@@ -40,7 +40,7 @@ speed_of_distillation() {
 learn() { distil "$1" "hydra.run.dir=$work/$1" "optimization.max_update=$(<"$work/$1.updates")"; }
 
 evaluate() {
-    local precision arguments=(--ptq bitla_w1a1)
+    local precision arguments=(--ptq bitla_w1a1 --override run=demo_student)
     for precision in "${students[@]}"; do
         arguments+=(--student "QAT bitla_$precision=$work/$precision/checkpoints/checkpoint_last.pt")
     done
