@@ -112,17 +112,17 @@ def _attach_operator(module: Operator, entry: PlanEntry, precision: Precision) -
 def _weight_quantizer(module: Operator, entry: PlanEntry, squash_std: float) -> Quantizer:
     shape = module.weight_shape
     channels, inputs = shape[0], shape[1:].numel()
-    row_size = {"per_tensor": None, "per_channel": inputs, "per_group": entry.group_size}[
+    group_size = {"per_tensor": None, "per_channel": inputs, "per_group": entry.group_size}[
         entry.granularity
     ]
     bits = entry.weight_bits
     if entry.method == "squashed":
         return SquashedQuantizer(bits, channels, inputs, squash_std)
     if entry.method in PLAIN_RANGE:
-        return UniformQuantizer(entry.method, bits, row_size)
+        return UniformQuantizer(entry.method, bits, group_size)
     levels = mid_rise(bits) if entry.method == "stretched" else signed(bits)
-    scales = None if row_size is None else shape.numel() // row_size
-    return ElasticQuantizer(levels, row_size or shape.numel(), scales, row_size)
+    scales = None if group_size is None else shape.numel() // group_size
+    return ElasticQuantizer(levels, group_size or shape.numel(), scales, group_size)
 
 
 def _input_quantizer(module: Operator, entry: PlanEntry) -> Quantizer:
@@ -290,7 +290,7 @@ def _calibrate_weights(model: nn.Module, criterion: Criterion) -> dict[str, floa
         if isinstance(quantizer, ElasticQuantizer):
             weight = module.stored_weight()
             quantizer.set_scale(
-                fit_weight_scale(weight, quantizer.levels, quantizer.row_size, criterion)
+                fit_weight_scale(weight, quantizer.levels, quantizer.group_size, criterion)
             )
         elif isinstance(quantizer, SquashedQuantizer) and not quantizer.is_calibrated:
             weight = module.stored_weight()

@@ -100,7 +100,7 @@ def test_same_bits_give_the_same_output(calibrated: Hubert) -> None:
 
 def test_level_sets_follow_the_contract() -> None:
     model = build()
-    sets = {name: q.levels.kind for name, q in quantizers(model)}
+    sets = {name: q.levels.name for name, q in quantizers(model)}
     non_negative = {name for name, kind in sets.items() if kind == "non_negative"}
     expected = {f"feature_extractor.conv_layers.{i}.0.input_quantizer" for i in (1, 2)}
     for i in range(2):
@@ -108,7 +108,7 @@ def test_level_sets_follow_the_contract() -> None:
         expected |= {f"encoder.layers.{i}.self_attn.probabilities_quantizer"}
     assert non_negative == expected
     assert {kind for name, kind in sets.items() if name not in non_negative} == {"signed"}
-    one_bit = {q.levels.kind for _, q in quantizers(Hubert(TINY, precision=Precision("bitl_w1a1")))}
+    one_bit = {q.levels.name for _, q in quantizers(Hubert(TINY, precision=Precision("bitl_w1a1")))}
     assert one_bit == {"sign", "non_negative"}
 
 

@@ -96,7 +96,7 @@ def calibrated(precision: Precision) -> Hubert:
 
 
 def kind_of(quantizer: Quantizer) -> tuple[type, str]:
-    return type(quantizer), quantizer.levels.kind
+    return type(quantizer), quantizer.levels.name
 
 
 @METHOD
