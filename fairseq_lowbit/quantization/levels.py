@@ -13,7 +13,6 @@ from fairseq_lowbit.errors import LowbitError
 
 # Of nothing but zeros: with it they are decoded as zero by a set that lacks that level too.
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-_GELU_NON_NEGATIVE_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -159,15 +158,6 @@ def mid_rise(bits: int) -> LevelSet:
     step = 2.0 ** (1 - _checked(bits))
     top = 2**bits - 1
     return LevelSet("mid_rise", bits, 0, top, 1, step, step / 2 - 1, True, step / 2)
-
-
-def after_gelu(bits: int) -> LevelSet:
-    """The set of least error for GELU outputs: non-negative up to 4 bits, signed above.
-
-    Few levels are best spent on the positive side; from 5 bits on, losing the small negative lobe
-    would cost more than anything else (docs/numerics.md has the errors).
-    """
-    return non_negative(bits) if bits <= _GELU_NON_NEGATIVE_BITS else signed(bits)
 
 
 def _checked(bits: int) -> int:

@@ -1,5 +1,7 @@
 """What every quantizer offers, and what those with learned parameters share."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,12 @@ SHIFT_GROUP = "quantizer_shift"
 
 class UncalibratedError(RuntimeError):
     """A quantizer was used before calibration or before loading a calibrated checkpoint."""
+
+
+def keep_dtype(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """What ``fn``, a conversion of ``nn.Module.to`` and the like, does to the device alone."""
+    moved = fn(tensor)
+    return moved if moved.dtype == tensor.dtype else tensor.to(device=moved.device)
 
 
 class Affine(NamedTuple):
@@ -137,13 +145,9 @@ class LearnedQuantizer(Quantizer):
                 "quantizers are calibrated"
             )
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LearnedQuantizer":
         # .half() and .bfloat16() must not touch the parameters: only the device is followed.
-        def keep_dtype(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if moved.dtype == t.dtype else t.to(device=moved.device)
-
-        return super()._apply(keep_dtype, recurse)
+        return super()._apply(partial(keep_dtype, fn), recurse)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -19,6 +19,9 @@ from fairseq_lowbit.quantization.quantizer import SCALE_GROUP, LearnedQuantizer
 from fairseq_lowbit.quantization.recompute import Recomputable
 
 SQUASHED_GROUP = "squashed_weight"
+# Standard deviation of P, up to so many weight bits. 0.84 is where tanh(N(0, s^2)) is closest to
+# U(-1, 1), but at 4 and 8 bits it clips more than rounding costs (docs/numerics.md has the errors).
+_SPREADS = ((2, 0.84), (4, 0.5), (8, 0.3))
 _LIMIT = 0.999
 _BISECTIONS = 30
 _TOLERANCE = 0.01
@@ -137,10 +140,19 @@ def _spread(rows: Tensor, log_gain: Tensor) -> Tensor:
     return _unsquash(rows, log_gain).std(1, correction=0, keepdim=True)
 
 
-def squash_penalty(unsquashed: Iterable[Tensor], target_std: float) -> Tensor:
+def default_squash_std(bits: int) -> float:
+    """The standard deviation of P that weights of so many bits are fitted and held to."""
+    return next(std for most_bits, std in _SPREADS if bits <= most_bits)
+
+
+def squash_penalty(weights: Iterable[tuple[Tensor, float]]) -> Tensor:
     """Mean over tensors P of (std(P) - target_std)^2 + mean(P)^2, () fp32: keeps tanh(P) spread
-    over its levels."""
-    return torch.stack([_Spread.apply(p, target_std) for p in unsquashed]).mean()
+    over its levels.
+
+    Args:
+        weights: each P with its target_std.
+    """
+    return torch.stack([_Spread.apply(p, std) for p, std in weights]).mean()
 
 
 class _Spread(torch.autograd.Function):

@@ -129,9 +129,9 @@ def run(quantizer: Quantizer, x: Tensor, g: Tensor, ratio: Tensor | None) -> lis
 
 def test_the_penalty_does_not_see_them_either(small) -> None:
     p = (random(8, 30) + 0.4).requires_grad_()
-    whole = squash_penalty([p], 0.84)
+    whole = squash_penalty([(p, 0.84)])
     (expected,) = torch.autograd.grad(whole, p)
     small(13)
-    penalty = squash_penalty([p], 0.84)
+    penalty = squash_penalty([(p, 0.84)])
     torch.testing.assert_close(penalty, whole)
     torch.testing.assert_close(torch.autograd.grad(penalty, p)[0], expected)
