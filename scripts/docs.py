@@ -17,34 +17,51 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"(<!-- command: ([^\n]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"^(<!-- command: (.+) -->\n)((?:.*\n)*?)(<!-- end -->)", re.MULTILINE)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare only")
-    is_check = parser.parse_args().check
+    parser.add_argument("--configurations", action="store_true", help="list the files of config/")
+    args = parser.parse_args()
+    if args.configurations:
+        print(configurations())
+        return 0
+    stale = stale_pages(is_written=not args.check)
+    for path in stale:
+        name = path.relative_to(ROOT)
+        print(f"{name} is stale: python scripts/docs.py" if args.check else f"{name} was rewritten")
+    return int(args.check and bool(stale))
+
+
+def stale_pages(is_written: bool) -> list[Path]:
+    """Pages with a block that its command would print otherwise; ``is_written`` renews them."""
     stale = []
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         old = path.read_text(encoding="utf-8")
         new = with_fresh_blocks(old, printed)
         if new != old:
             stale.append(path)
-            if not is_check:
+            if is_written:
                 path.write_text(new, encoding="utf-8")
-    for path in stale:
-        name = path.relative_to(ROOT)
-        print(f"{name} is stale: python scripts/docs.py" if is_check else f"{name} was rewritten")
-    return int(is_check and bool(stale))
+    return stale
 
 
 def with_fresh_blocks(text: str, run: Callable[[str], str]) -> str:
-    """``text`` with every block replaced by what ``run`` returns for its command."""
+    """``text`` with every block replaced by what ``run`` returns for its command.
+
+    Raises:
+        SystemExit: a block without an end.
+    """
+    if text.count("\n<!-- command: ") != text.count("\n<!-- end -->"):
+        sys.exit("a <!-- command: ... --> has no <!-- end -->, each on a line of its own")
     return BLOCK.sub(lambda block: f"{block[1]}\n{as_markdown(run(block[2]))}\n{block[4]}", text)
 
 
@@ -93,7 +110,7 @@ def as_markdown(output: str) -> str:
     notes = [f"- {line}" for line in lines[end + 1 :] if line]
     return "\n".join(
         [
-            *(f"{line}:\n" for line in lines[:start]),
+            *(f"{line[:1].upper()}{line[1:]}:\n" for line in lines[:start]),
             *(f"| {' | '.join(row)} |" for row in table),
             *(["", *notes] if notes else []),
             "",
@@ -111,6 +128,18 @@ def alignment(column: tuple[str, ...]) -> str:
         cell.endswith("  ") for cell in column
     )
     return "--:" if is_right else "---"
+
+
+def configurations() -> str:
+    """The names of the files of config/, by what selects them on the command line."""
+    special = {"config": "--config-name", "sweep": "+sweep="}
+    lines = []
+    for folder in (ROOT / "config", *sorted((ROOT / "config").iterdir())):
+        names = " ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        option = special.get(folder.name, f"{folder.name}=")
+        if folder.is_dir() and folder.name != "base":  # base is what the others build on
+            lines += textwrap.wrap(f"{option:14} {names}", 100, subsequent_indent=" " * 15)
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
