@@ -43,7 +43,7 @@ def test_a_block_without_an_end_is_an_error() -> None:
 
 
 def test_a_command_that_fails_is_an_error() -> None:
-    with pytest.raises(SystemExit, match=r"no_such_command failed:\n.*no_such_command"):
+    with pytest.raises(SystemExit, match="invalid choice: .no_such_command"):
         DOCS["printed"]("fairseq-lowbit no_such_command")
 
 
