@@ -22,10 +22,11 @@ from pathlib import Path
 from fairseq_lowbit.cli.main import main
 
 stock, data, work = sys.argv[1:]
+student = f"{work}/ptq.pt"
 for command in (
-    ["ptq", stock, "--data", data, "--precision", "bitl_w8a8", "--out", f"{work}/ptq.pt"],
+    ["ptq", stock, "--data", data, "--precision", "bitl_w8a8", "--out", student],
     ["profile", stock],
-    ["evaluate", stock, "--data", data, "--out", f"{work}/table", "--student", f"PTQ={work}/ptq.pt"],
+    ["evaluate", stock, "--data", data, "--out", f"{work}/table", "--student", f"PTQ={student}"],
 ):
     assert main(command) == 0, command
 assert "fairseq" not in sys.modules

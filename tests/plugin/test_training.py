@@ -235,6 +235,18 @@ def test_masked_distillation_of_scores(train: Callable, teacher: Path) -> None:
     assert run.logged("loss") == pytest.approx(sums, abs=2e-4)
 
 
+def test_terms_of_weight_zero_are_left_out(train: Callable, teacher: Path) -> None:
+    run = train(
+        "bitla_w1a1",
+        f"task.teacher={teacher}",
+        "criterion.layer_weight=0",
+        "criterion.attention_weight=0",
+    )
+    assert run.logged("loss") == run.logged("loss_final")
+    assert "loss_layers" not in run.output
+    assert "loss_attention" not in run.output
+
+
 def test_padded_batches(train: Callable, teacher: Path) -> None:
     run = train("bitla_w1a1", f"task.teacher={teacher}", "task.pad_audio=true")
     losses = run.logged("loss")
