@@ -16,9 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hydra._internal.config_repository import ConfigRepository
-from hydra._internal.utils import get_args_parser
+from hydra._internal.utils import get_args
 from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.config_store import ConfigStore
 from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -48,59 +47,47 @@ class FairseqLowbitSearchPath(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         search_path.append(provider="fairseq_lowbit", path=f"file://{config_dir()}")
-        if "fairseq_cli.train" not in sys.modules:
-            return
         # fairseq stores its schema under the name of the primary config, on purpose; Hydra warns
         # of it at every start. A filter set while Hydra imports this module would be undone.
-        warnings.filterwarnings("ignore", message=r"\s*'.*' is validated against ConfigStore")
-        # The level that fairseq_cli.train asks for in vain: one of fairseq's models has asked for
-        # DEBUG before.
-        logging.getLogger().setLevel(os.environ.get("LOGLEVEL", "INFO").upper())
-        _refuse_unknown_config(self, search_path)
+        if "fairseq" in sys.modules:
+            warnings.filterwarnings("ignore", message=r"\s*'.*' is validated against ConfigStore")
+        if Path(sys.argv[0]).stem in ("fairseq-hydra-train", "hydra_train"):
+            # The level that fairseq_cli.train asks for in vain: a module of fairseq that is
+            # imported before has set DEBUG.
+            logging.getLogger().setLevel(os.environ.get("LOGLEVEL", "INFO").upper())
+            _refuse_unknown_config(self, search_path)
 
 
 def _refuse_unknown_config(own: SearchPathPlugin, search_path: ConfigSearchPath) -> None:
-    """Ends the program, with the names there are, when no file has the name given to --config-name.
+    """Ends fairseq-hydra-train, with the names there are, when nobody has a configuration of the
+    name given to it.
 
-    Hydra itself is content with the schema that fairseq stores under this very name, and complains
-    of the first override instead.
+    Hydra is content with the schema that fairseq stores under this very name, and would complain of
+    the first override instead.
     """
-    options, _ = get_args_parser().parse_known_args()
-    given = any(argument.startswith("hydra.searchpath=") for argument in sys.argv)
-    if not options.config_name or given or not _is_schema(options.config_name):
+    options = get_args()
+    if options.config_name is None:
         return
-    known = _complete(own, search_path, options.config_dir)
-    if known.config_exists(options.config_name):
-        return
-    names = known.get_group_options("", ObjectType.CONFIG)
-    close = difflib.get_close_matches(options.config_name, names, n=3)
-    rest = [name for name in names if name not in close]
-    sys.stderr.write(
-        f"--config-name {options.config_name}: there is no such configuration. There are "
-        f"{', '.join([*close, *rest])}\n"
-    )
-    sys.exit(2)
-
-
-def _is_schema(name: str) -> bool:
-    """Whether fairseq-hydra-train has stored its schema under ``name``."""
-    stored = ConfigStore.instance().repo.get(name if name.endswith(".yaml") else f"{name}.yaml")
-    schema = sys.modules["fairseq.dataclass.configs"].FairseqConfig
-    return stored is not None and OmegaConf.get_type(stored.node) is schema
-
-
-def _complete(
-    own: SearchPathPlugin, search_path: ConfigSearchPath, config_dir: str | None
-) -> ConfigRepository:
-    """Everything that Hydra will search, but for what is stored in Python: with --config-dir, and
-    with what plugins add that are asked after this one."""
     path = copy.deepcopy(search_path)
+    # What Hydra will search besides: what other plugins may add after this one, and --config-dir.
     for plugin in Plugins.instance().discover(SearchPathPlugin):
         if plugin is not type(own):
             plugin().manipulate_search_path(path)
-    if config_dir is not None:
-        path.append(provider="command-line", path=f"file://{os.path.abspath(config_dir)}")
-    return ConfigRepository(path)
+    if options.config_dir is not None:
+        path.append(provider="command-line", path=f"file://{os.path.abspath(options.config_dir)}")
+    known = ConfigRepository(path)
+    # Of a folder that is not there Hydra itself tells.
+    is_whole = all(source.available() for source in known.get_sources())
+    if known.config_exists(options.config_name) or not is_whole:
+        return
+    names = known.get_group_options("", ObjectType.CONFIG)
+    close = difflib.get_close_matches(options.config_name, names)
+    others = [name for name in names if name not in close]
+    sys.stderr.write(
+        f"--config-name {options.config_name}: there is no such configuration. There are, closest "
+        f"first, {', '.join([*close, *others])}\n"
+    )
+    sys.exit(2)
 
 
 # Written in configs as ${fairseq_lowbit.user_dir:}; the colon is what makes it a call.
