@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.nn.attention import OPERANDS, SelfAttention
 from fairseq_lowbit.nn.operators import Conv1d, Linear, Operator, PositionalConv1d
-from fairseq_lowbit.precision import Plan, PlanEntry, Precision, Site, resolve_plan
+from fairseq_lowbit.precision import InputKind, Plan, PlanEntry, Precision, Role, Site, resolve_plan
 from fairseq_lowbit.precision.grammar import FLOAT_BITS, LEARNED_SCALE, PLAIN_RANGE
 from fairseq_lowbit.quantization import (
     Criterion,
@@ -30,26 +30,52 @@ Batch = TypeVar("Batch")
 
 def sites(model: nn.Module) -> list[Site]:
     """Everything in ``model`` that a plan can quantize, in model order; meta device too."""
-    found = []
+    found, groups = [], _input_groups(model)
     for name, module in model.named_modules():
         if isinstance(module, SelfAttention):
             found += [_operand_site(name, module, operand) for operand in OPERANDS]
         elif isinstance(module, Operator):
-            found.append(_operator_site(name, module))
+            found.append(_operator_site(name, module, groups.get(module, "")))
     return found
 
 
+def _input_groups(model: nn.Module) -> dict[nn.Module, str]:
+    """The name of the attention for each of its projections that read one tensor."""
+    return {
+        projection: name
+        for name, module in model.named_modules()
+        if isinstance(module, SelfAttention)
+        for projection in module.input_projections
+    }
+
+
 def _operand_site(name: str, attention: SelfAttention, operand: str) -> Site:
-    shifts = 1 if operand == "probabilities" else attention.dim
-    return Site(f"{name}.{operand}", "operand", shifts=shifts)
+    is_probabilities = operand == "probabilities"
+    return Site(
+        f"{name}.{operand}",
+        "operand",
+        Role.ATTENTION_OPERAND,
+        InputKind.PROBABILITIES if is_probabilities else InputKind.ANY,
+        shifts=1 if is_probabilities else attention.dim,
+    )
 
 
-def _operator_site(name: str, module: Operator) -> Site:
+def _operator_site(name: str, module: Operator, input_group: str) -> Site:
     total = sum(p.numel() for p in module.parameters())
     shape = module.weight_shape
     kind = "linear" if isinstance(module, Linear) else "conv"
     weights = shape.numel()
-    return Site(name, kind, weights, total - weights, channels=shape[0], shifts=1)
+    return Site(
+        name,
+        kind,
+        module.role,
+        module.input_kind,
+        input_group,
+        weights=weights,
+        others=total - weights,
+        channels=shape[0],
+        shifts=1,
+    )
 
 
 def attach(model: nn.Module, precision: Precision) -> Plan:
@@ -101,7 +127,9 @@ def _weight_quantizer(module: Operator, entry: PlanEntry, squash_std: float) -> 
 
 def _input_quantizer(module: Operator, entry: PlanEntry) -> Quantizer:
     if entry.method in LEARNED_SCALE:
-        levels = (after_gelu if module.follows_gelu else signed)(entry.activation_bits)
+        levels = (after_gelu if module.input_kind == InputKind.GELU else signed)(
+            entry.activation_bits
+        )
         values = module.in_features if isinstance(module, Linear) else _input_channels(module)
         return ElasticQuantizer(levels, values, shift_shape=())
     kind = "minmax" if entry.method == "minmax" else "absmax"
@@ -155,7 +183,7 @@ def _operand_quantizer(
 
 
 def _share_input_quantizer(attention: SelfAttention) -> None:
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    projections = attention.input_projections
     inputs = [p.input_quantizer for p in projections]
     if any(q is None for q in inputs) or len({(type(q), q.levels) for q in inputs}) > 1:
         return

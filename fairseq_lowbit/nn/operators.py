@@ -1,6 +1,6 @@
 """Weighted operators. Without quantizers in their slots they are the plain float operators.
 
-Each knows whether its input follows a GELU, which decides about the input's level set.
+Each states its role and which values it reads: what a precision plan decides by.
 """
 
 import math
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fairseq_lowbit.precision import InputKind, Role
 from fairseq_lowbit.quantization import Quantizer, SquashedQuantizer, recomputed
 from fairseq_lowbit.quantization.squashed import SQUASHED_GROUP
 
@@ -17,6 +18,8 @@ from fairseq_lowbit.quantization.squashed import SQUASHED_GROUP
 class Operator(nn.Module):
     """A weighted operator with slots for quantizers, None for float."""
 
+    role: Role
+    input_kind: InputKind
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
 
@@ -49,17 +52,23 @@ class Linear(Operator, nn.Linear):
     """y = Q(W) Q(x) + b.
 
     Args:
-        follows_gelu: the input is a GELU output; see :func:`after_gelu` for its level set.
+        role: what the operator does in its model; a precision's name selects roles.
+        input_kind: which values it reads; the level set of its input depends on them.
 
     ``weight_quantizer`` and ``input_quantizer`` are None for float. A module whose input is
     quantized upstream (q, k, v share one quantizer) keeps ``input_quantizer`` None.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, follows_gelu: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        role: Role = Role.ENCODER_LINEAR,
+        input_kind: InputKind = InputKind.ANY,
     ) -> None:
         super().__init__(in_features, out_features, bias)
-        self.follows_gelu = follows_gelu
+        self.role, self.input_kind = role, input_kind
         self.weight_quantizer = self.input_quantizer = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,11 +79,17 @@ class Linear(Operator, nn.Linear):
 
 
 class Conv1d(Operator, nn.Conv1d):
-    """Convolution with quantizer slots; arguments as ``nn.Conv1d`` plus ``follows_gelu``."""
+    """``nn.Conv1d`` with quantizer slots; ``role`` and ``input_kind`` as for :class:`Linear`."""
 
-    def __init__(self, *args, follows_gelu: bool = False, **kwargs) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        role: Role = Role.CONVOLUTION,
+        input_kind: InputKind = InputKind.ANY,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.follows_gelu = follows_gelu
+        self.role, self.input_kind = role, input_kind
         self.weight_quantizer = self.input_quantizer = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,7 +106,8 @@ class PositionalConv1d(Operator):
     checkpoints load; unlike it, the module can be deep-copied.
     """
 
-    follows_gelu = False
+    role = Role.POSITIONAL_CONVOLUTION
+    input_kind = InputKind.ANY
 
     def __init__(self, channels: int, kernel: int, groups: int) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.precision.grammar import (
@@ -18,34 +18,11 @@ from fairseq_lowbit.precision.grammar import (
     parse_precision,
 )
 from fairseq_lowbit.precision.rules import Precision, Rule
+from fairseq_lowbit.precision.sites import Role, Site, SiteKind
 
-SiteKind = Literal["linear", "conv", "operand"]
 FLOAT_BYTES = FLOAT_BITS // 8
 SCALAR_BYTES = 4
 ZERO_POINT_BYTES = 1
-_QKV = re.compile(r"(?P<attention>.*self_attn)\.[qkv]_proj")
-ENCODER_LINEAR = re.compile(r"encoder\.layers\.\d+\.(self_attn\.([qkv]|out)_proj|fc[12])")
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place that can be quantized.
-
-    Attributes:
-        name: module name, or for an attention operand ``<attention>.query`` and so on.
-        kind: linear and conv have a weight and an input; an operand is an activation only.
-        weights: numel of the weight.
-        others: numel of what stays float beside it (bias, weight-norm gain).
-        channels: output channels of a weight.
-        shifts: numel of the input quantizer's shift, 0 without one.
-    """
-
-    name: str
-    kind: SiteKind
-    weights: int = 0
-    others: int = 0
-    channels: int = 0
-    shifts: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,7 +103,7 @@ def resolve_plan(precision: Precision, sites: Iterable[Site], other_parameters: 
     for rule in precision.rules:
         rule.check()
         _check_reach(rule, [s for s in sites if fnmatchcase(s.name, rule.match)], sites)
-    entries = _with_shared_inputs(_entry(site, preset, precision.rules) for site in sites)
+    entries = _with_shared_inputs([_entry(site, preset, precision.rules) for site in sites], sites)
     for index in range(len(precision.rules)):
         _check_effect(precision.rules, index, entries)
     return Plan(precision, entries, other_parameters)
@@ -213,7 +190,7 @@ def _preset_choice(site: Site, preset: Preset) -> _Choice:
     if site.kind == "operand":
         return _Choice(_operand_method(preset.method), FLOAT_BITS, preset.attention_bits)
     weight_bits = activation_bits = FLOAT_BITS
-    if ENCODER_LINEAR.fullmatch(site.name):
+    if site.role == Role.ENCODER_LINEAR:
         weight_bits, activation_bits = preset.weight_bits, preset.activation_bits
     granularity = "per_channel" if preset.method in PLAIN_RANGE else "per_tensor"
     return _Choice(preset.method, weight_bits, activation_bits, granularity)
@@ -311,14 +288,14 @@ def _learns_input_scale(choice: _Choice | PlanEntry) -> bool:
     return choice.activation_bits < FLOAT_BITS and choice.method in LEARNED_SCALE
 
 
-def _with_shared_inputs(entries: Iterable[PlanEntry]) -> tuple[PlanEntry, ...]:
-    """q, k and v projection of an attention read the same values: with learned scales of the same
-    bits they have one input quantizer, whose scale and shift are stored once."""
+def _with_shared_inputs(entries: list[PlanEntry], sites: list[Site]) -> tuple[PlanEntry, ...]:
+    """Sites of one input group read the same values: with learned scales of the same bits they have
+    one input quantizer, whose scale and shift are stored once."""
     entries = list(entries)
     readers: dict[str, list[int]] = {}
-    for index, entry in enumerate(entries):
-        if found := _QKV.fullmatch(entry.module):
-            readers.setdefault(found["attention"], []).append(index)
+    for index, site in enumerate(sites):
+        if site.input_group:
+            readers.setdefault(site.input_group, []).append(index)
     for members in readers.values():
         bits = {entries[i].activation_bits for i in members}
         if len(bits) == 1 and all(_learns_input_scale(entries[i]) for i in members):

@@ -22,7 +22,7 @@ from fairseq_lowbit.nn import (
 )
 from fairseq_lowbit.nn.attention import OPERANDS
 from fairseq_lowbit.nn.operators import Operator
-from fairseq_lowbit.precision import Precision, Rule
+from fairseq_lowbit.precision import InputKind, Precision, Rule
 from fairseq_lowbit.quantization import (
     ElasticQuantizer,
     Quantizer,
@@ -113,7 +113,7 @@ def test_every_place_gets_the_quantizers_of_its_method(method: str) -> None:
         shared = name.rsplit(".", 1)[-1] in ("q_proj", "k_proj", "v_proj")
         if shared:
             assert operator.input_quantizer is None
-        elif not operator.follows_gelu:
+        elif operator.input_kind != InputKind.GELU:
             assert kind_of(operator.input_quantizer) == inputs, name
             assert operator.input_quantizer.levels.bits == 5
     for attention in (layer.self_attn for layer in model.encoder.layers):

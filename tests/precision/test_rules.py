@@ -1,19 +1,61 @@
 import pytest
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.precision import PlanEntry, Precision, Rule, Site, resolve_plan
+from fairseq_lowbit.precision import PlanEntry, Precision, Role, Rule, Site, resolve_plan
 
 LAYER = "encoder.layers.0"
 SITES = [
-    Site("feature_extractor.conv_layers.0.0", "conv", 80, 0, channels=8, shifts=1),
-    Site("post_extract_proj", "linear", 128, 16, channels=16, shifts=1),
-    Site("encoder.pos_conv.0", "conv", 512, 24, channels=16, shifts=1),
-    Site(f"{LAYER}.self_attn.query", "operand", shifts=16),
-    Site(f"{LAYER}.self_attn.probabilities", "operand", shifts=1),
-    Site(f"{LAYER}.self_attn.q_proj", "linear", 256, 16, channels=16, shifts=1),
-    Site(f"{LAYER}.fc1", "linear", 512, 32, channels=32, shifts=1),
-    Site("encoder.layers.1.fc1", "linear", 512, 32, channels=32, shifts=1),
-    Site("final_proj", "linear", 128, 8, channels=8, shifts=1),
+    Site(
+        "feature_extractor.conv_layers.0.0",
+        "conv",
+        Role.FRONT_END,
+        weights=80,
+        others=0,
+        channels=8,
+        shifts=1,
+    ),
+    Site(
+        "post_extract_proj",
+        "linear",
+        Role.PROJECTION,
+        weights=128,
+        others=16,
+        channels=16,
+        shifts=1,
+    ),
+    Site(
+        "encoder.pos_conv.0",
+        "conv",
+        Role.POSITIONAL_CONVOLUTION,
+        weights=512,
+        others=24,
+        channels=16,
+        shifts=1,
+    ),
+    Site(f"{LAYER}.self_attn.query", "operand", Role.ATTENTION_OPERAND, shifts=16),
+    Site(f"{LAYER}.self_attn.probabilities", "operand", Role.ATTENTION_OPERAND, shifts=1),
+    Site(
+        f"{LAYER}.self_attn.q_proj",
+        "linear",
+        Role.ENCODER_LINEAR,
+        weights=256,
+        others=16,
+        channels=16,
+        shifts=1,
+    ),
+    Site(
+        f"{LAYER}.fc1", "linear", Role.ENCODER_LINEAR, weights=512, others=32, channels=32, shifts=1
+    ),
+    Site(
+        "encoder.layers.1.fc1",
+        "linear",
+        Role.ENCODER_LINEAR,
+        weights=512,
+        others=32,
+        channels=32,
+        shifts=1,
+    ),
+    Site("final_proj", "linear", Role.HEAD, weights=128, others=8, channels=8, shifts=1),
 ]
 
 
