@@ -14,7 +14,6 @@ from fairseq_lowbit.evaluation.compare import compare, comparison_table
 from fairseq_lowbit.evaluation.figures import draw_comparison
 from fairseq_lowbit.evaluation.quality import SECONDS, Candidate, read_held_out
 from fairseq_lowbit.models import LoadedModel, load_model
-from fairseq_lowbit.plugin import register
 from fairseq_lowbit.terminal import print_table
 
 HELP = "compare models with their teacher on held-out audio: table, figure, JSON"
@@ -47,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     require_number("--seconds", args.seconds, 0, excluded=True)
-    register()
     students = [_named_student(text) for text in args.student]
     calibration_options.check_needed(args, args.ptq)
     configs = [calibration_options.read_config(name, args) for name in args.ptq]

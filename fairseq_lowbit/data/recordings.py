@@ -44,6 +44,17 @@ class AudioConfig:
     )
 
 
+def check_sizes(task: AudioConfig) -> None:
+    """Raises LowbitError for limits between which no utterance can be."""
+    shortest, longest = task.min_sample_size or 0, task.max_keep_size
+    require_number("task.min_sample_size", shortest, 0)
+    if longest is not None and longest < shortest:
+        raise LowbitError(
+            f"task.max_keep_size {longest} is less than task.min_sample_size {shortest} and leaves "
+            "no utterance: raise the one or lower the other"
+        )
+
+
 @dataclass(frozen=True)
 class AudioOptions:
     """How utterances are chosen, read and cut; sizes in samples.
@@ -78,7 +89,16 @@ class AudioOptions:
             task: its ``task`` section, with ``label_rate`` where there are labels.
             frame: samples of the model's first frame, the least that a recording must have.
             seed: its ``common.seed``.
+
+        Raises:
+            LowbitError: limits between which no utterance or no frame can be.
         """
+        check_sizes(task)
+        if task.max_sample_size is not None and task.max_sample_size < frame:
+            raise LowbitError(
+                f"task.max_sample_size {task.max_sample_size}: one frame of this model takes "
+                f"{frame} samples; give at least that many, or null for no limit"
+            )
         return cls(
             sample_rate=task.sample_rate,
             normalize=task.normalize,

@@ -11,7 +11,7 @@ import torch
 from fairseq.data.iterators import EpochBatchIterator
 from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
-from omegaconf import II
+from omegaconf import II, OmegaConf, open_dict
 
 from fairseq_lowbit.data.calibration_audio import (
     CalibrationAudio,
@@ -20,7 +20,7 @@ from fairseq_lowbit.data.calibration_audio import (
 )
 from fairseq_lowbit.data.label_file import LabelFile, count_classes, read_dictionary
 from fairseq_lowbit.data.manifest import check_manifest, read_manifest
-from fairseq_lowbit.data.recordings import LABEL_RATE, AudioConfig, AudioOptions
+from fairseq_lowbit.data.recordings import LABEL_RATE, AudioConfig, AudioOptions, check_sizes
 from fairseq_lowbit.distillation import same_front_end
 from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.models import Hubert, LoadedModel, load_model, start_from
@@ -31,6 +31,7 @@ from fairseq_lowbit.plugin.processes import gather, is_first, refuse_different_d
 from fairseq_lowbit.plugin.quantized_training import HEALTH_INTERVAL
 from fairseq_lowbit.plugin.run_files import UnusableFiles
 from fairseq_lowbit.plugin.stages import Stage
+from fairseq_lowbit.precision import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class _SpeechTask(FairseqTask):
         if not from_checkpoint:
             require_number("task.health_interval", cfg.health_interval, 0)
             require_number("task.max_unusable", cfg.max_unusable, 0)
+            check_sizes(cfg)
         self._calibration_audio = CalibrationAudio.from_config(cfg.calibration)
         self.model: Hubert | None = None
         self.unusable_files = UnusableFiles(Path(cfg.output_dir))
@@ -118,6 +120,11 @@ class _SpeechTask(FairseqTask):
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Hubert:
         if not from_checkpoint:
             return self._build_for_training(cfg)
+        if cfg.get("precision"):
+            # Before fairseq fills in the defaults of this version.
+            precision = Precision.from_mapping(OmegaConf.to_container(cfg.precision))
+            with open_dict(cfg):
+                cfg.precision = precision.to_mapping()
         self.model = super().build_model(cfg, from_checkpoint)
         return self.model
 
