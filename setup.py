@@ -38,17 +38,15 @@ INSTALL_REQUIRES = [
 # Launchers and the sweeper of config/sweep. Older Optuna sweepers need an SQLAlchemy of long ago.
 SWEEP = ["hydra-joblib-launcher", "hydra-optuna-sweeper>=1.3", "hydra-submitit-launcher"]
 
+# Models of transformers that fairseq_lowbit.quantize() knows.
+HF = ["transformers>=5"]
+
 EXTRAS_REQUIRE = {
     # An offline speech synthesizer for the demo corpus. eSpeak NG is under the GPLv3.
     "demo": ["espeakng-loader"],
-    # What the SUPERB tasks of s3prl import and s3prl does not declare; s3prl itself is used from
-    # its source tree, because its published package lacks task configs and vocabularies.
-    "superb": ["editdistance", "h5py", "librosa", "pandas", "sox", "tensorboard"],
-    "hf": ["transformers", "safetensors"],
-    # Engines that our measured times are compared with.
-    "bench": ["onnxruntime", "openvino"],
+    "hf": HF,
     "sweep": SWEEP,
-    "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff", *SWEEP],
+    "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff", *HF, *SWEEP],
 }
 
 setup(

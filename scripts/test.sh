@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Lint, format check and tests. Arguments go to pytest: bash scripts/test.sh -k quantizer -x
+# What is too slow for every commit is left to scripts/test_full.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
