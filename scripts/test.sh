@@ -11,5 +11,6 @@ workers="$(python -c 'import os; print(min(2, os.cpu_count() or 1))')"
 
 ruff check .
 ruff format --check .
-# loadfile: tests of one file share what it builds once, such as the wheel.
-exec python -m pytest -q -n "$workers" --dist loadfile "$@"
+# loadfile: tests of one file share what it builds once, such as the wheel. In the order they are
+# collected, because xdist would leave the files of few but long tests to the end, for one worker.
+exec python -m pytest -q -n "$workers" --dist loadfile --no-loadscope-reorder "$@"
