@@ -16,6 +16,10 @@ read -r cores gpus < <(
     python -c 'import os, torch; print(len(os.sched_getaffinity(0)), torch.cuda.device_count())'
 )
 
+# Threads that wait for each other sleep: by spinning they take the core that the last one needs, as
+# soon as anything else runs on this machine.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+
 # The minutes go on where an interrupted start has left them.
 SECONDS="$(cat "$work/seconds" 2>/dev/null || echo 0)"
 trap 'echo "$SECONDS" >"$work/seconds"' EXIT
