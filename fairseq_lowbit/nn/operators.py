@@ -1,6 +1,6 @@
 """Weighted operators. Without quantizers in their slots they are the plain float operators.
 
-Each states its role and which values it reads: what a precision plan decides by.
+Each states its role and which values it reads, what a precision plan decides by, and its work.
 """
 
 import math
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fairseq_lowbit.nn.work import Steps, Work
 from fairseq_lowbit.precision import InputKind, Role
 from fairseq_lowbit.quantization import Quantizer, SquashedQuantizer, recomputed
 from fairseq_lowbit.quantization.squashed import SQUASHED_GROUP
@@ -27,6 +28,22 @@ class Operator(nn.Module):
     def weight_shape(self) -> torch.Size:
         """Of :meth:`stored_weight`."""
         return self.weight.shape
+
+    @property
+    def input_features(self) -> int:
+        """Values of one frame of the input."""
+        return self.weight_shape[1]
+
+    @property
+    def output_features(self) -> int:
+        """Values of one frame of the output."""
+        return self.weight_shape[0]
+
+    def work(self, steps: Steps) -> tuple[Work]:
+        """What one call on a single utterance takes."""
+        read, written = self.input_features * steps.read, self.output_features * steps.written
+        # What follows value by value reads and writes as much as this one writes.
+        return (Work(self.weight_shape.numel() * steps.written, max(read, written) + written),)
 
     def stored_weight(self) -> Tensor:
         """What the weight quantizer encodes, output channels first."""
@@ -92,6 +109,10 @@ class Conv1d(Operator, nn.Conv1d):
         self.role, self.input_kind = role, input_kind
         self.weight_quantizer = self.input_quantizer = None
 
+    @property
+    def input_features(self) -> int:
+        return self.in_channels
+
     def forward(self, x: Tensor) -> Tensor:
         """[batch, in, samples] -> [batch, out, frames]."""
         x, weight = _quantized(x, self.input_quantizer), _effective_weight(self)
@@ -128,6 +149,10 @@ class PositionalConv1d(Operator):
     @property
     def weight_shape(self) -> torch.Size:
         return self.weight_v.shape
+
+    @property
+    def input_features(self) -> int:
+        return len(self.bias)
 
     def stored_weight(self) -> Tensor:
         """g * v / |v|, [channels, channels/groups, kernel]."""
