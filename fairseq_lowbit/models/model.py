@@ -13,7 +13,7 @@ from fairseq_lowbit.models.encoder import Encoder, EncoderLayer
 from fairseq_lowbit.models.extractor import FeatureExtractor, output_lengths, padding_mask
 from fairseq_lowbit.models.protocols import Frames
 from fairseq_lowbit.nn import Conv1d, Linear, attach
-from fairseq_lowbit.nn.work import Steps, working_modules
+from fairseq_lowbit.nn.work import Steps, modules_with_work
 from fairseq_lowbit.precision import Plan, Precision, Role
 
 
@@ -83,7 +83,7 @@ class Hubert(nn.Module):
         """Every operator's and attention's call on one utterance; all but the head, which no hidden
         state needs."""
         steps, length, convolutions = {}, samples, iter(self.conv_layers)
-        for name, module in working_modules(self):
+        for name, module in modules_with_work(self):
             read = length
             if isinstance(module, Conv1d):
                 length = int(output_lengths(torch.tensor(read), [next(convolutions)]))

@@ -39,7 +39,7 @@ class HiddenStates(Protocol):
         self, waveform: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Sequence[Tensor], Tensor | None]:
         """Outputs of layers 1..L, [batch, frames, features] each, and the padding mask
-        [batch, frames], None without padding.
+        [batch, frames], None without ``lengths``.
 
         Args:
             waveform: [batch, samples].
@@ -81,7 +81,7 @@ class LayeredEncoder(HiddenStates, Protocol):
 
 
 @runtime_checkable
-class TellsSteps(Protocol):
+class HasOperatorSteps(Protocol):
     """A model whose work is counted without running it."""
 
     def operator_steps(self, samples: int) -> Mapping[str, Sequence[Steps]]:
@@ -89,7 +89,7 @@ class TellsSteps(Protocol):
         that is not run is left out."""
 
 
-class SpeechModel(LayeredEncoder, TellsSteps, Protocol):
+class SpeechModel(LayeredEncoder, HasOperatorSteps, Protocol):
     """What is loaded from a checkpoint and compared with others.
 
     Attributes:

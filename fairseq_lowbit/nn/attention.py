@@ -63,7 +63,7 @@ class SelfAttention(nn.Module):
 
     def work(self, steps: Steps) -> tuple[Work, Work, Work]:
         """The two products on a single utterance, and the softmax between them, which reads and
-        writes one map of each head. The projections tell their own."""
+        writes one map of each head. The projections state their own."""
         features, maps = self.dim * steps.read, self.heads * steps.read**2
         return (
             Work(features * steps.read, 2 * features + maps, "scores", ("query", "key")),

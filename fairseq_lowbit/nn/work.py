@@ -1,4 +1,4 @@
-"""What modules compute in one call, each told by itself: what profiling counts."""
+"""What a module computes in one call, as the module itself states it: what profiling counts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -33,8 +33,8 @@ class Work(NamedTuple):
 
 
 @runtime_checkable
-class Working(Protocol):
-    """A module that tells its work.
+class HasWork(Protocol):
+    """A module that states its work.
 
     Attributes:
         input_features, output_features: values of one frame.
@@ -47,18 +47,18 @@ class Working(Protocol):
         """The work of one call on a single utterance."""
 
 
-def working_modules(model: nn.Module) -> Iterator[tuple[str, Working]]:
-    """(name, module) of every module that tells its work, in model order."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, Working))
+def modules_with_work(model: nn.Module) -> Iterator[tuple[str, HasWork]]:
+    """(name, module) of every module that states its work, in model order."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, HasWork))
 
 
 @torch.no_grad()
 def recorded_steps(model: nn.Module, run: Callable[[], object]) -> dict[str, list[Steps]]:
-    """The steps of every call of every working module while ``run`` runs, by name; what was not
-    called is left out."""
+    """The steps of every call of a module that states its work while ``run`` runs, by name. Modules
+    that are not called are left out."""
     steps: dict[str, list[Steps]] = {}
 
-    def record(name: str, module: Working):
+    def record(name: str, module: HasWork):
         def hook(_: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
             read = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
             written = output if isinstance(output, Tensor) else output[0]
@@ -69,7 +69,7 @@ def recorded_steps(model: nn.Module, run: Callable[[], object]) -> dict[str, lis
 
         return module.register_forward_hook(hook, with_kwargs=True)
 
-    handles = [record(name, module) for name, module in working_modules(model)]
+    handles = [record(name, module) for name, module in modules_with_work(model)]
     try:
         run()
     finally:

@@ -13,8 +13,8 @@ from functools import cached_property
 from torch import nn
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.models.protocols import TellsSteps
-from fairseq_lowbit.nn.work import Steps, Working, recorded_steps, working_modules
+from fairseq_lowbit.models.protocols import HasOperatorSteps
+from fairseq_lowbit.nn.work import HasWork, Steps, modules_with_work, recorded_steps
 from fairseq_lowbit.precision import PlanEntry
 from fairseq_lowbit.precision.grammar import FLOAT_BITS
 from fairseq_lowbit.precision.plan import FLOAT_BYTES
@@ -119,9 +119,10 @@ def profile(
     """Counts what a model with a ``plan`` costs for one utterance.
 
     Args:
-        run: runs ``model`` on one utterance of so many seconds, where its operators' calls are
-            watched. None for a model that tells them (:class:`TellsSteps`), which may then be on
-            the meta device.
+        model: with :meth:`~HasOperatorSteps.operator_steps` it is not run, and may be on the meta
+            device.
+        run: for any other model, runs it on one utterance of so many seconds; the calls of its
+            operators and attentions are what is counted.
 
     Raises:
         LowbitError: audio too short for a single frame; a model that has to be run, without
@@ -129,19 +130,19 @@ def profile(
     """
     if run is not None:
         steps = recorded_steps(model, run)
-    elif isinstance(model, TellsSteps):
+    elif isinstance(model, HasOperatorSteps):
         steps = model.operator_steps(int(seconds * SAMPLE_RATE))
     else:
         raise LowbitError(
-            f"{type(model).__name__} does not tell what its operators are called with: give run, "
-            "which runs it on one utterance"
+            f"{type(model).__name__} does not state the calls of its operators (operator_steps): "
+            "give run, which runs it on one utterance"
         )
     if any(call.written < 1 for calls in steps.values() for call in calls):
         raise LowbitError(f"{seconds:g} s of audio give no frame: want more seconds")
     entries = {entry.module: entry for entry in model.plan.entries}
     costs = [
         cost
-        for name, module in working_modules(model)
+        for name, module in modules_with_work(model)
         for cost in _costs(name, module, entries, steps.get(name, ()))
     ]
     other = model.plan.other_parameters
@@ -150,9 +151,9 @@ def profile(
 
 
 def _costs(
-    name: str, module: Working, entries: Mapping[str, PlanEntry], calls: Sequence[Steps]
+    name: str, module: HasWork, entries: Mapping[str, PlanEntry], calls: Sequence[Steps]
 ) -> Iterator[Cost]:
-    """Of the parts of a module; what is not called is stored all the same."""
+    """One for every part of the module; what is never called is stored all the same."""
     for works in zip(*(module.work(steps) for steps in calls or [Steps(0, 0)]), strict=True):
         part, operands = works[0].part, works[0].operands
         names = [f"{name}.{operand}" for operand in operands] if part else [name]

@@ -133,8 +133,8 @@ def runnable(model: HiddenStates) -> Runnable:
 
 
 def with_random_weights(build: Callable[[], SpeechModel]) -> SpeechModel:
-    """What ``build`` makes, ready to run in eval mode: weights are drawn from a fixed seed, quantizers
-    calibrated on noise. What it takes to run does not depend on the values.
+    """What ``build`` makes, in eval mode and ready to run: its weights are drawn from a fixed seed,
+    its quantizers calibrated on noise. What it takes to run does not depend on the values.
 
     Raises:
         LowbitError: see ``build``.
