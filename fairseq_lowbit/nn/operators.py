@@ -4,6 +4,7 @@ Each states its role and which values it reads, what a precision plan decides by
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from fairseq_lowbit.nn.work import Steps, Work
 from fairseq_lowbit.precision import InputKind, Role
 from fairseq_lowbit.quantization import Quantizer, SquashedQuantizer, recomputed
+from fairseq_lowbit.quantization.quantizer import keep_dtype
 from fairseq_lowbit.quantization.squashed import SQUASHED_GROUP
 
 
@@ -32,12 +34,18 @@ class Operator(nn.Module):
     @property
     def input_features(self) -> int:
         """Values of one frame of the input."""
-        return self.weight_shape[1]
+        raise NotImplementedError
 
     @property
     def output_features(self) -> int:
         """Values of one frame of the output."""
         return self.weight_shape[0]
+
+    @property
+    def frame_dim(self) -> int | tuple[int, int]:
+        """Dimensions of the input over which a frame extends. A single value is its own range, so
+        a waveform has one per utterance."""
+        return 1 if self.input_features > 1 else (1, 2)
 
     def work(self, steps: Steps) -> tuple[Work]:
         """What one call on a single utterance takes."""
@@ -49,16 +57,33 @@ class Operator(nn.Module):
         """What the weight quantizer encodes, output channels first."""
         return self.weight
 
+    @property
+    def weight_parameters(self) -> tuple[nn.Parameter, ...]:
+        """What :meth:`stored_weight` is computed from."""
+        return (self.weight,)
+
     def weight_state(self, weight: Tensor) -> dict[str, Tensor]:
         """The parameters with which :meth:`stored_weight` is ``weight``."""
         return {"weight": weight}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Operator":
+        """A weight that is quantized stays fp32 under ``.half()`` and ``.bfloat16()``: its codes
+        are those of the stored weight whatever the model computes in. The device is followed."""
+        if self.weight_quantizer is None:
+            return super()._apply(fn, recurse)
+        kept = {id(t) for p in self.weight_parameters for t in (p, p.grad)}
+
+        def convert(tensor: Tensor) -> Tensor:
+            return keep_dtype(fn, tensor) if id(tensor) in kept else fn(tensor)
+
+        return super()._apply(convert, recurse)
 
     def name_groups(self) -> None:
         """Puts what is squashed into a group of its own in the optimizer: its values are tens of
         times a float weight's, and the loss, not weight decay, keeps their spread."""
         if isinstance(self.weight_quantizer, SquashedQuantizer):
-            for name in self.weight_state(self.stored_weight()):
-                getattr(self, name).param_group = SQUASHED_GROUP
+            for parameter in self.weight_parameters:
+                parameter.param_group = SQUASHED_GROUP
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -88,9 +113,18 @@ class Linear(Operator, nn.Linear):
         self.role, self.input_kind = role, input_kind
         self.weight_quantizer = self.input_quantizer = None
 
+    @property
+    def input_features(self) -> int:
+        return self.in_features
+
+    @property
+    def frame_dim(self) -> int:
+        return -1
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        x, weight = _quantized(x, self.input_quantizer), _effective_weight(self)
+        x = _quantized(x, self.input_quantizer)
+        weight = _effective_weight(self, x.dtype)
         with recomputed(x, weight):
             return F.linear(x, weight, self.bias)
 
@@ -115,7 +149,8 @@ class Conv1d(Operator, nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, in, samples] -> [batch, out, frames]."""
-        x, weight = _quantized(x, self.input_quantizer), _effective_weight(self)
+        x = _quantized(x, self.input_quantizer)
+        weight = _effective_weight(self, x.dtype)
         with recomputed(x, weight):
             return self._conv_forward(x, weight, self.bias)
 
@@ -151,6 +186,10 @@ class PositionalConv1d(Operator):
         return self.weight_v.shape
 
     @property
+    def weight_parameters(self) -> tuple[nn.Parameter, ...]:
+        return self.weight_v, self.weight_g
+
+    @property
     def input_features(self) -> int:
         return len(self.bias)
 
@@ -171,7 +210,7 @@ class PositionalConv1d(Operator):
         x = _quantized(x, self.input_quantizer)
         if padding_mask is not None:
             x = x.masked_fill(padding_mask[:, None], 0)
-        weight = _effective_weight(self)
+        weight = _effective_weight(self, x.dtype)
         with recomputed(x, weight):
             y = F.conv1d(x, weight, self.bias, padding=self.kernel // 2, groups=self.groups)
         return y[..., : x.shape[-1]]
@@ -181,5 +220,8 @@ def _quantized(x: Tensor, quantizer: Quantizer | None) -> Tensor:
     return x if quantizer is None else quantizer(x)
 
 
-def _effective_weight(operator: Operator) -> Tensor:
-    return _quantized(operator.stored_weight(), operator.weight_quantizer)
+def _effective_weight(operator: Operator, dtype: torch.dtype) -> Tensor:
+    """The weight that the operator computes with, in the dtype of its input."""
+    if operator.weight_quantizer is None:
+        return operator.stored_weight()
+    return operator.weight_quantizer(operator.stored_weight(), dtype=dtype)

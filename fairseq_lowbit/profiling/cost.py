@@ -17,7 +17,7 @@ from fairseq_lowbit.models.protocols import HasOperatorSteps
 from fairseq_lowbit.nn.work import HasWork, Steps, modules_with_work, recorded_steps
 from fairseq_lowbit.precision import PlanEntry
 from fairseq_lowbit.precision.grammar import FLOAT_BITS
-from fairseq_lowbit.precision.plan import FLOAT_BYTES
+from fairseq_lowbit.precision.storage import FLOAT_BYTES
 
 SAMPLE_RATE = 16_000
 ACTIVATION_BYTES = 4
