@@ -93,6 +93,7 @@ class SpeechModel(LayeredEncoder, HasOperatorSteps, Protocol):
     """What is loaded from a checkpoint and compared with others.
 
     Attributes:
+        plan: which of its operators are quantized, and how.
         features: values of a frame in every layer.
     """
 
