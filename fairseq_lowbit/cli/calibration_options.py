@@ -13,7 +13,7 @@ from fairseq_lowbit.data.manifest import Manifest
 from fairseq_lowbit.data.recordings import LABEL_RATE, AudioConfig, AudioOptions, Recordings
 from fairseq_lowbit.errors import LowbitError, describe_config_error
 from fairseq_lowbit.evaluation.ptq import Calibrated, post_training_quantized
-from fairseq_lowbit.models import Hubert, LoadedModel, WithoutWeights
+from fairseq_lowbit.models import LoadedModel, WithoutWeights
 from fairseq_lowbit.models.extractor import receptive_field
 from fairseq_lowbit.precision import Precision
 from fairseq_lowbit.precision.grammar import LEARNED_SCALE
@@ -94,7 +94,7 @@ def check_criterion(args: argparse.Namespace, teacher: LoadedModel, precision: P
         raise LowbitError("--percentile belongs to --calibration percentile: give it too")
     if args.calibration is not None:
         with WithoutWeights():
-            plan = Hubert(teacher.model.shape, precision=precision).plan
+            plan = teacher.model.untrained(precision).plan
         if not any(entry.method in LEARNED_SCALE for entry in plan.entries):
             raise LowbitError(
                 f"--calibration {args.calibration}: no scale of {precision.name} is learned, so "

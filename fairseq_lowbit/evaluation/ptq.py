@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fairseq_lowbit.data.calibration_audio import CalibrationAudio, calibration_batches
 from fairseq_lowbit.data.recordings import Recordings
-from fairseq_lowbit.models import Hubert, LoadedModel, start_from
+from fairseq_lowbit.models import LoadedModel, start_from
 from fairseq_lowbit.models.extractor import receptive_field
+from fairseq_lowbit.models.protocols import SpeechModel
 from fairseq_lowbit.nn import calibrate
 from fairseq_lowbit.precision import Precision
 from fairseq_lowbit.quantization import Criterion
@@ -28,7 +29,7 @@ class Calibrated:
         clipped: by module, the share of its weights that squashing clipped.
     """
 
-    model: Hubert
+    model: SpeechModel
     clipped: dict[str, float]
 
 
@@ -45,7 +46,7 @@ def post_training_quantized(
     Raises:
         LowbitError: an unknown precision; too many of the files drawn are unusable.
     """
-    model = Hubert(teacher.model.shape, precision=precision)
+    model = teacher.model.untrained(precision)
     start_from(model, teacher)
     batches = _batches(recordings, audio, receptive_field(model.conv_layers))
     clipped = calibrate(model, batches, model.final_output, criterion)
