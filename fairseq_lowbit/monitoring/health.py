@@ -6,11 +6,13 @@ the curves of one run are comparable.
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import Hubert
@@ -79,21 +81,30 @@ def split_layer(name: str) -> tuple[int | None, str]:
 @torch.no_grad()
 def measure_health(model: Hubert, waveform: Tensor) -> Health:
     """Runs ``model`` in eval mode on ``waveform`` [batch, samples], all of it valid."""
-    measured: list[QuantizerHealth] = []
-    handles = [
-        quantizer.register_forward_hook(_observer(name, measured))
-        for name, quantizer in quantizers(model)
-    ]
     was_training = model.training
     model.eval()
     try:
-        outputs, _ = model.hidden_states(waveform)
-        model.project_final(outputs[-1])  # the last quantizers there may be
+        with watching(model) as found:
+            outputs, _ = model.hidden_states(waveform)
+            model.project_final(outputs[-1])  # the last quantizers there may be
+    finally:
+        model.train(was_training)
+    return Health(tuple(found), tuple(centered_std(output) for output in outputs))
+
+
+@contextmanager
+def watching(model: nn.Module) -> Iterator[list[QuantizerHealth]]:
+    """Collects the health of every quantizer that ``model`` calls in the block, without padding."""
+    found: list[QuantizerHealth] = []
+    handles = [
+        quantizer.register_forward_hook(_observer(name, found))
+        for name, quantizer in quantizers(model)
+    ]
+    try:
+        yield found
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
-    return Health(tuple(measured), tuple(centered_std(output) for output in outputs))
 
 
 def centered_std(output: Tensor) -> float:
@@ -119,27 +130,23 @@ def refuse_collapsed(centered: tuple[float, ...], path: object) -> None:
         )
 
 
-def observed(quantizer: Quantizer, inputs: tuple, max_values: int) -> tuple[Tensor, Codes]:
-    """What a quantizer was called with, for a forward hook without padding.
+def _observed(quantizer: Quantizer, inputs: tuple) -> tuple[Tensor, Codes]:
+    """The float values that a quantizer's codes approximate, fp32, and the codes.
 
     Args:
-        inputs: of its forward.
-        max_values: where one scale serves all values, an even sample of them at most this large.
-
-    Returns:
-        the float values that the codes approximate, fp32, and the codes.
+        inputs: of its forward, without padding.
     """
     x, *ratio = inputs
     # All ratios are equal without padding, so one value stands for them.
     ratio = [r.reshape(-1)[:1] for r in ratio if r is not None]
-    values = thin(x, max_values) if quantizer.is_per_tensor else x
+    values = thin(x, _SAMPLE) if quantizer.is_per_tensor else x
     return quantizer.target(values), quantizer.codes(values, *ratio)
 
 
 def quantizer_health(
     name: str, quantizer: Quantizer, values: Tensor, codes: Codes
 ) -> QuantizerHealth:
-    """The health of ``quantizer`` by what :func:`observed` returned."""
+    """The health of ``quantizer`` on fp32 values and the codes that approximate them."""
     noise = (values - codes.decode()).square().sum().clamp_min(1e-20)
     signal = values.square().sum().clamp_min(1e-20)
     counts = codes.level_counts().cpu()
@@ -163,7 +170,7 @@ def entropy_bits(counts: Tensor) -> float:
 
 def _observer(name: str, measured: list[QuantizerHealth]):
     def observe(quantizer: Quantizer, inputs: tuple, output: Tensor) -> None:
-        values, codes = _sample(*observed(quantizer, inputs, _SAMPLE))
+        values, codes = _sample(*_observed(quantizer, inputs))
         measured.append(quantizer_health(name, quantizer, values, codes))
 
     return observe
