@@ -1,4 +1,4 @@
-"""The comparison table: a teacher, post-training quantization and trained students side by side."""
+"""A comparison: a teacher, post-training quantization and trained students side by side."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -7,7 +7,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.probe import Probe
@@ -28,9 +27,11 @@ _SCORES = ("last-layer cosine", "SNR dB", "masked accuracy %")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Attributes:
-    rows: the teacher first.
-    untrained_probe: of a network of the teacher's shape with random weights.
+    """Models measured on the same audio.
+
+    Attributes:
+        rows: the teacher first.
+        untrained_probe: of a network of the teacher's shape with random weights.
     """
 
     rows: tuple[Quality, ...]
@@ -111,31 +112,6 @@ def compare(
         rows.append(reference.measure(candidate))
     progress("untrained network")
     return Comparison(tuple(rows), reference.measure_untrained())
-
-
-def comparison_table(comparison: Comparison) -> Table:
-    """One row per model; layers 1..L side by side in a cell."""
-    layers = len(comparison.rows[-1].agreement.cosine) if len(comparison.rows) > 1 else 0
-    table = Table(title=f"held-out audio, layers 1..{layers} from left", title_justify="left")
-    table.add_column("model", no_wrap=True)
-    for column in ("MB", "masked acc.", "centred cosine", "SNR dB", "word probe % (3 seeds)"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in comparison.rows:
-        close, probe = row.agreement, row.probe
-        table.add_row(
-            row.name,
-            f"{row.storage_mb:.2f}",
-            "-" if row.masked is None else f"{row.masked.accuracy:.1%}",
-            "-" if close is None else " ".join(f"{value:.3f}" for value in close.cosine),
-            "-" if close is None else " ".join(f"{value:4.1f}" for value in close.snr_db),
-            "-" if probe is None else _probe_cell(probe),
-        )
-    return table
-
-
-def _probe_cell(probe: Probe) -> str:
-    pairs = zip(probe.mean, probe.std, strict=True)
-    return " ".join(f"{100 * mean:.1f}±{100 * std:.1f}" for mean, std in pairs)
 
 
 def _training_findings(rows: Sequence[Quality]) -> list[str]:

@@ -43,6 +43,20 @@ class Quality:
     masked: MaskedAccuracy | None
     probe: Probe | None
 
+    def figures(self) -> dict[str, Any]:
+        """As plain data: those of the last layer, and of each under ``<key>_layers``."""
+        found: dict[str, Any] = {"storage_mb": self.storage_mb}
+        if self.masked is not None:
+            found |= {"masked_accuracy": self.masked.accuracy, "masked_chance": self.masked.chance}
+        layers = {}
+        if self.agreement is not None:
+            layers |= {"cosine": self.agreement.cosine, "snr_db": self.agreement.snr_db}
+        if self.probe is not None:
+            layers |= {"word_probe": self.probe.mean, "word_probe_std": self.probe.std}
+        for key, values in layers.items():
+            found |= {key: values[-1], f"{key}_layers": values}
+        return found
+
 
 @dataclass(frozen=True)
 class Candidate:

@@ -1,23 +1,30 @@
 """Which models stand out of many: the ones worth their cost, in colour and taken apart."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from fairseq_lowbit.report.overview.columns import DISTILLATION_LOSS, QUALITIES, Column
-from fairseq_lowbit.report.overview.pareto import pareto_front
 from fairseq_lowbit.report.style import FAINT, PALETTE, TEACHER
 from fairseq_lowbit.report.subjects import Subject
+from fairseq_lowbit.runs.columns import (
+    COSINE,
+    DISTILLATION_LOSS,
+    MASKED_ACCURACY,
+    STORAGE,
+    WORD_PROBE,
+    Column,
+)
 
 Item = TypeVar("Item")
-# A cosine is relative to a teacher and a signal-to-noise ratio says the same again.
-_DECIDING = tuple(column for column in QUALITIES if column.key != "snr")
+# The signal-to-noise ratio would order models as the cosine does.
+_DECIDING = (MASKED_ACCURACY, COSINE, WORD_PROBE)
 
 
 def deciding_quality(subjects: Sequence[Subject]) -> Column:
     """What the most quantized models were measured by; their validation loss if nothing else."""
 
     def count(column: Column) -> int:
-        return sum(column.value(s) is not None for s in subjects if not s.is_float)
+        return sum(column.value(s.record) is not None for s in subjects if not s.is_float)
 
     best = max(_DECIDING, key=count)
     return best if count(best) else DISTILLATION_LOSS
@@ -26,18 +33,45 @@ def deciding_quality(subjects: Sequence[Subject]) -> Column:
 def front(subjects: Sequence[Subject], cost: Column, quality: Column) -> list[Subject]:
     """The subjects that no other one beats in both, cheapest first."""
     known = placed(subjects, cost, quality)
-    sign = -1 if quality.is_loss else 1
-    costs = [cost.value(subject) for subject in known]
-    qualities = [sign * quality.value(subject) for subject in known]
+    costs = [cost.value(subject.record) for subject in known]
+    qualities = [quality.merit(subject.record) for subject in known]
     return [known[index] for index in pareto_front(costs, qualities)]
+
+
+def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int]:
+    """The points that no other point beats: cheaper and no worse, or better and no dearer.
+
+    Args:
+        costs: less is better.
+        qualities: more is better; one for each cost.
+
+    Returns:
+        indices, cheapest first; equal points stand or fall together. A point with a value that is
+        not a number is on no front.
+
+    >>> pareto_front([1, 2, 2, 3], [0.5, 0.9, 0.8, 0.9])
+    [0, 1]
+    """
+    known = [i for i, pair in enumerate(zip(costs, qualities, strict=True)) if not _has_nan(pair)]
+    front: list[int] = []
+    for index in sorted(known, key=lambda i: (costs[i], -qualities[i])):
+        point = costs[index], qualities[index]
+        last = (costs[front[-1]], qualities[front[-1]]) if front else None
+        if last is None or point == last or point[1] > last[1]:
+            front.append(index)
+    return front
+
+
+def _has_nan(pair: tuple[float, float]) -> bool:
+    return any(math.isnan(value) for value in pair)
 
 
 def placed(subjects: Sequence[Subject], *columns: Column) -> list[Subject]:
     """Those whose values are all known."""
-    return [s for s in subjects if all(column.value(s) is not None for column in columns)]
+    return [s for s in subjects if all(column.value(s.record) is not None for column in columns)]
 
 
-def colors(subjects: Sequence[Subject], cost: Column) -> dict[str, str]:
+def colors(subjects: Sequence[Subject]) -> dict[str, str]:
     """A colour for every subject, the same in all figures of a report.
 
     There are only so many colours that can be told apart: with more models than that the Pareto
@@ -47,7 +81,7 @@ def colors(subjects: Sequence[Subject], cost: Column) -> dict[str, str]:
     teacher = next((s for s in subjects if s.is_float), None)
     others = [s for s in subjects if s is not teacher and s.is_readable]
     if len(others) > len(PALETTE):
-        others = _by_merit(others, cost)[: len(PALETTE)]
+        others = _by_merit(others)[: len(PALETTE)]
         others = [s for s in subjects if s in others]
     found = {subject.name: FAINT for subject in subjects}
     found |= {s.name: color for s, color in zip(others, PALETTE, strict=False)}
@@ -70,15 +104,13 @@ def note_on_grey(subjects: Sequence[Subject], colors: Mapping[str, str]) -> str:
     return f" Grey: {others} more." if others else ""
 
 
-def worth_dissecting(
-    subjects: Sequence[Subject], cost: Column, most: int
-) -> tuple[list[Subject], str]:
+def worth_dissecting(subjects: Sequence[Subject], most: int) -> tuple[list[Subject], str]:
     """Quantized models with a checkpoint on the Pareto front, from the cheapest to the best, and
     why these; evenly spaced ones if there are more than ``most``."""
-    able = [s for s in subjects if s.costs is not None and not s.is_float]
+    able = [s for s in subjects if s.plan is not None and not s.is_float]
     quality = deciding_quality(able)
-    best = front(able, cost, quality)
-    why = f"on the Pareto front of {quality.name} against {cost.name}"
+    best = front(able, STORAGE, quality)
+    why = f"on the Pareto front of {quality.label} against {STORAGE.label}"
     if not best:
         best, why = able, "in the order of the table, since no quality is known"
     if len(best) > most:
@@ -87,14 +119,13 @@ def worth_dissecting(
     return best, f"{len(best)} of the {len(able)} quantized models with a checkpoint, {why}."
 
 
-def _by_merit(subjects: Sequence[Subject], cost: Column) -> list[Subject]:
+def _by_merit(subjects: Sequence[Subject]) -> list[Subject]:
     """The Pareto front, then by quality, then those without a known one."""
     quality = deciding_quality(subjects)
-    best = front(subjects, cost, quality)
-    sign = 1 if quality.is_loss else -1
+    best = front(subjects, STORAGE, quality)
 
     def rank(subject: Subject) -> tuple[bool, bool, float]:
-        value = quality.value(subject)
-        return subject not in best, value is None, sign * (value or 0.0)
+        merit = quality.merit(subject.record)
+        return subject not in best, merit is None, -(merit or 0.0)
 
     return sorted(subjects, key=rank)

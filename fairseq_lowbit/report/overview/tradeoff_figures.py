@@ -8,17 +8,11 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from fairseq_lowbit.report.drawing import Drawing
 from fairseq_lowbit.report.overview.choice import front, note_on_grey, placed, standing_out
-from fairseq_lowbit.report.overview.columns import (
-    COSTS,
-    DISTILLATION_LOSS,
-    QUALITIES,
-    Column,
-    runtime_reference,
-)
 from fairseq_lowbit.report.style import FAINT, INK, MUTED, add_legend, new_figure, styled
 from fairseq_lowbit.report.subjects import Subject
+from fairseq_lowbit.runs.columns import DISTILLATION_LOSS, QUALITIES, RUNTIME, STORAGE, Column
 
-_AXES = tuple(column for column in COSTS if column.key in ("storage", "runtime"))
+_AXES = (STORAGE, RUNTIME)
 _FEWEST = 2
 _LOG_RATIO = 1.5
 
@@ -50,11 +44,10 @@ def _drawing(
     best = front(subjects, cost, quality)
     _draw_front(axes, best, cost, quality)
     for subject in subjects:
-        spread = quality.spread(subject) if quality.spread else None
         axes.errorbar(
-            cost.value(subject),
-            quality.value(subject),
-            spread,
+            cost.value(subject.record),
+            quality.value(subject.record),
+            quality.spread(subject.record),
             fmt="D" if subject.is_float else "o",
             color=colors[subject.name],
             markeredgecolor=INK if subject in best else "white",
@@ -64,17 +57,18 @@ def _drawing(
         )
     axes.set(xlabel=cost.axis, ylabel=quality.axis)
     axes.margins(0.08)
-    _set_cost_scale(axes, [cost.value(subject) for subject in subjects])
+    _set_cost_scale(axes, [cost.value(subject.record) for subject in subjects])
     add_legend(figure, _legend(subjects, colors))
-    relative = f" Runtime 1 is {runtime_reference(subjects)}." if cost.key == "runtime" else ""
-    spreads = " Bars: ± one standard deviation." if quality.spread else ""
+    has_spread = any(quality.spread(subject.record) is not None for subject in subjects)
+    spreads = " Bars: ± one standard deviation." if has_spread else ""
     points = ", ".join(
-        f"{s.name}: {quality.text(s)} {quality.unit} at {cost.text(s)} {cost.unit}" for s in best
+        f"{s.name}: {quality.text(s.record)} {quality.unit} at {cost.text(s.record)} {cost.unit}"
+        for s in best
     )
-    notes = f"{relative}{spreads}{note_on_grey(subjects, colors)}"
+    notes = f"{spreads}{note_on_grey(subjects, colors)}"
     return Drawing(
         f"{quality.key}_{cost.key}",
-        f"{quality.name[0].upper()}{quality.name[1:]} and {cost.name}",
+        f"{quality.label[0].upper()}{quality.label[1:]} and {cost.label}",
         "Each point is a model, a diamond in float. The line is the Pareto front: nothing is both "
         f"cheaper and better than what is ringed.{notes}",
         figure,
@@ -84,8 +78,8 @@ def _drawing(
 
 def _draw_front(axes: Axes, best: Sequence[Subject], cost: Column, quality: Column) -> None:
     """As a staircase: what a given cost can buy."""
-    costs = [cost.value(subject) for subject in best]
-    qualities = [quality.value(subject) for subject in best]
+    costs = [cost.value(subject.record) for subject in best]
+    qualities = [quality.value(subject.record) for subject in best]
     axes.plot(costs, qualities, drawstyle="steps-post", color=MUTED, linewidth=1, zorder=1)
 
 

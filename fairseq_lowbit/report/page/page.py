@@ -12,6 +12,7 @@ from fairseq_lowbit import __version__
 from fairseq_lowbit.files import atomic_write
 from fairseq_lowbit.report.drawing import Drawing
 from fairseq_lowbit.report.style import as_bytes
+from fairseq_lowbit.runs.columns import Column
 
 # Above this many bytes a figure of lines is larger, and slower to show, than its pixels.
 _MOST_SVG = 200_000
@@ -62,15 +63,6 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Head:
-    """Above a column of the comparison."""
-
-    title: str
-    unit: str
-    note: str
-
-
-@dataclass(frozen=True)
 class Line:
     """A row of the comparison.
 
@@ -94,13 +86,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Details:
-    """What a run was, for who wants to know exactly.
+    """What a run was, in full.
 
     Attributes:
         facts: (what, value).
         plan_heads, plan_rows: the resolved precision, the total last; no rows without a plan.
         configuration: YAML; empty if it is not known.
-        is_told_by_another: a fact tells the configuration, so that it need not be printed.
     """
 
     anchor: str
@@ -110,7 +101,6 @@ class Details:
     plan_heads: Sequence[str]
     plan_rows: Sequence[Sequence[str]]
     configuration: str
-    is_told_by_another: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +118,7 @@ class Page:
     created: str
     summary: str
     problems: Sequence[str]
-    heads: Sequence[Head]
+    columns: Sequence[Column]
     lines: Sequence[Line]
     findings: Sequence[str]
     sections: Sequence[Section]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fairseq_lowbit.report.overview.pareto import pareto_front
+from fairseq_lowbit.report.overview.choice import pareto_front
 
 NAN = math.nan
 

@@ -1,4 +1,4 @@
-"""Measuring the runs that a command was given: its options, and its progress on stderr."""
+"""Measuring the quality of the runs that a command was given: options, and progress on stderr."""
 
 import argparse
 import sys
@@ -11,8 +11,8 @@ from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.evaluation.quality import SECONDS
 from fairseq_lowbit.plugin import register
 from fairseq_lowbit.runs.collection import Entry
-from fairseq_lowbit.runs.folder import Run
-from fairseq_lowbit.runs.measured import measure_runs, stored_measurement
+from fairseq_lowbit.runs.run import Run
+from fairseq_lowbit.runs.run_quality import measure_quality, stored_quality
 
 
 def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +48,7 @@ def with_places(entries: Sequence[Entry], args: argparse.Namespace) -> list[Entr
     return [replace(e, run=place(e.run)) if e.run else e for e in entries]
 
 
-def measure(entries: list[Entry], seconds: float, only_known: bool) -> None:
+def measure_entries(entries: list[Entry], seconds: float, only_known: bool) -> None:
     """Replaces entries by measured ones, one by one; what an earlier command measured is kept.
 
     Args:
@@ -61,8 +61,8 @@ def measure(entries: list[Entry], seconds: float, only_known: bool) -> None:
     for index, entry in enumerate(entries):
         if entry.run is None or entry.run.updates is None:
             continue
-        known = stored_measurement(entry.run, seconds)
-        entries[index] = replace(entry, measurement=known)
+        known = stored_quality(entry.run, seconds)
+        entries[index] = replace(entry, quality=known)
         if known is None:
             places[entry.run] = index
     if only_known or not places:
@@ -75,9 +75,9 @@ def measure(entries: list[Entry], seconds: float, only_known: bool) -> None:
         print(f"measuring {next(started)} of {len(places)}: {name}", file=sys.stderr, flush=True)
 
     try:
-        for run, result in measure_runs(places, seconds, announce):
+        for run, result in measure_quality(places, seconds, announce):
             index = places[run]
-            known = {"problem" if isinstance(result, str) else "measurement": result}
+            known = {"problem" if isinstance(result, str) else "quality": result}
             entries[index] = replace(entries[index], **known)
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept, the same command goes on", file=sys.stderr)

@@ -1,4 +1,7 @@
-"""Measuring many runs, each once: what was measured stands beside the run until either changes."""
+"""Measuring the quality of many runs, each once.
+
+The result is kept beside a run and holds until the run, its teacher or the data change.
+"""
 
 import json
 import logging
@@ -22,36 +25,36 @@ from fairseq_lowbit.evaluation.quality import (
 )
 from fairseq_lowbit.files import atomic_write
 from fairseq_lowbit.models import load_model
-from fairseq_lowbit.runs.folder import Run
+from fairseq_lowbit.runs.folder import quality_file
+from fairseq_lowbit.runs.run import Run
 
 logger = logging.getLogger(__name__)
 
-RESULTS_FILE = "evaluation.json"
 _HELD_OUT = ("test.tsv", "test.km", "words_train.tsv", "words_test.tsv")
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """What was measured of a run, and of its teacher on the same audio (None without one); both
-    rows are named by their precision."""
+class RunQuality:
+    """The quality of a run, and of its teacher on the same audio (None without one), both under the
+    name of their precision."""
 
-    row: Quality
+    own: Quality
     teacher: Quality | None
 
 
-def stored_measurement(run: Run, seconds: float) -> Measurement | None:
-    """What an earlier table measured, if run, teacher, data and ``seconds`` are the same still."""
+def stored_quality(run: Run, seconds: float) -> RunQuality | None:
+    """What was measured before, if run, teacher, data and ``seconds`` are still the same."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        stored = json.loads(_results(run).read_text())
+        stored = json.loads(quality_file(run.folder).read_text())
         if stored["of"] == _fingerprint(run, seconds):
             teacher = stored["teacher"]
-            return Measurement(read_quality(stored["row"]), teacher and read_quality(teacher))
+            return RunQuality(read_quality(stored["row"]), teacher and read_quality(teacher))
     return None
 
 
-def measure_runs(
+def measure_quality(
     runs: Iterable[Run], seconds: float, progress: Callable[[Run], None]
-) -> Iterator[tuple[Run, Measurement | str]]:
+) -> Iterator[tuple[Run, RunQuality | str]]:
     """Measures runs, those of one teacher and data folder after each other, and stores the results
     beside them.
 
@@ -61,7 +64,7 @@ def measure_runs(
         progress: called with each run before it is measured.
 
     Yields:
-        each run with its measurement, or with a message why it could not be measured.
+        each run with its quality, or with a message why it could not be measured.
     """
     for (data, teacher), members in groupby(sorted(runs, key=_group), key=_group):
         bench = _Bench(data, teacher, seconds)
@@ -70,13 +73,13 @@ def measure_runs(
             # Of the files as they are now: a run may go on while it is measured.
             fingerprint = _fingerprint(run, seconds)
             try:
-                measurement = bench.measure(run)
+                quality = bench.measure(run)
             except Exception as error:  # one broken run must not cost the others their rows
                 logger.debug("cannot measure %s", run.folder, exc_info=True)
                 yield run, describe(error)
             else:
-                _store(run, fingerprint, measurement)
-                yield run, measurement
+                _store(run, fingerprint, quality)
+                yield run, quality
 
 
 def _group(run: Run) -> tuple[str, str]:
@@ -89,16 +92,16 @@ class _Bench:
     def __init__(self, data: str, teacher: str, seconds: float) -> None:
         self._data, self._teacher, self._seconds = data, teacher, seconds
         self._reference: Reference | None = None
-        self._teacher_row: Quality | None = None
+        self._teacher_quality: Quality | None = None
         self._mistake: LowbitError | None = None
 
-    def measure(self, run: Run) -> Measurement:
+    def measure(self, run: Run) -> RunQuality:
         with torch.inference_mode():
             if not self._teacher:
-                return Measurement(self._refer_to(run.checkpoint)[1], None)
+                return RunQuality(self._refer_to(run.checkpoint)[1], None)
             self._load_teacher()
             candidate = Candidate.of(load_model(run.checkpoint))
-            return Measurement(self._reference.measure(candidate), self._teacher_row)
+            return RunQuality(self._reference.measure(candidate), self._teacher_quality)
 
     def _load_teacher(self) -> None:
         """Once; what is wrong with the teacher or the data is wrong for every run."""
@@ -106,7 +109,7 @@ class _Bench:
             raise self._mistake
         if self._reference is None:
             try:
-                self._reference, self._teacher_row = self._refer_to(self._teacher)
+                self._reference, self._teacher_quality = self._refer_to(self._teacher)
             except LowbitError as error:
                 self._mistake = error
                 raise
@@ -120,17 +123,15 @@ class _Bench:
         return reference, reference.measure_teacher(loaded.model.plan.precision.name)
 
 
-def _store(run: Run, fingerprint: dict[str, Any], measurement: Measurement) -> None:
-    # In a folder that is not ours to write to, the next table measures again.
-    with suppress(LowbitError), atomic_write(_results(run)) as file:
-        json.dump({"of": fingerprint, **asdict(measurement)}, file, indent=1)
-
-
-def _results(run: Run) -> Path:
-    """In the run's folder, or next to a checkpoint outside of any."""
-    if run.folder == run.checkpoint:
-        return run.checkpoint.with_suffix(f".{RESULTS_FILE}")
-    return run.folder / RESULTS_FILE
+def _store(run: Run, fingerprint: dict[str, Any], quality: RunQuality) -> None:
+    stored = {
+        "of": fingerprint,
+        "row": asdict(quality.own),
+        "teacher": quality.teacher and asdict(quality.teacher),
+    }
+    # In a folder that is not ours to write to, the next command measures again.
+    with suppress(LowbitError), atomic_write(quality_file(run.folder)) as file:
+        json.dump(stored, file, indent=1)
 
 
 def _fingerprint(run: Run, seconds: float) -> dict[str, Any]:
