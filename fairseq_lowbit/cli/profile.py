@@ -7,20 +7,17 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 from fairseq_lowbit.cli import profile_timing
 from fairseq_lowbit.cli.profile_targets import Target
 from fairseq_lowbit.configurations import meta_model, model_config
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.files import atomic_write, check_writable
 from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.profiling import Profile, profile
 from fairseq_lowbit.profiling.cost import CONVERSION_RATE
 from fairseq_lowbit.profiling.paper import ORIGINS, SOURCE, TABLE, UNITS, PaperRow
 from fairseq_lowbit.profiling.tables import (
-    flat_measurements,
+    ProfileRow,
     measured_table,
     module_rows,
     module_table,
@@ -29,7 +26,6 @@ from fairseq_lowbit.profiling.tables import (
     paper_table,
     profile_row,
     profile_table,
-    write_csv,
 )
 from fairseq_lowbit.terminal import print_table
 
@@ -42,7 +38,7 @@ HELP = (
 # What estimated and measured runtimes are relative to.
 REFERENCE = "hubert_fastconv"
 _PAPER_SECONDS = 10.0
-_PaperRows = list[tuple[PaperRow, list[dict[str, Any]]]]
+_PaperRows = list[tuple[PaperRow, list[ProfileRow]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,13 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--per-module", action="store_true", help="every operator of each target")
     parser.add_argument("--paper", action="store_true", help="the paper's Table 1 beside ours")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--csv",
-        type=Path,
-        metavar="FILE",
-        help="write CSV too: a row per model, with --measure one per model, length and threads; "
-        "with --per-module also one per operator",
-    )
     profile_timing.add_arguments(parser)
 
 
@@ -110,12 +99,10 @@ def run(args: argparse.Namespace) -> int:
         is_interrupted = outcome.is_interrupted
     else:
         rows = [_row(entry, reference, args.seconds, args) for entry in counted]
-    try:
-        if rows:
-            _show(rows, [entry.profiles[args.seconds] for entry in counted], reference, args)
-    finally:  # a full disk must not hide what was wrong with the targets
-        for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
+    if rows:
+        _show(rows, [entry.profiles[args.seconds] for entry in counted], reference, args)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
     if is_interrupted:
         print("interrupted: shown is what had been measured until then", file=sys.stderr)
         return 130
@@ -139,8 +126,6 @@ def _check(args: argparse.Namespace) -> None:
     _check_positive("--conversion-rate", args.conversion_rate)
     for seconds in profile_timing.lengths(args):
         _check_positive("--measure-seconds", seconds)
-    if args.csv:
-        check_writable(args.csv)
 
 
 def _check_positive(option: str, value: float) -> None:
@@ -174,7 +159,7 @@ def _count(target: Target, lengths: Iterable[float]) -> _Counted:
 
 def _row(
     entry: _Counted, reference: _Counted, seconds: float, args: argparse.Namespace
-) -> dict[str, Any]:
+) -> ProfileRow:
     return profile_row(entry.profiles[seconds], reference.profiles[seconds], args.conversion_rate)
 
 
@@ -189,7 +174,7 @@ def _with_reference(counted: list[_Counted], reference: _Counted) -> list[_Count
 
 def _measured_rows(
     counted: list[_Counted], reference: _Counted, args: argparse.Namespace
-) -> tuple[list[dict[str, Any]], profile_timing.Outcome]:
+) -> tuple[list[ProfileRow], profile_timing.Outcome]:
     # Estimates first: what is wrong with them must not cost the measurements.
     rows = [_row(entry, reference, args.seconds, args) for entry in counted]
     estimates = [
@@ -204,12 +189,12 @@ def _measured_rows(
 
 
 def _show(
-    rows: list[dict[str, Any]],
+    rows: list[ProfileRow],
     profiles: list[Profile],
     reference: _Counted,
     args: argparse.Namespace,
 ) -> None:
-    modules: list[list[dict[str, Any]]] = []
+    modules: list[list[ProfileRow]] = []
     if args.per_module:
         measure = reference.profiles[args.seconds], args.conversion_rate
         modules = [module_rows(entry, *measure) for entry in profiles]
@@ -222,14 +207,9 @@ def _show(
         for row, own in zip(rows, modules, strict=False):
             print_table(module_table(row, own))
         _print_tables(rows, args)
-    if args.csv:
-        flat = flat_measurements(rows) if args.measure else rows
-        own = [{"name": r["name"], **m} for r, found in zip(rows, modules) for m in found]
-        with atomic_write(args.csv) as file:
-            write_csv([*flat, *own], file)
 
 
-def _print_tables(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+def _print_tables(rows: list[ProfileRow], args: argparse.Namespace) -> None:
     print_table(profile_table(rows))
     print(
         f"runtime: (FLOPs + QuantOps/K) / FLOPs of {REFERENCE}, K = {args.conversion_rate:g}, an "
@@ -251,17 +231,10 @@ def _paper(reference: Profile, args: argparse.Namespace) -> int:
         row = profile_row(counted, reference, args.conversion_rate)
         rows.append((published, paper_rows(published, row)))
     if args.json:
-        print(json.dumps(_cells(rows), indent=1))
+        print(json.dumps([cell for _, cells in rows for cell in cells], indent=1))
     else:
         _print_paper(rows, args)
-    if args.csv:
-        with atomic_write(args.csv) as file:
-            write_csv(_cells(rows), file)
     return 0
-
-
-def _cells(rows: _PaperRows) -> list[dict[str, Any]]:
-    return [cell for _, found in rows for cell in found]
 
 
 def _print_paper(rows: _PaperRows, args: argparse.Namespace) -> None:

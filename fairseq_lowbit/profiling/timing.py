@@ -28,7 +28,6 @@ from fairseq_lowbit.profiling.memory import (
 )
 from fairseq_lowbit.quantization import Criterion, SquashedQuantizer
 
-Announce = Callable[[str, str], None]
 FLOAT = "fp32"
 FAKE_QUANTIZATION = "fake quantization in fp32"
 _CALIBRATION_SAMPLES = SAMPLE_RATE // 2
@@ -158,52 +157,45 @@ def conditions(lengths: Sequence[float], threads: Sequence[int]) -> list[Conditi
     return [Condition(s, t) for s in sorted(set(lengths)) for t in sorted(set(threads))]
 
 
-def count_steps(candidates: Sequence[TimedModel], grid: Sequence[Condition], repeats: int) -> int:
-    """How often :func:`measure` announces."""
-    loads, memory_and_warm_up = 2, 2
-    return len(candidates) * (loads + len(grid) * (memory_and_warm_up + repeats))
-
-
-def measure(
-    candidates: Sequence[TimedModel],
+def time_models(
+    models: Sequence[TimedModel],
     grid: Sequence[Condition],
     repeats: int,
     record: TimingRecord,
-    announce: Announce = lambda stage, step: None,
+    progress: Callable[[str], None] = lambda what: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Runs every candidate under every condition, at batch 1.
+    """Runs every model under every condition, at batch 1.
 
-    A candidate that cannot be loaded, or that does not fit into memory, is left out of the rest.
+    A model that cannot be loaded, or that does not fit into memory, is left out of the rest.
 
     Args:
-        repeats: timed runs of each candidate under each condition.
+        repeats: timed runs of each model under each condition.
         record: filled run by run, so that an interruption leaves what was measured.
-        announce: called before every step with its stage and with what it is.
+        progress: called with what is measured next.
 
     Raises:
-        LowbitError: all candidates together do not fit into memory.
+        LowbitError: all models together do not fit into memory.
     """
-    for candidate in candidates:
+    for model in models:
+        progress(f"memory of {model.name}")
         try:
-            _measure_memory(candidate, grid, record, announce)
+            _measure_memory(model, grid, record)
         except LowbitError as error:
-            record.failures[candidate.name] = str(error)
+            record.failures[model.name] = str(error)
     record.libraries = resident_bytes()
-    left = [candidate for candidate in candidates if candidate.name not in record.failures]
+    left = [model for model in models if model.name not in record.failures]
     if not left:
         return
     with within_free_memory(f"timing {len(left)} models in turns"):
-        models = {}
-        for candidate in left:
-            announce("loading", candidate.name)
-            models[candidate.name] = candidate.load()
+        loaded = {model.name: model.load() for model in left}
         for condition in grid:
-            _take_turns(models, condition, repeats, record, announce, clock)
+            progress(f"timing {condition}")
+            _take_turns(loaded, condition, repeats, record, clock)
 
 
 def timings(record: TimingRecord, name: str, reference: str) -> list[Timing]:
-    """What was measured of the candidate ``name``, in units of the candidate ``reference``."""
+    """What was measured of the model ``name``, in units of the model ``reference``."""
     found = []
     for (own, condition), times in record.times.items():
         if own == name:
@@ -215,20 +207,15 @@ def timings(record: TimingRecord, name: str, reference: str) -> list[Timing]:
     return found
 
 
-def _measure_memory(
-    candidate: TimedModel, grid: Sequence[Condition], record: TimingRecord, announce: Announce
-) -> None:
-    stage = f"memory of {candidate.name}"
-    announce(stage, "loading")
+def _measure_memory(model: TimedModel, grid: Sequence[Condition], record: TimingRecord) -> None:
     with within_free_memory("loading"):
-        model = candidate.load()
-    record.arithmetic[candidate.name] = model.arithmetic
+        runnable = model.load()
+    record.arithmetic[model.name] = runnable.arithmetic
     for condition in grid:
-        announce(stage, str(condition))
         what = f"running {condition.seconds:g} s of audio"
         with within_free_memory(what), _running(condition):
-            run = partial(model.run, _noise(condition))
-            record.peaks[candidate.name, condition] = peak_resident_bytes(run)
+            run = partial(runnable.run, _noise(condition))
+            record.peaks[model.name, condition] = peak_resident_bytes(run)
 
 
 def _take_turns(
@@ -236,18 +223,15 @@ def _take_turns(
     condition: Condition,
     repeats: int,
     record: TimingRecord,
-    announce: Announce,
     clock: Callable[[], float],
 ) -> None:
-    waveform, stage = _noise(condition), f"timing {condition}"
+    waveform = _noise(condition)
     with _running(condition):
-        for name, model in models.items():
-            announce(stage, f"warming up {name}")
-            model.run(waveform)
+        for model in models.values():
+            model.run(waveform)  # the first run is slower
         for turn in range(repeats):
             # In alternating order, so that a machine that gets slower or faster favours nobody.
             for name in models if turn % 2 == 0 else reversed(models):
-                announce(stage, f"turn {turn + 1} of {repeats}, {name}")
                 start = clock()
                 models[name].run(waveform)
                 record.times[name, condition].append(clock() - start)

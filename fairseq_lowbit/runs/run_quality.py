@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from fairseq_lowbit.runs.run import Run
 
 logger = logging.getLogger(__name__)
 
+_Referred = tuple[Reference, Quality]
 _HELD_OUT = ("test.tsv", "test.km", "words_train.tsv", "words_test.tsv")
 
 
@@ -55,8 +56,7 @@ def stored_quality(run: Run, seconds: float) -> RunQuality | None:
 def measure_quality(
     runs: Iterable[Run], seconds: float, progress: Callable[[Run], None]
 ) -> Iterator[tuple[Run, RunQuality | str]]:
-    """Measures runs, those of one teacher and data folder after each other, and stores the results
-    beside them.
+    """Measures runs and stores the results beside them.
 
     Args:
         runs: each with a checkpoint.
@@ -66,61 +66,37 @@ def measure_quality(
     Yields:
         each run with its quality, or with a message why it could not be measured.
     """
-    for (data, teacher), members in groupby(sorted(runs, key=_group), key=_group):
-        bench = _Bench(data, teacher, seconds)
-        for run in members:
-            progress(run)
-            # Of the files as they are now: a run may go on while it is measured.
-            fingerprint = _fingerprint(run, seconds)
-            try:
-                quality = bench.measure(run)
-            except Exception as error:  # one broken run must not cost the others their rows
-                logger.debug("cannot measure %s", run.folder, exc_info=True)
-                yield run, describe(error)
-            else:
-                _store(run, fingerprint, quality)
-                yield run, quality
+    # Runs of one teacher and data folder come after each other, and share what is loaded of both.
+    refer_to = lru_cache(maxsize=1)(_refer_to)
+    for run in sorted(runs, key=lambda run: (str(run.data or ""), str(run.teacher or ""))):
+        progress(run)
+        # Of the files as they are now: a run may go on while it is measured.
+        fingerprint = _fingerprint(run, seconds)
+        try:
+            with torch.inference_mode():
+                quality = _measure(run, seconds, refer_to)
+        except Exception as error:  # one broken run must not cost the others their rows
+            logger.debug("cannot measure %s", run.folder, exc_info=True)
+            yield run, describe(error)
+        else:
+            _store(run, fingerprint, quality)
+            yield run, quality
 
 
-def _group(run: Run) -> tuple[str, str]:
-    return str(run.data or ""), str(run.teacher or "")
+def _measure(run: Run, seconds: float, refer_to: Callable[..., _Referred]) -> RunQuality:
+    if run.data is None:
+        raise LowbitError("its configuration names no data to measure on: give --data")
+    reference, quality = refer_to(run.teacher or run.checkpoint, run.data, seconds)
+    if run.teacher is None:
+        return RunQuality(quality, None)
+    return RunQuality(reference.measure(Candidate.of(load_model(run.checkpoint))), quality)
 
 
-class _Bench:
-    """One teacher and one data folder, loaded when the first run asks for them."""
-
-    def __init__(self, data: str, teacher: str, seconds: float) -> None:
-        self._data, self._teacher, self._seconds = data, teacher, seconds
-        self._reference: Reference | None = None
-        self._teacher_quality: Quality | None = None
-        self._mistake: LowbitError | None = None
-
-    def measure(self, run: Run) -> RunQuality:
-        with torch.inference_mode():
-            if not self._teacher:
-                return RunQuality(self._refer_to(run.checkpoint)[1], None)
-            self._load_teacher()
-            candidate = Candidate.of(load_model(run.checkpoint))
-            return RunQuality(self._reference.measure(candidate), self._teacher_quality)
-
-    def _load_teacher(self) -> None:
-        """Once; what is wrong with the teacher or the data is wrong for every run."""
-        if self._mistake is not None:
-            raise self._mistake
-        if self._reference is None:
-            try:
-                self._reference, self._teacher_quality = self._refer_to(self._teacher)
-            except LowbitError as error:
-                self._mistake = error
-                raise
-
-    def _refer_to(self, checkpoint: str | Path) -> tuple[Reference, Quality]:
-        """A model as the measure of others, and its own row."""
-        if not self._data:
-            raise LowbitError("its configuration names no data to measure on: give --data")
-        loaded = load_model(checkpoint)
-        reference = Reference(loaded, read_held_out(Path(self._data), loaded, self._seconds))
-        return reference, reference.measure_teacher(loaded.model.plan.precision.name)
+def _refer_to(checkpoint: Path, data: Path, seconds: float) -> _Referred:
+    """A model as what others are compared with, and its own quality."""
+    loaded = load_model(checkpoint)
+    reference = Reference(loaded, read_held_out(data, loaded, seconds))
+    return reference, reference.measure_teacher(loaded.model.plan.precision.name)
 
 
 def _store(run: Run, fingerprint: dict[str, Any], quality: RunQuality) -> None:
