@@ -1,7 +1,7 @@
-"""``fairseq-lowbit doctor``: what is installed, what is wrong with it, how to mend it.
+"""``fairseq-lowbit doctor``: what is installed, what is wrong with it and how to fix it.
 
 Every check returns a ``Finding`` and survives a broken installation: what it looks for is imported
-inside it. fairseq is asked through its metadata and through our plugin, never imported here.
+inside it. fairseq is examined through its metadata and our plugin, never imported here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from fairseq_lowbit import __version__
 from fairseq_lowbit.machine import this_machine
 
-HELP = "check the installation; every problem comes with its mend"
+HELP = "check the installation; every problem comes with a fix"
 
 PRIMARY_CONFIG = "bitla_w1a1"
 # Not resolved: setuptools' strict editable installs link each file, and the links are the package.
@@ -42,16 +42,16 @@ OPTIONAL_MODULES = {
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong and what mends it; ``needed`` when training cannot work without."""
+    """Something wrong and how to fix it; ``needed`` if training cannot work without it."""
 
     what: str
-    mend: str
+    fix: str
     needed: bool = True
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check saw: lines to print under a topic, and problems."""
+    """The result of one check: lines to print under a topic, and problems."""
 
     topic: str
     lines: tuple[str, ...]
@@ -74,8 +74,8 @@ def check_torch() -> Finding:
     try:
         import torch
     except ImportError as error:
-        mend = "pip install torch; constraints.txt names the version that was tested"
-        problem = Problem(f"torch cannot be imported: {error}", mend)
+        fix = "pip install torch; constraints.txt names the version that was tested"
+        problem = Problem(f"torch cannot be imported: {error}", fix)
         return Finding("torch", ("not importable",), (problem,))
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     return Finding("torch", (f"{torch.__version__} ({build}), {torch.get_num_threads()} threads",))
@@ -85,8 +85,8 @@ def check_fairseq() -> Finding:
     """Which distribution the module ``fairseq`` comes from; whether its command is this one's."""
     spec = find_spec("fairseq")
     if spec is None or spec.origin is None:
-        mend = "bash scripts/setup.sh; or pip install fairseq-fixed, which builds from source"
-        return Finding("fairseq", ("absent",), (Problem("there is no module fairseq", mend),))
+        fix = "bash scripts/setup.sh; or pip install fairseq-fixed, which builds from source"
+        return Finding("fairseq", ("absent",), (Problem("there is no module fairseq", fix),))
     distributions = [
         f"{name} {found}"
         for name in ("fairseq-fixed", "fairseq")
@@ -119,8 +119,8 @@ def check_hydra() -> Finding:
     directory = Path(ours[0].removeprefix("file://"))
     problems = []
     if not (directory / f"{PRIMARY_CONFIG}.yaml").is_file():
-        mend = "install again: pip install --force-reinstall --no-deps, of a wheel or of -e ."
-        problems.append(Problem(f"{directory} holds no {PRIMARY_CONFIG}.yaml", mend))
+        fix = "install again: pip install --force-reinstall --no-deps, of a wheel or of -e ."
+        problems.append(Problem(f"{directory} holds no {PRIMARY_CONFIG}.yaml", fix))
     if not any(directory.parent.samefile(place) for place in (PACKAGE_DIR, PACKAGE_DIR.parent)):
         what = f"Hydra takes the configs of another copy of fairseq_lowbit than {PACKAGE_DIR}"
         problems.append(
@@ -155,10 +155,10 @@ def check_config() -> Finding:
     if result.returncode != 0:
         problem = Problem(
             f"the config {PRIMARY_CONFIG} does not compose: {result.stderr.strip()}",
-            "mend the problems above first; else install again: pip install -e .",
+            "fix the problems above first; else install again: pip install -e .",
         )
         return Finding("config", ("failed",), (problem,))
-    if "\nuser_dir: null" in result.stdout:  # check_hydra has said what is wrong
+    if "\nuser_dir: null" in result.stdout:  # check_hydra reports the cause
         return Finding("config", ("fairseq's bare defaults, nothing of ours",))
     return Finding("config", (f"{PRIMARY_CONFIG} composes",))
 
@@ -252,7 +252,7 @@ def report(findings: list[Finding]) -> str:
     text.append("")
     for problem in problems:
         text.append(f"{'problem' if problem.needed else 'note'}: {problem.what}")
-        text.append(f"   mend: {problem.mend}")
+        text.append(f"   fix: {problem.fix}")
     if not problems:
         text.append("no problems found")
     return "\n".join(text)

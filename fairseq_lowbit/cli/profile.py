@@ -136,8 +136,8 @@ def _check_positive(option: str, value: float) -> None:
 def _count_all(
     args: argparse.Namespace, lengths: Iterable[float]
 ) -> tuple[list[_Counted], list[str]]:
-    """What could be counted, and what is wrong with the others."""
-    # To measure a model twice would tell nothing new.
+    """The targets that could be counted, and what is wrong with the others."""
+    # Measuring a model twice would show nothing new.
     sources = dict.fromkeys(args.targets) if args.measure else args.targets
     counted, problems = [], []
     for source in sources:
@@ -146,7 +146,7 @@ def _count_all(
             counted.append(_count(target, lengths))
         except LowbitError as error:
             problems.append(f"{source}: {error}")
-        except Exception as error:  # one broken checkpoint must not cost the others their rows
+        except Exception as error:  # one broken checkpoint must not hide the others
             logger.debug("cannot count %s", source, exc_info=True)
             problems.append(f"{source}: {type(error).__name__}: {error}")
     return counted, problems
@@ -175,7 +175,7 @@ def _with_reference(counted: list[_Counted], reference: _Counted) -> list[_Count
 def _measured_rows(
     counted: list[_Counted], reference: _Counted, args: argparse.Namespace
 ) -> tuple[list[ProfileRow], profile_timing.Outcome]:
-    # Estimates first: what is wrong with them must not cost the measurements.
+    # Estimates come first, so that an error in them is reported before time is spent.
     rows = [_row(entry, reference, args.seconds, args) for entry in counted]
     estimates = [
         {s: _row(entry, reference, s, args) for s in profile_timing.lengths(args)}

@@ -1,4 +1,4 @@
-"""``fairseq-lowbit profile --measure``: runs the models and adds to each row what that took."""
+"""``fairseq-lowbit profile --measure``: runs the models and adds time and memory to each row."""
 
 import argparse
 import sys
@@ -61,7 +61,7 @@ def lengths(args: argparse.Namespace) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What running the targets gave, and whether it was interrupted before its end."""
+    """What was measured of the targets, and whether it was interrupted."""
 
     record: TimingRecord
     problems: tuple[str, ...]
@@ -117,7 +117,7 @@ def add_measurements(
 
 
 def notes(rows: Sequence[ProfileRow], reference: str) -> list[str]:
-    """What the measured table means, and what is behind its rows."""
+    """Explanations below the measured table."""
     first = rows[0]
     machine = this_machine()
     lines = [

@@ -27,7 +27,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_measuring_arguments(args: argparse.Namespace) -> None:
-    """Raises LowbitError for what was given by hand and is not there, or no amount of audio."""
+    """Raises LowbitError for a path that does not exist, or an impossible amount of audio."""
     require_number("--seconds", args.seconds, 0, excluded=True)
     if args.data and not (args.data / "test.tsv").is_file():
         raise LowbitError(f"--data {args.data} holds no test.tsv")
@@ -36,8 +36,8 @@ def check_measuring_arguments(args: argparse.Namespace) -> None:
 
 
 def with_places(entries: Sequence[Entry], args: argparse.Namespace) -> list[Entry]:
-    """With the data and the teacher of the command line, where they are given; the teacher itself
-    is its own run's model and nobody's student."""
+    """Sets the data and the teacher of the command line, if they are given; the run of that teacher
+    itself gets no teacher."""
     given = {"data": args.data, "teacher": args.teacher}
     given = {key: path for key, path in given.items() if path is not None}
 
@@ -52,10 +52,10 @@ def measure_entries(entries: list[Entry], seconds: float, only_known: bool) -> N
     """Replaces entries by measured ones, one by one; what an earlier command measured is kept.
 
     Args:
-        only_known: measure nothing anew.
+        only_known: measure nothing, take only what is stored.
 
     Raises:
-        KeyboardInterrupt: it was interrupted, and has said so.
+        KeyboardInterrupt: after a message that it was interrupted.
     """
     places = {}
     for index, entry in enumerate(entries):

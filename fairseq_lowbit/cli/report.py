@@ -31,7 +31,7 @@ from fairseq_lowbit.report.overview.comparison import (
     summary_of,
 )
 from fairseq_lowbit.report.page.page import Page, Pictures, figures_folder, write_page
-from fairseq_lowbit.report.page.sections import Sections
+from fairseq_lowbit.report.sections import Sections
 from fairseq_lowbit.report.sources import Sources, read_sources
 from fairseq_lowbit.report.subjects import Subject, gather
 from fairseq_lowbit.runs.collection import Entry, collect, model_records
@@ -73,9 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help=f"look into this model of the table (default: up to {MOST_DISSECTED} of the best)",
+        help=f"show the inside of this model (default: up to {MOST_DISSECTED} of the best)",
     )
-    parser.add_argument("--no-dissect", action="store_true", help="look into no model")
+    parser.add_argument("--no-dissect", action="store_true", help="show the inside of no model")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,14 +100,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """What was given by hand has to be there before time is spent."""
+    """Checks the arguments before time is spent."""
     check_measuring_arguments(args)
     if args.dissect and args.no_dissect:
         raise LowbitError("--dissect and --no-dissect contradict each other")
 
 
 def _check_content(entries: Sequence[Entry], sources: Sources, dissect: Sequence[str]) -> None:
-    """Raises LowbitError when there is nothing to tell of, or not what is to be looked into."""
+    """Raises LowbitError if there is nothing to show, or --dissect names an unknown run."""
     if not sources.records and not any(entry.run for entry in entries):
         known = [f"{entry.name}: {entry.problem}" for entry in entries]
         raise LowbitError("; ".join([*sources.problems, *known]))
@@ -146,13 +146,13 @@ def _page(
 
 
 def _chosen(subjects: Sequence[Subject], args: argparse.Namespace) -> tuple[list[Subject], str]:
-    """Which models to look into, and why."""
+    """The models to take apart, and why these."""
     if args.no_dissect:
         return [], ""
     if args.dissect:
-        return [s for s in subjects if s.name in args.dissect], "Those that --dissect named."
+        return [s for s in subjects if s.name in args.dissect], "The models that --dissect named."
     chosen, why = worth_dissecting(subjects, MOST_DISSECTED)
-    return chosen, f"{why} --dissect NAME looks into others."
+    return chosen, f"{why} --dissect NAME shows others."
 
 
 def _say(what: str) -> None:

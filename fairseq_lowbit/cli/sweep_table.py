@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_paths(args: argparse.Namespace) -> None:
-    """What was given by hand has to be there, or to be writable, before time is spent."""
+    """Checks that paths exist or can be written before time is spent."""
     check_measuring_arguments(args)
     for path in filter(None, (args.csv, args.markdown)):
         check_writable(path)

@@ -42,7 +42,7 @@ class Comparison:
         return self.rows[0]
 
     def findings(self) -> list[str]:
-        """What the table does and does not show, in sentences."""
+        """Sentences on what the comparison shows and what it does not."""
         notes = [*self._teacher_findings(), *_training_findings(self.rows)]
         if self.teacher.probe is not None:
             notes += _probe_findings(self.rows)
@@ -74,7 +74,7 @@ class Comparison:
 
     @classmethod
     def read(cls, path: Path) -> "Comparison":
-        """What :meth:`write` wrote.
+        """Reads the file of :meth:`write`.
 
         Raises:
             LowbitError: it is another kind of file.
@@ -115,7 +115,7 @@ def compare(
 
 
 def _training_findings(rows: Sequence[Quality]) -> list[str]:
-    """For every trained row, whether it beats the best calibrated one at all."""
+    """Whether each trained model is better than the best calibrated one."""
     calibrated = [row for row in rows if row.is_calibrated_only]
     trained = [row for row in rows if row.agreement and not row.is_calibrated_only]
     notes = []
@@ -130,13 +130,13 @@ def _training_findings(rows: Sequence[Quality]) -> list[str]:
 
 
 def _scores(row: Quality) -> list[float]:
-    """What ``_SCORES`` names; without labels the last one is missing."""
+    """The values of ``_SCORES``; without labels the last one is missing."""
     masked = [] if row.masked is None else [100 * row.masked.accuracy]
     return [row.agreement.cosine[-1], row.agreement.snr_db[-1], *masked]
 
 
 def _probe_findings(rows: Sequence[Quality]) -> list[str]:
-    """Neighbouring rows whose last layers the probe cannot tell apart, in one sentence."""
+    """One sentence on neighbouring rows whose last layers the probe does not distinguish."""
     alike = []
     for first, second in pairwise(rows):
         gap = abs(first.probe.mean[-1] - second.probe.mean[-1])

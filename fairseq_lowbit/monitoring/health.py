@@ -1,7 +1,7 @@
-"""Health of a model on one fixed batch: is a layer collapsing, is a quantizer wasting its levels?
+"""Health of a model on one fixed batch: do layers collapse, do quantizers waste their levels?
 
-Measured in a forward of its own without padding, so that training's forward stays untouched and
-the curves of one run are comparable.
+It is measured in a separate forward without padding, so that the forward of training stays
+untouched and the values of one run are comparable over its updates.
 """
 
 import math
@@ -21,7 +21,7 @@ from fairseq_lowbit.quantization import Codes, Quantizer
 from fairseq_lowbit.quantization.calibration import thin
 
 COLLAPSED = 0.05
-# Values per quantizer: to sort all of them would take longer than the forward.
+# Values looked at per quantizer; all of them would take longer than the forward.
 _SAMPLE = 32_768
 
 
@@ -33,8 +33,8 @@ class QuantizerHealth:
         sqnr_db: signal-to-quantization-noise ratio, 10 log10(sum x^2 / sum (x - decode)^2).
         clipped: share of values more than half a step beyond the outermost decoded level.
         levels_used: share of the 2^bits levels that occur.
-        entropy: of the levels' shares, in bits: what its codes tell of the ``bits`` paid for. None
-            in a record that was written without it.
+        entropy: of the levels' shares, in bits: how much information the stored ``bits`` carry.
+            None in records of versions that did not measure it.
         at_floor: share of its scales at the smallest value a scale may have.
     """
 
@@ -54,10 +54,12 @@ class QuantizerHealth:
 
 @dataclass(frozen=True)
 class Health:
-    """Attributes:
-    centered_std: per layer 1..L, the standard deviation over frames around each feature's mean,
-        relative to the root mean square of the layer's output. A healthy layer is near .5 to 1;
-        one that is constant over time is near 0.
+    """Health of all quantizers and layers.
+
+    Attributes:
+        centered_std: per layer 1..L, the standard deviation over frames around each feature's
+            mean, relative to the root mean square of the layer's output. A healthy layer has .5 to
+            1, one that is constant over time nearly 0.
     """
 
     quantizers: tuple[QuantizerHealth, ...]
@@ -68,8 +70,8 @@ class Health:
 
 
 def split_layer(name: str) -> tuple[int | None, str]:
-    """The encoder layer, from 0, that a module belongs to, and its name in there; None and the
-    whole name outside the encoder layers.
+    """The encoder layer, from 0, that a module belongs to, and its name within the layer; None and
+    the whole name outside the encoder layers.
 
     >>> split_layer("encoder.layers.3.self_attn.q_proj")
     (3, 'self_attn.q_proj')
@@ -86,7 +88,7 @@ def measure_health(model: Hubert, waveform: Tensor) -> Health:
     try:
         with watching(model) as found:
             outputs, _ = model.hidden_states(waveform)
-            model.project_final(outputs[-1])  # the last quantizers there may be
+            model.project_final(outputs[-1])  # which may be quantized too
     finally:
         model.train(was_training)
     return Health(tuple(found), tuple(centered_std(output) for output in outputs))
@@ -126,7 +128,7 @@ def refuse_collapsed(centered: tuple[float, ...], path: object) -> None:
         raise LowbitError(
             f"teacher {path} has collapsed: layers {dead} are constant over time (centred standard "
             f"deviation {min(centered):.4f}, healthy is above {COLLAPSED}). Train the teacher "
-            "longer or with a lower learning rate; distilling from it teaches nothing"
+            "longer or with a lower learning rate; a student cannot learn from it"
         )
 
 
@@ -177,7 +179,7 @@ def _observer(name: str, measured: list[QuantizerHealth]):
 
 
 def _sample(values: Tensor, codes: Codes) -> tuple[Tensor, Codes]:
-    """Evenly spaced ones, flat, of values and their codes."""
+    """An even sample of values and their codes, flat."""
 
     def some(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else thin(tensor.expand(codes.integers.shape), _SAMPLE)

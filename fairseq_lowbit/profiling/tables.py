@@ -56,8 +56,8 @@ def profile_table(rows: Sequence[ProfileRow]) -> Table:
 
 
 def _add_figures(table: Table, head: str, width: int = 8) -> None:
-    """A column that stays whole in a narrow terminal, where names break: a head of several words
-    stands in lines over figures of up to ``width`` digits."""
+    """Adds a column of numbers that stays whole in a narrow terminal, where names are wrapped: a
+    head of several words is broken into lines, above figures of up to ``width`` digits."""
     words = head.split()
     if len(words) == 1:
         table.add_column(head, justify="right", no_wrap=True)
@@ -116,7 +116,7 @@ def _kind(module: ProfileRow) -> tuple[int, int, int]:
 
 
 def measured_table(rows: Sequence[ProfileRow]) -> Table:
-    """What was measured beside what was estimated for the same audio, models under each other.
+    """Measured figures beside the estimates for the same audio.
 
     Args:
         rows: with ``name`` and ``measured``, as ``profile --measure --json`` prints them.
@@ -163,7 +163,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def paper_rows(published: PaperRow, row: ProfileRow) -> list[ProfileRow]:
-    """The known cells of a row of the paper, each with ours, as plain data.
+    """The known cells of a row of the paper, each with our value, as plain data.
 
     Args:
         row: of :func:`profile_row`; what it cannot count is None in the result.
@@ -194,7 +194,7 @@ def paper_rows(published: PaperRow, row: ProfileRow) -> list[ProfileRow]:
 
 
 def paper_table(rows: Sequence[tuple[PaperRow, list[ProfileRow]]]) -> Table:
-    """The known cells of the paper, each with ours and the difference."""
+    """The known cells of the paper, each with our value and the difference."""
     table = Table(title="published and counted, 10 s of audio", title_justify="left")
     table.add_column("model", no_wrap=True)
     table.add_column("cell", no_wrap=True)
@@ -214,7 +214,7 @@ def paper_table(rows: Sequence[tuple[PaperRow, list[ProfileRow]]]) -> Table:
 
 
 def paper_notes(rows: Sequence[tuple[PaperRow, list[ProfileRow]]]) -> list[str]:
-    """Why cells differ, a line for each reason that begins with the cells it explains."""
+    """The reasons why cells differ, a line each that begins with the cells it explains."""
     explained: dict[str, dict[str, list[str]]] = {}
     for row in (row for _, cells in rows for row in cells if row["note"]):
         models = explained.setdefault(row["note"], {})

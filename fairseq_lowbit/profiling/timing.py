@@ -1,7 +1,7 @@
-"""What models take when they run: wall time, real-time factor, peak memory.
+"""Running models to measure them: wall time, real-time factor, peak memory.
 
 Every model is first loaded alone, for its memory. Then all are loaded together and take turns, so
-that whatever else the machine does hits all of them.
+that other load on the machine affects all of them.
 """
 
 import statistics
@@ -39,7 +39,7 @@ class Runnable:
 
     Attributes:
         run: on a waveform [1, samples], fp32 at 16 kHz.
-        arithmetic: what it computes with, in words.
+        arithmetic: the kind of numbers it computes with, in words.
     """
 
     run: Callable[[Tensor], object]
@@ -72,7 +72,7 @@ class TimingRecord:
     Attributes:
         times: seconds of each run, one per turn.
         peaks: bytes, see :func:`peak_resident_bytes`, with no other model loaded; None where the
-            system does not tell.
+            system does not report it.
         arithmetic: by name, see :class:`Runnable`.
         failures: by name, why a model was not measured.
         libraries: resident bytes with no model loaded, after all have run.
@@ -128,14 +128,14 @@ class Timing:
 
 
 def runnable(model: Hubert) -> Runnable:
-    """``model`` as it stands, computing the output of every layer."""
+    """Wraps ``model``; a run computes the output of every layer."""
     is_quantized = next(quantizers(model), None) is not None
     return Runnable(model.hidden_states, FAKE_QUANTIZATION if is_quantized else FLOAT)
 
 
 def with_random_weights(shape: Architecture, precision: Precision) -> Hubert:
     """A model that runs, in eval mode: weights are drawn from a fixed seed, quantizers calibrated
-    on noise. What it takes to run does not depend on the values.
+    on noise. Time and memory do not depend on the values.
 
     Raises:
         LowbitError: an impossible shape or precision.
@@ -146,7 +146,7 @@ def with_random_weights(shape: Architecture, precision: Precision) -> Hubert:
         noise = torch.randn(1, _CALIBRATION_SAMPLES)
     for _, quantizer in quantizers(model):
         if isinstance(quantizer, SquashedQuantizer):
-            # What was drawn is taken for squashed weights: to fit them takes a minute.
+            # The random weights are used as squashed ones, since fitting those takes a minute.
             quantizer.mark_calibrated(True)
     calibrate(model, [noise], model.final_output, Criterion("absmax"))
     return model
@@ -195,7 +195,7 @@ def time_models(
 
 
 def timings(record: TimingRecord, name: str, reference: str) -> list[Timing]:
-    """What was measured of the model ``name``, in units of the model ``reference``."""
+    """The timings of the model ``name``, with runtimes in units of the model ``reference``."""
     found = []
     for (own, condition), times in record.times.items():
         if own == name:
@@ -230,7 +230,7 @@ def _take_turns(
         for model in models.values():
             model.run(waveform)  # the first run is slower
         for turn in range(repeats):
-            # In alternating order, so that a machine that gets slower or faster favours nobody.
+            # In alternating order, so that a machine that gets slower or faster favours no model.
             for name in models if turn % 2 == 0 else reversed(models):
                 start = clock()
                 models[name].run(waveform)

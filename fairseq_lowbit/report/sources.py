@@ -1,4 +1,4 @@
-"""What a report is made from: folders of runs, checkpoints, and tables that were made before."""
+"""The sources of a report: folders of runs, checkpoints, and tables of other commands."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,11 +15,11 @@ from fairseq_lowbit.runs.tables import read_csv
 
 @dataclass(frozen=True)
 class Sources:
-    """What was read from the sources.
+    """The sources of a report, as far as they could be read.
 
     Attributes:
         places: folders of runs, and checkpoints.
-        records: of tables that were made before.
+        records: the rows of tables.
         findings: of comparisons, in sentences.
         problems: what could not be read, and why.
     """
@@ -31,7 +31,7 @@ class Sources:
 
 
 def read_sources(paths: Iterable[Path]) -> Sources:
-    """Tells what is what, and reads the tables; a folder's own comparison counts as one."""
+    """Reads the tables among the sources, and a comparison that a folder of runs contains."""
     sources = Sources()
     for path in paths:
         try:

@@ -1,4 +1,4 @@
-"""The models that a report tells of: what is known of each, and what each costs."""
+"""The models of a report: what is known of each, and what each costs."""
 
 import math
 from collections import Counter
@@ -38,8 +38,8 @@ class Subject:
             ``flops``, ``quantops`` and ``runtime`` for 10 s of audio.
         checkpoint: None for a row that is known from a table only, or without one yet.
         plan: None without a readable checkpoint.
-        problem: why there is no plan.
-        aliases: names of the same model in tables made before.
+        problem: why its checkpoint cannot be read.
+        aliases: names of the same model in other tables.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Subject:
 
     @property
     def folder(self) -> Path | None:
-        """Of its run, if that is still there."""
+        """The folder of its run, if that still exists."""
         folder = self.record["folder"]
         return folder if folder is not None and folder.is_dir() else None
 
@@ -72,9 +72,9 @@ def gather(own: Iterable[ModelRecord], others: Iterable[ModelRecord]) -> list[Su
     """The subjects of records, each model once, float ones first and then by storage.
 
     Args:
-        own: of runs and checkpoints. A teacher known through its students gives way to its own run.
-        others: of tables made before; they give way to records of the same run, or of the same
-            measurements.
+        own: of runs and checkpoints. The run of a teacher replaces what its students know of it.
+        others: of tables; left out are those of the same run, or with the same measurements, as
+            one of ``own``.
     """
     subjects = [Subject(r["name"], r, checkpoint_of(r["folder"])) for r in own]
     trained = {s.checkpoint for s in subjects if s.record["status"]} - {None}
@@ -103,8 +103,8 @@ def checkpoint_of(folder: Path | None) -> Path | None:
 
 
 def _are_same(first: ModelRecord, second: ModelRecord) -> bool:
-    """Whether they are of the same run, or tell the same measurements: no two models are that much
-    alike."""
+    """Whether they are of the same run, or have the same measurements, which two different models
+    never have."""
     if first["folder"] is not None and first["folder"] == second["folder"]:
         return True
     if MASKED_ACCURACY.value(first) is COSINE.value(first) is None:
@@ -133,14 +133,14 @@ def _with_unique_names(subjects: Sequence[Subject]) -> list[Subject]:
 
 
 def _with_costs(subjects: Sequence[Subject]) -> list[Subject]:
-    """With what their checkpoints' shapes and precisions cost, or why that is not known."""
+    """Adds what their models cost, or why a checkpoint cannot be read."""
     models: dict[str, Hubert] = {}
     problems: dict[str, str] = {}
     for subject in subjects:
         if subject.checkpoint is not None:
             try:
                 models[subject.name] = load_without_weights(subject.checkpoint)
-            except Exception as error:  # one broken checkpoint must not cost the others the page
+            except Exception as error:  # one broken checkpoint must not prevent the page
                 problems[subject.name] = describe(error)
     reference = _reference(models.values())
     found = []
@@ -154,8 +154,8 @@ def _with_costs(subjects: Sequence[Subject]) -> list[Subject]:
 
 
 def _unreadable(subject: Subject, problem: str) -> Subject:
-    """The configuration of a checkpoint that is no model of ours, or none at all, is not to be
-    trusted; what was measured of it once is."""
+    """A subject without what its configuration claims of a checkpoint that cannot be read; what was
+    measured of it before stays."""
     known: dict[str, Any] = {}
     if not subject.is_measured:
         known = dict.fromkeys(("precision", "rules", "loss"))
@@ -180,8 +180,8 @@ def _with_cost(subject: Subject, model: Hubert, reference: Profile) -> Subject:
 
 
 def _reference(models: Collection[Hubert]) -> Profile | None:
-    """Of a float model of the shape that most models have, of several such shapes the one with the
-    most work, so that a model of another shape rescales none of the others; None without models."""
+    """The float model of the shape that most models have, or of several such the one with the
+    most operations, so that a model of another shape changes no runtime; None without models."""
     profiles = [_float_profile(model) for model in models]
     counts = Counter(own.flops for own in profiles)
     return max(profiles, key=lambda own: (counts[own.flops], own.flops), default=None)

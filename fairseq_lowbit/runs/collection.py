@@ -43,12 +43,12 @@ _SORT_COLUMNS = {
     "paper": PAPER_WER,
 }
 SORTS = (*_SORT_COLUMNS, "name", "updates", "status")
-# Overrides that say where things are, what another field says, or what goes with it.
-_TOLD_ELSEWHERE = (
+# Overrides that only give paths, or repeat what another field of the record holds.
+_SHOWN_ELSEWHERE = (
     *("task.data", "task.teacher", "task.init_from"),
     *("optimization.max_update", "lr_scheduler.warmup_updates", "sweep"),
 )
-# The status of what holds no model.
+# The status of an entry without a readable model.
 UNREADABLE = "unreadable"
 
 
@@ -67,10 +67,10 @@ class Entry:
 
 
 def collect(places: Sequence[Path]) -> list[Entry]:
-    """The runs at and below folders and the checkpoints among ``places``, each once, named from
-    their common parent on; a folder without any is an entry that says so.
+    """Finds the runs in folders and their subfolders, and single checkpoints, each once.
 
-    Left out are runs that were told to save nothing.
+    Runs are named by their path below the folder that all have in common. A place without a run
+    gives an entry with a problem. Runs with ``checkpoint.no_save`` are left out.
     """
     paths, entries = [], []
     for place in places:
@@ -87,7 +87,7 @@ def collect(places: Sequence[Path]) -> list[Entry]:
 def _entry(name: str, path: Path) -> Entry:
     try:
         return Entry(name, read_run(path))
-    except Exception as error:  # one broken run must not cost the others their rows
+    except Exception as error:  # one broken run must not hide the others
         return Entry(name, problem=describe(error))
 
 
@@ -117,7 +117,7 @@ def _record(entry: Entry, common: set[str]) -> ModelRecord:
         return _blank(name=entry.name, status=UNREADABLE, message=entry.problem)
     is_trained = run.loss != CALIBRATION
     has_paper = not run.rules and is_trained
-    told = common | {text for text in run.overrides if _key(text) in _TOLD_ELSEWHERE}
+    hidden = common | {text for text in run.overrides if _key(text) in _SHOWN_ELSEWHERE}
     record = _blank(
         name=entry.name,
         status=_status(run),
@@ -125,7 +125,7 @@ def _record(entry: Entry, common: set[str]) -> ModelRecord:
         precision=run.precision,
         rules=run.rules,
         loss=run.loss,
-        overrides=tuple(text for text in run.overrides if text not in told),
+        overrides=tuple(text for text in run.overrides if text not in hidden),
         updates=run.updates if is_trained else None,  # the teacher's otherwise
         planned=run.planned if is_trained else None,
         best_loss=run.best_loss,
@@ -147,7 +147,7 @@ def _status(run: Run) -> str:
 
 
 def _teacher_records(members: Sequence[Entry]) -> list[ModelRecord]:
-    """What was measured of the one teacher of these runs; its name alone if nothing was."""
+    """The record of the teacher that these runs share; only its name if it was not measured."""
     run = members[0].run
     if run is None or run.teacher is None:
         return []
@@ -163,7 +163,7 @@ def _teacher_records(members: Sequence[Entry]) -> list[ModelRecord]:
 
 
 def record_of_quality(quality: Quality, **known: Any) -> ModelRecord:
-    """A record of what was measured of a model, and of what else is known of it."""
+    """A record of the measured quality of a model, and of what else is known of it."""
     return _blank(name=quality.name) | known | quality.figures()
 
 
@@ -172,7 +172,7 @@ def _blank(**known: Any) -> ModelRecord:
 
 
 def _sorted(lines: Iterable[ModelRecord], sort: str) -> list[ModelRecord]:
-    """Records without the value come last."""
+    """Sorts records; those without the value come last."""
 
     def rank(record: ModelRecord) -> tuple:
         value, size = _rank(record, sort), record["storage_mb"]
@@ -182,7 +182,7 @@ def _sorted(lines: Iterable[ModelRecord], sort: str) -> list[ModelRecord]:
 
 
 def _rank(record: ModelRecord, sort: str) -> str | float | None:
-    """The smallest first."""
+    """A value by which the best record is the smallest."""
     if sort in ("name", "status"):
         return record[sort]
     merit = record[sort] if sort == "updates" else _SORT_COLUMNS[sort].merit(record)
@@ -190,8 +190,8 @@ def _rank(record: ModelRecord, sort: str) -> str | float | None:
 
 
 def _common_overrides(entries: Iterable[Entry]) -> set[str]:
-    """What all runs of a group were given tells none from another, as long as there are several.
-    Stages were given nothing."""
+    """Overrides that all runs of a group share and that therefore distinguish none, if there are
+    several runs. Stages have no overrides of their own."""
     runs = [entry.run for entry in entries if entry.run is not None and entry.run.overrides]
     counts = Counter(override for run in runs for override in set(run.overrides))
     return {text for text, count in counts.items() if count == len(runs) > 1}
@@ -201,8 +201,8 @@ def _key(override: str) -> str:
     return override.lstrip("+").partition("=")[0]
 
 
-def untold_overrides(record: ModelRecord) -> list[str]:
-    """Those that its name does not tell; a job of a sweep has most of them in its name."""
+def unnamed_overrides(record: ModelRecord) -> list[str]:
+    """The overrides that are not part of the name; the folders of a sweep are named by theirs."""
     return [t for t in record["overrides"] or () if job_folder([t]) not in record["name"]]
 
 

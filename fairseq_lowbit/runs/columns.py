@@ -31,7 +31,7 @@ class Column:
         factor: from the record's unit to ``unit``.
         lower_is_better: as of a cost or a loss.
         name: on the axis of a figure and in sentences; by default the title.
-        loss: the figure is comparable between models of this loss only and unknown for others.
+        loss: if given, the figure compares models of this loss only and is unknown for others.
     """
 
     key: str
@@ -69,11 +69,11 @@ class Column:
         return self._scaled(record.get(f"{self.key}_std"))
 
     def layers(self, record: ModelRecord) -> list[float]:
-        """The figure of each layer, which few columns have; ``value`` is that of the last one."""
+        """The figure of each layer in ``unit``; empty for a figure of the whole model."""
         return [self.factor * value for value in record.get(f"{self.key}_layers") or ()]
 
     def merit(self, record: ModelRecord) -> float | None:
-        """More is better; None where the value is not known."""
+        """The value with its sign chosen so that more is better; None where it is not known."""
         value = self.value(record)
         return None if value is None else -value if self.lower_is_better else value
 
@@ -146,7 +146,7 @@ VALIDATION_LOSS = Column(
     lower_is_better=True,
     name="validation loss",
 )
-# What orders models of which nothing else is known.
+# Ranks models of which no other quality is known.
 DISTILLATION_LOSS = replace(
     VALIDATION_LOSS, name="validation loss of distillation", loss="distillation"
 )

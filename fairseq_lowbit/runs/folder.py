@@ -21,7 +21,7 @@ CONFIG_FILE = Path(".hydra", "config.yaml")
 HYDRA_FILE = Path(".hydra", "hydra.yaml")
 OVERRIDES_FILE = Path(".hydra", "overrides.yaml")
 FAILURE_FILE = "failure.txt"
-CHECKPOINTS = "checkpoints"  # as long as checkpoint.save_dir says nothing else
+CHECKPOINTS = "checkpoints"  # the default of checkpoint.save_dir
 # Beside the checkpoints.
 LAST_CHECKPOINT = "checkpoint_last.pt"
 FINISHED_FILE = "finished.json"
@@ -93,8 +93,8 @@ def job_folder(overrides: Iterable[str], leave_out: Iterable[str] = ()) -> str:
     """A folder for one job of a sweep: its overrides, without those of the keys ``leave_out``.
 
     Equal overrides give equal names and different ones different names, so a job finds its folder
-    again and no other's. Characters that a shell or Hydra would read otherwise are replaced; a hash
-    tells apart what that, or the cut of a long name, made alike.
+    again and no other's. Characters with a meaning in a shell or in Hydra are replaced, and long
+    names are cut; a hash keeps different names different.
 
     >>> job_folder(["task.data=/data", "quant=bitla_w1a1", "common.seed=2"], ["task.data"])
     'common.seed-2+quant-bitla_w1a1'
@@ -111,7 +111,7 @@ def job_folder(overrides: Iterable[str], leave_out: Iterable[str] = ()) -> str:
 
 
 def write_failure(folder: Path, message: str) -> None:
-    """Keeps why the job in ``folder`` failed."""
+    """Records why the job in ``folder`` failed."""
     with atomic_write(folder / FAILURE_FILE) as file:
         file.write(f"{message}\n")
 
@@ -122,20 +122,20 @@ def read_failure(folder: Path) -> str | None:
 
 
 def forget_failure(folder: Path) -> None:
-    """For a job that starts, perhaps anew."""
+    """Removes the record of a failure when a job starts."""
     (folder / FAILURE_FILE).unlink(missing_ok=True)
 
 
 def write_finished(
     checkpoints: Path, made_updates: int, max_update: int, stage: Mapping[str, Any] | None = None
 ) -> None:
-    """Marks that training has come to its end, which ``checkpoint.patience`` and the like may bring
-    about before the last update.
+    """Marks a training as finished, which ``checkpoint.patience`` and the like may cause before the
+    last update.
 
     Args:
         made_updates: of the last checkpoint.
-        max_update: how many it was to make at most.
-        stage: of a schedule, its settings.
+        max_update: ``optimization.max_update`` of the run.
+        stage: the settings of a stage.
     """
     mark = {**(stage or {}), "made_updates": made_updates, "max_update": max_update}
     with atomic_write(checkpoints / FINISHED_FILE) as file:
@@ -143,7 +143,7 @@ def write_finished(
 
 
 def has_finished(checkpoints: Path, updates: int | None, planned: int) -> bool:
-    """Whether training has come to its end at this checkpoint; a longer one has yet to."""
+    """Whether training is finished with ``updates`` made of ``planned`` ones."""
     if updates is not None and updates >= planned > 0:
         return True
     with suppress(ValueError, KeyError, TypeError):
@@ -160,7 +160,7 @@ def read_storage_mb(checkpoints: Path) -> float | None:
 
 
 def read_health(checkpoints: Path) -> list[dict[str, Any]]:
-    """The health records beside checkpoints, without the half of a line that a kill may leave."""
+    """The health records beside checkpoints, without a last line that an interruption cut."""
     records = []
     for line in read_text(checkpoints / HEALTH_FILE).splitlines():
         with suppress(json.JSONDecodeError):
@@ -169,7 +169,7 @@ def read_health(checkpoints: Path) -> list[dict[str, Any]]:
 
 
 def read_text(path: Path) -> str:
-    """Empty for a file that is not there."""
+    """The text of a file; empty if the file is not there."""
     with suppress(OSError):
         return path.read_text(errors="replace")
     return ""

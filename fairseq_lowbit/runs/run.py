@@ -1,4 +1,4 @@
-"""Reading a run: what it was asked for, and how far it came."""
+"""Reading a run: its settings and its progress."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,9 +26,9 @@ from fairseq_lowbit.runs.folder import (
 )
 
 LOSSES = {"lowbit_kd": "distillation", "lowbit_hubert": "hubert"}
-# Of a checkpoint that was quantized without training, in place of a loss.
+# Stands for the loss of a checkpoint that was quantized without training.
 CALIBRATION = "calibration"
-# Ten times as fast as the loader in Python, where libyaml was at hand when PyYAML was built.
+# PyYAML's loader in C is ten times as fast; not every build has it.
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -42,14 +42,14 @@ class Run:
         loss: ``distillation``, ``hubert``, the name of another criterion, or ``calibration``.
         data: None when the configuration names none.
         teacher: or else the checkpoint it started from; None for neither.
-        planned: how many updates it was to make.
+        planned: number of updates that were asked for.
         saves: whether it keeps checkpoints at all (``checkpoint.no_save``).
         updates: of ``checkpoint``; None without a readable one.
         best_loss: best value of the validation metric; None before the first validation.
         storage_mb: planned size of the stored model; None before the model was built.
         overrides: what its command line added to the configuration, ``key=value`` each.
         failure: why the job failed, or why its checkpoint cannot be read; None for neither.
-        is_finished: training came to its end at ``checkpoint``, by its last update or before.
+        is_finished: training ended with ``checkpoint``, at its last planned update or before.
     """
 
     folder: Path
@@ -122,7 +122,7 @@ def _read_stage(folder: Path) -> Run:
 
 
 def _read_lone_checkpoint(path: Path) -> Run:
-    """A checkpoint of other code may lack any setting."""
+    """Any setting may be missing, as in checkpoints of other code."""
     state = read_checkpoint(path, mmap=True)
     config = OmegaConf.create(state["cfg"])
     settings = _named_settings(partial(OmegaConf.select, config, throw_on_missing=False))
@@ -136,7 +136,7 @@ def _read_lone_checkpoint(path: Path) -> Run:
         updates=updates_of(state),
         best_loss=_best_loss(state),
         storage_mb=None,
-        is_finished=True,  # it was taken as it is
+        is_finished=True,
         **settings,
     )
 
@@ -168,7 +168,7 @@ def _named_settings(select: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def _updates_of_last_stage(config: DictConfig) -> int | None:
-    """A run is the last stage of its schedule; None without one, or without an own number."""
+    """Updates of the last stage, which is the run itself; None if the schedule gives none."""
     stages = OmegaConf.select(config, "task.stages")
     last = stages[-1] if OmegaConf.is_list(stages) and len(stages) else None
     return last.get("updates") if OmegaConf.is_dict(last) else None

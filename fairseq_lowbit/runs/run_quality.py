@@ -70,12 +70,12 @@ def measure_quality(
     refer_to = lru_cache(maxsize=1)(_refer_to)
     for run in sorted(runs, key=lambda run: (str(run.data or ""), str(run.teacher or ""))):
         progress(run)
-        # Of the files as they are now: a run may go on while it is measured.
+        # Taken before measuring, since training may replace the checkpoint meanwhile.
         fingerprint = _fingerprint(run, seconds)
         try:
             with torch.inference_mode():
                 quality = _measure(run, seconds, refer_to)
-        except Exception as error:  # one broken run must not cost the others their rows
+        except Exception as error:  # one broken run must not hide the others
             logger.debug("cannot measure %s", run.folder, exc_info=True)
             yield run, describe(error)
         else:
@@ -93,7 +93,7 @@ def _measure(run: Run, seconds: float, refer_to: Callable[..., _Referred]) -> Ru
 
 
 def _refer_to(checkpoint: Path, data: Path, seconds: float) -> _Referred:
-    """A model as what others are compared with, and its own quality."""
+    """A model as a reference for others, and its own quality."""
     loaded = load_model(checkpoint)
     reference = Reference(loaded, read_held_out(data, loaded, seconds))
     return reference, reference.measure_teacher(loaded.model.plan.precision.name)
@@ -105,13 +105,13 @@ def _store(run: Run, fingerprint: dict[str, Any], quality: RunQuality) -> None:
         "row": asdict(quality.own),
         "teacher": quality.teacher and asdict(quality.teacher),
     }
-    # In a folder that is not ours to write to, the next command measures again.
+    # Where the folder cannot be written, the next command measures again.
     with suppress(LowbitError), atomic_write(quality_file(run.folder)) as file:
         json.dump(stored, file, indent=1)
 
 
 def _fingerprint(run: Run, seconds: float) -> dict[str, Any]:
-    """Changes with whatever a measurement depends on, but not when folders are moved."""
+    """Everything that a measurement depends on; it stays the same when folders are moved."""
     return {
         "version": __version__,
         "seconds": seconds,

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.compare import Comparison
-from fairseq_lowbit.runs.collection import FIELDS, ModelRecord, precision_text, untold_overrides
+from fairseq_lowbit.runs.collection import FIELDS, ModelRecord, precision_text, unnamed_overrides
 from fairseq_lowbit.runs.columns import (
     COSINE,
     MASKED_ACCURACY,
@@ -83,7 +83,7 @@ def run_table(groups: Sequence[Sequence[ModelRecord]], columns: Sequence[Column]
 
 def _name_cell(record: ModelRecord) -> Text:
     cell = Text(record["name"])
-    overrides = untold_overrides(record)
+    overrides = unnamed_overrides(record)
     if overrides:
         cell.append(f"\n  {' '.join(overrides)}", style="dim")
     if record["message"]:

@@ -335,7 +335,9 @@ def test_what_cannot_be_taken_apart(
     assert shown.status == 1
     (problem,) = shown.problems
     assert problem.startswith(f"deaf could not be taken apart: no manifest {tmp_path}/nothing")
-    assert f"Those that --dissect named. deaf no manifest {tmp_path}/nothing" in shown.page.text
+    assert (
+        f"The models that --dissect named. deaf no manifest {tmp_path}/nothing" in shown.page.text
+    )
 
 
 # Mistakes of the command

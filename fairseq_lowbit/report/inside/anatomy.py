@@ -18,7 +18,7 @@ from fairseq_lowbit.report.inside.attention import HeadAttention, compare_heads
 from fairseq_lowbit.report.inside.weights import WeightAnatomy, first_middle_last, weight_anatomies
 
 MAX_SECONDS = 4.0
-# Fields of an architecture in which student and teacher have to agree, besides the front-end.
+# Besides the front-end, student and teacher have to agree in these fields of their shape.
 _SHAPE = (
     "encoder_layers",
     "encoder_embed_dim",
@@ -50,7 +50,7 @@ class Anatomy:
 
 @torch.no_grad()
 def dissect(student: LoadedModel, teacher: LoadedModel | None, waveform: Tensor) -> Anatomy:
-    """Looks into a model in one pass over an utterance, of a long one over its middle.
+    """Examines a model in one pass over an utterance, or over the middle of a long one.
 
     Args:
         student: of any precision, float included, in eval mode.
@@ -138,12 +138,12 @@ def _attention_maps(model: Hubert, waveform: Tensor, layers: Sequence[int]) -> l
         x, probabilities = _step(layer, x)
         if index in layers:
             maps.append(probabilities[0])
-    model.project_final(x)  # the last quantizers there may be
+    model.project_final(x)  # which may be quantized too
     return maps
 
 
 def _step(layer: EncoderLayer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Output of a layer, and the probabilities as it uses them (decoded, where they are
+    """The output of a layer, and the attention probabilities that it uses (decoded, where they are
     quantized), [1, heads, frames, frames]."""
     quantizer, decoded = layer.self_attn.probabilities_quantizer, []
     if quantizer is None:

@@ -33,8 +33,8 @@ class HeadAttention:
 
 
 def compare_heads(layer: int, student: Tensor, teacher: Tensor) -> list[HeadAttention]:
-    """Of maps [heads, frames, frames] the head that differs most from the teacher's and the median
-    one; a layer with one head has only that."""
+    """Compares maps [heads, frames, frames] and keeps the head that differs most from the teacher's
+    and the median one."""
     moved = (student - teacher).abs().sum(-1).mean(-1) / 2
     order = moved.argsort(descending=True, stable=True).tolist()
     choices = {"most different head": order[0], "median head": order[len(order) // 2]}

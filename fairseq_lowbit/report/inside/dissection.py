@@ -26,8 +26,10 @@ _SPLITS = ("test", "valid")
 
 @dataclass(frozen=True)
 class Dissected:
-    """Attributes:
-    note: on what audio and beside which teacher; or, without drawings, why there are none.
+    """The drawings of one model.
+
+    Attributes:
+        note: on what audio and beside which teacher; or, without drawings, why there are none.
     """
 
     subject: Subject
@@ -53,14 +55,14 @@ def dissect_all(
         progress(subject)
         try:
             yield _dissected(subject, teachers)
-        except Exception as error:  # one broken checkpoint must not cost the others the page
+        except Exception as error:  # one broken checkpoint must not prevent the page
             yield Dissected(subject, describe(error))
 
 
 def _dissected(subject: Subject, teachers: dict[Path, LoadedModel]) -> Dissected:
     data, teacher_path = subject.record["data"], subject.record["teacher"]
     if data is None:
-        raise LowbitError("its configuration names no data to look into it with: give --data")
+        raise LowbitError("its configuration names no data to run it on: give --data")
     teacher, missing = None, "its run names no teacher"
     if teacher_path is not None:
         try:

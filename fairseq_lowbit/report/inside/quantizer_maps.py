@@ -14,7 +14,7 @@ from fairseq_lowbit.quantization import signed
 from fairseq_lowbit.report.drawing import Drawing, numbers
 from fairseq_lowbit.report.style import INK, NARROW, SEQUENTIAL, new_figure
 
-# Places in a layer and what they are called, in the order in which data passes them.
+# Labels of the quantizers in a layer, in the order in which data passes them.
 _WEIGHTS = {
     "self_attn.q_proj.weight": "q_proj",
     "self_attn.k_proj.weight": "k_proj",
@@ -41,7 +41,7 @@ _ROW = 0.27
 
 @dataclass(frozen=True)
 class _Table:
-    """Quantizers by row and column; a place without one has no cell."""
+    """Quantizers by row and column; where there is none a cell is missing."""
 
     title: str
     rows: list[str]
@@ -88,7 +88,7 @@ def _is_weight(quantizer: QuantizerHealth) -> bool:
 
 
 def short_name(module: str) -> str:
-    """Of a module outside of the layers."""
+    """The label of a module outside of the layers."""
     return module.removeprefix("feature_extractor.").removeprefix("encoder.").removesuffix(".0")
 
 
@@ -120,7 +120,7 @@ def _noise_drawing(quantizers: Sequence[QuantizerHealth]) -> Drawing:
 
 @cache
 def _normal_sqnr_db(bits: int) -> float:
-    """Of the normal distribution with the scale of least error, by its density on a fine grid."""
+    """SQNR of normally distributed values at the best scale, by the density on a fine grid."""
     x = torch.linspace(-8, 8, 4001, dtype=torch.float64)
     density = torch.exp(-(x**2) / 2)
     scale = torch.logspace(-2, 0.5, 800, dtype=torch.float64)[:, None]

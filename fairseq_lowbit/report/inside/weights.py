@@ -23,11 +23,11 @@ from fairseq_lowbit.report.style import LEVEL, NARROW, STUDENT, TEACHER, new_fig
 
 Item = TypeVar("Item")
 _BINS = 96
-# Of a larger weight an even sample of so many values is drawn.
+# A larger weight is drawn from an even sample of this size.
 _MAX_VALUES = 131_072
-# Up to so many levels each has a line.
+# Up to this many levels have a line each.
 _FEW_LEVELS = 16
-# Of the operators in a layer, those shown where they are quantized.
+# The operators of a layer that are shown, if they are quantized.
 _SHOWN = ("self_attn.q_proj", "fc1", "fc2")
 _TAILS = 0.0005
 
@@ -78,7 +78,7 @@ def weight_anatomies(student: Hubert, teacher: Hubert | None) -> tuple[WeightAna
 
 
 def first_middle_last(items: Sequence[Item]) -> list[Item]:
-    """Those three of ``items``, in their order; fewer of fewer."""
+    """The first, the middle and the last of ``items``, each once."""
     return [items[i] for i in sorted({0, (len(items) - 1) // 2, len(items) - 1}) if items]
 
 
@@ -128,7 +128,7 @@ def _float_weight(operator: Operator) -> Tensor:
 
 
 def _span(values: Tensor, levels: Sequence[float]) -> tuple[float, float]:
-    """Holds every level and nearly every value."""
+    """A range that holds every level and nearly every value."""
     margin = (levels[1] - levels[0]) / 2
     tails = values.quantile(values.new_tensor([_TAILS, 1 - _TAILS]))
     lowest, highest = tails.tolist()
@@ -144,7 +144,7 @@ def _density(values: Tensor, span: tuple[float, float]) -> tuple[float, ...]:
 def weights_drawing(weights: Sequence[WeightAnatomy]) -> Drawing:
     """Operators below each other, their layers beside each other."""
     rows: dict[str | None, list[WeightAnatomy]] = {}
-    for weight in weights:  # what lies outside of the layers stands together
+    for weight in weights:  # modules outside of the layers share a row
         rows.setdefault(None if weight.layer is None else weight.operator, []).append(weight)
     columns = max(len(row) for row in rows.values())
     figure = new_figure(NARROW, 0.7 + 1.4 * len(rows))

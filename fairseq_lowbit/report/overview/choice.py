@@ -1,4 +1,4 @@
-"""Which models stand out of many: the ones worth their cost, in colour and taken apart."""
+"""Which of many models are shown in colour and taken apart: those that are worth their cost."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,12 +16,12 @@ from fairseq_lowbit.runs.columns import (
 )
 
 Item = TypeVar("Item")
-# The signal-to-noise ratio would order models as the cosine does.
+# The signal-to-noise ratio ranks models as the cosine does.
 _DECIDING = (MASKED_ACCURACY, COSINE, WORD_PROBE)
 
 
 def deciding_quality(subjects: Sequence[Subject]) -> Column:
-    """What the most quantized models were measured by; their validation loss if nothing else."""
+    """The quality that is known of most quantized models; the validation loss if there is none."""
 
     def count(column: Column) -> int:
         return sum(column.value(s.record) is not None for s in subjects if not s.is_float)
@@ -31,7 +31,7 @@ def deciding_quality(subjects: Sequence[Subject]) -> Column:
 
 
 def front(subjects: Sequence[Subject], cost: Column, quality: Column) -> list[Subject]:
-    """The subjects that no other one beats in both, cheapest first."""
+    """The subjects on the Pareto front, cheapest first."""
     known = placed(subjects, cost, quality)
     costs = [cost.value(subject.record) for subject in known]
     qualities = [quality.merit(subject.record) for subject in known]
@@ -39,15 +39,15 @@ def front(subjects: Sequence[Subject], cost: Column, quality: Column) -> list[Su
 
 
 def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int]:
-    """The points that no other point beats: cheaper and no worse, or better and no dearer.
+    """The points to which no other is superior: cheaper and no worse, or better and no dearer.
 
     Args:
         costs: less is better.
         qualities: more is better; one for each cost.
 
     Returns:
-        indices, cheapest first; equal points stand or fall together. A point with a value that is
-        not a number is on no front.
+        indices, cheapest first; equal points are on the front together. A point with a value that
+        is not a number is on no front.
 
     >>> pareto_front([1, 2, 2, 3], [0.5, 0.9, 0.8, 0.9])
     [0, 1]
@@ -67,16 +67,15 @@ def _has_nan(pair: tuple[float, float]) -> bool:
 
 
 def placed(subjects: Sequence[Subject], *columns: Column) -> list[Subject]:
-    """Those whose values are all known."""
+    """The subjects whose values are known in all columns."""
     return [s for s in subjects if all(column.value(s.record) is not None for column in columns)]
 
 
 def colors(subjects: Sequence[Subject]) -> dict[str, str]:
     """A colour for every subject, the same in all figures of a report.
 
-    There are only so many colours that can be told apart: with more models than that the Pareto
-    front and then the best have them, and the others are grey, as is what could not be read. The
-    first float model is dark.
+    Only a few colours can be distinguished: with more models the Pareto front and then the best
+    have them, and the others are grey, as is what could not be read. The first float model is dark.
     """
     teacher = next((s for s in subjects if s.is_float), None)
     others = [s for s in subjects if s is not teacher and s.is_readable]
@@ -89,17 +88,17 @@ def colors(subjects: Sequence[Subject]) -> dict[str, str]:
 
 
 def standing_out(subjects: Sequence[Subject], colors: Mapping[str, str]) -> list[Subject]:
-    """Those with a colour of their own."""
+    """The subjects with a colour of their own."""
     return [subject for subject in subjects if colors[subject.name] != FAINT]
 
 
 def grey_first(items: Iterable[Item], color: Callable[[Item], str]) -> list[Item]:
-    """In the order of drawing: what is grey lies below the others."""
+    """The items in the order of drawing: grey ones lie below the others."""
     return sorted(items, key=lambda item: color(item) != FAINT)
 
 
 def note_on_grey(subjects: Sequence[Subject], colors: Mapping[str, str]) -> str:
-    """For a caption; empty when all have colours."""
+    """How many subjects are grey, for a caption; empty if none is."""
     others = len(subjects) - len(standing_out(subjects, colors))
     return f" Grey: {others} more." if others else ""
 
@@ -120,7 +119,7 @@ def worth_dissecting(subjects: Sequence[Subject], most: int) -> tuple[list[Subje
 
 
 def _by_merit(subjects: Sequence[Subject]) -> list[Subject]:
-    """The Pareto front, then by quality, then those without a known one."""
+    """Sorted: the Pareto front, then by quality, then those whose quality is not known."""
     quality = deciding_quality(subjects)
     best = front(subjects, STORAGE, quality)
 

@@ -1,4 +1,4 @@
-"""The tables of a report: the comparison, and what each run was."""
+"""The tables of a report: the comparison, and the details of each run."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -9,7 +9,7 @@ from fairseq_lowbit.models import read_checkpoint
 from fairseq_lowbit.precision.plan_table import PLAN_HEADS, plan_rows
 from fairseq_lowbit.report.page.page import Details, Line
 from fairseq_lowbit.report.subjects import Subject
-from fairseq_lowbit.runs.collection import precision_text, untold_overrides
+from fairseq_lowbit.runs.collection import precision_text, unnamed_overrides
 from fairseq_lowbit.runs.columns import COSTS, QUALITIES, UNKNOWN, VALIDATION_LOSS, Column
 from fairseq_lowbit.runs.folder import CONFIG_FILE, read_text
 
@@ -17,7 +17,7 @@ _COLUMNS = (*COSTS, VALIDATION_LOSS, *QUALITIES)
 
 
 def summary_of(subjects: Sequence[Subject]) -> str:
-    """One line below the title."""
+    """The line below the title: how many models there are."""
     models = [subject for subject in subjects if subject.is_readable]
     quantized = sum(not subject.is_float for subject in models)
     count = f"{len(models)} model{'s' if len(models) != 1 else ''}"
@@ -28,7 +28,7 @@ def summary_of(subjects: Sequence[Subject]) -> str:
 
 
 def problems_of(subjects: Iterable[Subject]) -> list[str]:
-    """Why runs failed or could not be measured or read, each once."""
+    """The reasons why runs failed or could not be measured or read, each once."""
     found = []
     for subject in subjects:
         messages = dict.fromkeys(filter(None, (subject.record["message"], subject.problem)))
@@ -39,14 +39,14 @@ def problems_of(subjects: Iterable[Subject]) -> list[str]:
 def comparison(
     subjects: Sequence[Subject], colors: Mapping[str, str]
 ) -> tuple[list[Column], list[Line]]:
-    """The table: a column for every number that is known of some subject."""
+    """The table, with a column for every figure that is known of some subject."""
     columns = [c for c in _COLUMNS if any(c.value(s.record) is not None for s in subjects)]
     teachers = {s.record["teacher"] for s in subjects} - {None}
     lines = []
     for index, subject in enumerate(subjects):
         record = subject.record
         details = [f"also {alias}" for alias in subject.aliases if alias != subject.name]
-        details.append(" ".join(untold_overrides(record)))
+        details.append(" ".join(unnamed_overrides(record)))
         if len(teachers) > 1 and record["teacher"]:
             details.append(f"teacher {record['teacher']}")
         lines.append(
@@ -78,7 +78,7 @@ def _has_details(subject: Subject) -> bool:
 
 
 def all_details(subjects: Sequence[Subject]) -> list[Details]:
-    """Of those that have any."""
+    """The details of every subject that has any."""
     known = ((index, s) for index, s in enumerate(subjects) if _has_details(s))
     return [_details(subject, _anchor(index)) for index, subject in known]
 
@@ -88,7 +88,7 @@ def _anchor(index: int) -> str:
 
 
 def _details(subject: Subject, anchor: str) -> Details:
-    """Where a run is, what decided its bits, and its configuration."""
+    """The paths of a run, its resolved precision, and its configuration."""
     record = subject.record
     made = None if record["updates"] is None else f"{record['updates']:,}"
     facts = {
@@ -113,11 +113,11 @@ def _details(subject: Subject, anchor: str) -> Details:
 
 
 def _configuration(subject: Subject) -> str:
-    """YAML: of the run as it was started, or the one that the checkpoint holds."""
+    """YAML, of the run as it was started or else from its checkpoint."""
     if subject.folder is not None and (started := read_text(subject.folder / CONFIG_FILE)):
         return started
     if subject.checkpoint is not None:
-        with suppress(Exception):  # what is wrong with it is told as the problem of its row
+        with suppress(Exception):  # its row reports what is wrong with it
             return OmegaConf.to_yaml(
                 OmegaConf.create(read_checkpoint(subject.checkpoint, mmap=True)["cfg"])
             )

@@ -18,8 +18,8 @@ _LOG_RATIO = 1.5
 
 
 def tradeoff_drawings(subjects: Sequence[Subject], colors: Mapping[str, str]) -> list[Drawing]:
-    """A figure for every measured quality and every cost that two models at least are known by; for
-    the validation loss where nothing was measured."""
+    """A figure for every quality and cost that are known of two models or more; of the validation
+    loss if nothing was measured."""
     drawings = _drawings(subjects, colors, QUALITIES)
     return drawings or _drawings(subjects, colors, [DISTILLATION_LOSS])
 
@@ -69,22 +69,22 @@ def _drawing(
     return Drawing(
         f"{quality.key}_{cost.key}",
         f"{quality.label[0].upper()}{quality.label[1:]} and {cost.label}",
-        "Each point is a model, a diamond in float. The line is the Pareto front: nothing is both "
-        f"cheaper and better than what is ringed.{notes}",
+        "Each point is a model, a diamond in float. The line is the Pareto front: no model is both "
+        f"cheaper and better than a ringed one.{notes}",
         figure,
         f"On the Pareto front {points}",
     )
 
 
 def _draw_front(axes: Axes, best: Sequence[Subject], cost: Column, quality: Column) -> None:
-    """As a staircase: what a given cost can buy."""
+    """A staircase: the best quality at each cost."""
     costs = [cost.value(subject.record) for subject in best]
     qualities = [quality.value(subject.record) for subject in best]
     axes.plot(costs, qualities, drawstyle="steps-post", color=MUTED, linewidth=1, zorder=1)
 
 
 def _set_cost_scale(axes: Axes, costs: Sequence[float]) -> None:
-    """Logarithmic, with readable ticks, where costs differ by more than some per cent."""
+    """A logarithmic axis with readable ticks, unless the costs are nearly the same."""
     if min(costs) > 0 and max(costs) > _LOG_RATIO * min(costs):
         axes.set_xscale("log")
         ticks = (1, 2, 5) if max(costs) > 10 * min(costs) else (1, 1.5, 2, 3, 4, 5, 7)

@@ -1,4 +1,4 @@
-"""The page: one HTML file with everything in it, and the figures as files beside."""
+"""The page: one HTML file with everything in it, and the figures as files beside it."""
 
 import base64
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from fairseq_lowbit.report.drawing import Drawing
 from fairseq_lowbit.report.style import as_bytes
 from fairseq_lowbit.runs.columns import Column
 
-# Above this many bytes a figure of lines is larger, and slower to show, than its pixels.
+# A larger SVG is slower to show than the same figure as PNG.
 _MOST_SVG = 200_000
 _FILES = ("png", "pdf")
 
@@ -24,7 +24,7 @@ class Picture:
     """A figure as it stands on the page.
 
     Attributes:
-        source: all of it, as a data URI.
+        source: the image as a data URI.
         alt: what it shows, in words.
     """
 
@@ -105,7 +105,7 @@ class Details:
 
 @dataclass(frozen=True)
 class Page:
-    """All that a report says.
+    """The content of a report.
 
     Attributes:
         created: date and time.
@@ -129,7 +129,7 @@ class Page:
 
 @dataclass
 class Pictures:
-    """Makes pictures of drawings, and leaves each in a folder as PNG and PDF too."""
+    """Makes pictures of drawings, and writes each into a folder as PNG and PDF too."""
 
     folder: Path
     names: list[str] = field(default_factory=list)
@@ -149,7 +149,7 @@ class Pictures:
         return Picture(drawing.title, drawing.caption, source, drawing.alt or drawing.caption)
 
     def _unused(self, name: str) -> str:
-        """A name for files that no other drawing has; models may be named alike."""
+        """A file name that no other drawing has, since two models may have the same name."""
         numbered = (f"{name}_{number}" for number in count(2))
         free = next(stem for stem in chain([name], numbered) if stem not in self.names)
         self.names.append(free)
@@ -162,7 +162,7 @@ def figures_folder(page: Path) -> Path:
 
 
 def render(page: Page) -> str:
-    """The HTML. Whatever a user named is escaped."""
+    """The HTML, in which all text of users is escaped."""
     environment = Environment(
         loader=PackageLoader("fairseq_lowbit.report.page", "template"),
         autoescape=True,
