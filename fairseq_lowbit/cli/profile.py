@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from dataclasses import dataclass, replace
 from fairseq_lowbit.cli import profile_timing
 from fairseq_lowbit.cli.profile_targets import Target
 from fairseq_lowbit.configurations import meta_model, model_config
-from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.errors import LowbitError, describe, require_number
 from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.profiling import Profile, profile
 from fairseq_lowbit.profiling.cost import CONVERSION_RATE
@@ -122,15 +121,10 @@ def _check(args: argparse.Namespace) -> None:
         )
     if not args.paper and not args.targets:
         raise LowbitError("name a configuration, a precision or a checkpoint, or give --paper")
-    _check_positive("--seconds", args.seconds)
-    _check_positive("--conversion-rate", args.conversion_rate)
+    require_number("--seconds", args.seconds, 0, excluded=True)
+    require_number("--conversion-rate", args.conversion_rate, 0, excluded=True)
     for seconds in profile_timing.lengths(args):
-        _check_positive("--measure-seconds", seconds)
-
-
-def _check_positive(option: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise LowbitError(f"{option} {value:g}: want more than 0")
+        require_number("--measure-seconds", seconds, 0, excluded=True)
 
 
 def _count_all(
@@ -144,11 +138,9 @@ def _count_all(
         target = Target(source, tuple(args.set))
         try:
             counted.append(_count(target, lengths))
-        except LowbitError as error:
-            problems.append(f"{source}: {error}")
         except Exception as error:  # one broken checkpoint must not hide the others
             logger.debug("cannot count %s", source, exc_info=True)
-            problems.append(f"{source}: {type(error).__name__}: {error}")
+            problems.append(f"{source}: {describe(error)}")
     return counted, problems
 
 

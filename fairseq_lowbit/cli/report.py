@@ -30,7 +30,7 @@ from fairseq_lowbit.report.overview.comparison import (
     problems_of,
     summary_of,
 )
-from fairseq_lowbit.report.page.page import Page, Pictures, figures_folder, write_page
+from fairseq_lowbit.report.page.page import Page, Pictures, write_page
 from fairseq_lowbit.report.sections import Sections
 from fairseq_lowbit.report.sources import Sources, read_sources
 from fairseq_lowbit.report.subjects import Subject, gather
@@ -80,8 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    figures = args.figures or figures_folder(args.out)
-    _check(args)
+    figures = args.figures or args.out.with_name(f"{args.out.stem}_figures")
+    check_measuring_arguments(args)
+    if args.dissect and args.no_dissect:
+        raise LowbitError("--dissect and --no-dissect contradict each other")
     sources = read_sources(args.sources)
     entries = with_places(collect(sources.places), args)
     _check_content(entries, sources, args.dissect)
@@ -97,13 +99,6 @@ def run(args: argparse.Namespace) -> int:
     size = args.out.stat().st_size / 1e6
     print(f"page {args.out} ({size:.1f} MB), figures in {figures}")
     return int(bool(page.problems))
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Checks the arguments before time is spent."""
-    check_measuring_arguments(args)
-    if args.dissect and args.no_dissect:
-        raise LowbitError("--dissect and --no-dissect contradict each other")
 
 
 def _check_content(entries: Sequence[Entry], sources: Sources, dissect: Sequence[str]) -> None:

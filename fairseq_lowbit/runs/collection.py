@@ -43,11 +43,6 @@ _SORT_COLUMNS = {
     "paper": PAPER_WER,
 }
 SORTS = (*_SORT_COLUMNS, "name", "updates", "status")
-# Overrides that only give paths, or repeat what another field of the record holds.
-_SHOWN_ELSEWHERE = (
-    *("task.data", "task.teacher", "task.init_from"),
-    *("optimization.max_update", "lr_scheduler.warmup_updates", "sweep"),
-)
 # The status of an entry without a readable model.
 UNREADABLE = "unreadable"
 
@@ -117,7 +112,6 @@ def _record(entry: Entry, common: set[str]) -> ModelRecord:
         return _blank(name=entry.name, status=UNREADABLE, message=entry.problem)
     is_trained = run.loss != CALIBRATION
     has_paper = not run.rules and is_trained
-    hidden = common | {text for text in run.overrides if _key(text) in _SHOWN_ELSEWHERE}
     record = _blank(
         name=entry.name,
         status=_status(run),
@@ -125,7 +119,7 @@ def _record(entry: Entry, common: set[str]) -> ModelRecord:
         precision=run.precision,
         rules=run.rules,
         loss=run.loss,
-        overrides=tuple(text for text in run.overrides if text not in hidden),
+        overrides=tuple(text for text in run.overrides if text not in common),
         updates=run.updates if is_trained else None,  # the teacher's otherwise
         planned=run.planned if is_trained else None,
         best_loss=run.best_loss,
@@ -195,10 +189,6 @@ def _common_overrides(entries: Iterable[Entry]) -> set[str]:
     runs = [entry.run for entry in entries if entry.run is not None and entry.run.overrides]
     counts = Counter(override for run in runs for override in set(run.overrides))
     return {text for text, count in counts.items() if count == len(runs) > 1}
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+").partition("=")[0]
 
 
 def unnamed_overrides(record: ModelRecord) -> list[str]:

@@ -13,6 +13,7 @@ from fairseq_lowbit.report.subjects import Subject
 from fairseq_lowbit.runs.columns import DISTILLATION_LOSS, QUALITIES, RUNTIME, STORAGE, Column
 
 _AXES = (STORAGE, RUNTIME)
+_MARKERS = {True: "D", False: "o"}  # of float and of quantized models
 _FEWEST = 2
 _LOG_RATIO = 1.5
 
@@ -48,7 +49,7 @@ def _drawing(
             cost.value(subject.record),
             quality.value(subject.record),
             quality.spread(subject.record),
-            fmt="D" if subject.is_float else "o",
+            fmt=_MARKERS[subject.is_float],
             color=colors[subject.name],
             markeredgecolor=INK if subject in best else "white",
             markeredgewidth=1.1 if subject in best else 0.5,
@@ -58,7 +59,8 @@ def _drawing(
     axes.set(xlabel=cost.axis, ylabel=quality.axis)
     axes.margins(0.08)
     _set_cost_scale(axes, [cost.value(subject.record) for subject in subjects])
-    add_legend(figure, _legend(subjects, colors))
+    shown = standing_out(subjects, colors)
+    add_legend(figure, [_mark(s, colors[s.name]) for s in shown])
     has_spread = any(quality.spread(subject.record) is not None for subject in subjects)
     spreads = " Bars: ± one standard deviation." if has_spread else ""
     points = ", ".join(
@@ -93,15 +95,6 @@ def _set_cost_scale(axes: Axes, costs: Sequence[float]) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _legend(subjects: Sequence[Subject], colors: Mapping[str, str]) -> list[Line2D]:
-    return [
-        Line2D(
-            [],
-            [],
-            linestyle="",
-            marker="D" if subject.is_float else "o",
-            color=colors[subject.name],
-            label=subject.name,
-        )
-        for subject in standing_out(subjects, colors)
-    ]
+def _mark(subject: Subject, color: str) -> Line2D:
+    marker = _MARKERS[subject.is_float]
+    return Line2D([], [], linestyle="", marker=marker, color=color, label=subject.name)

@@ -156,11 +156,6 @@ class Pictures:
         return free
 
 
-def figures_folder(page: Path) -> Path:
-    """Beside the page: ``report.html`` -> ``report_figures``."""
-    return page.with_name(f"{page.stem}_figures")
-
-
 def render(page: Page) -> str:
     """The HTML, in which all text of users is escaped."""
     environment = Environment(
