@@ -16,6 +16,7 @@ ModelRecord = Mapping[str, Any]
 UNKNOWN = "–"
 # Seconds of audio that costs are counted for.
 COUNTED_SECONDS = 10.0
+_LAST = "; where there is one figure, of the last layer"
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class Column:
         """The figure of each layer in ``unit``; empty for a figure of the whole model."""
         return [self.factor * value for value in record.get(f"{self.key}_layers") or ()]
 
+    def layer_spreads(self, record: ModelRecord) -> list[float | None]:
+        """The standard deviation of each layer's figure in ``unit``; None where there is none."""
+        spreads = record.get(f"{self.key}_std_layers") or [None] * len(self.layers(record))
+        return [self._scaled(value) for value in spreads]
+
     def merit(self, record: ModelRecord) -> float | None:
         """The value with its sign chosen so that more is better; None where it is not known."""
         value = self.value(record)
@@ -83,12 +89,8 @@ class Column:
 
     def layers_text(self, record: ModelRecord) -> str:
         """A table's cell with the figure of each layer, where the column has it."""
-        spreads = record.get(f"{self.key}_std_layers")
-        pairs = [
-            self._text(value, self.factor * spreads[layer] if spreads else None)
-            for layer, value in enumerate(self.layers(record))
-        ]
-        return " ".join(pairs) or self.text(record)
+        pairs = zip(self.layers(record), self.layer_spreads(record), strict=True)
+        return " ".join(self._text(*pair) for pair in pairs) or self.text(record)
 
     def _scaled(self, value: float | None) -> float | None:
         return None if value is None or math.isnan(value) else self.factor * value
@@ -163,7 +165,7 @@ COSINE = Column(
     "cosine",
     "cosine",
     "",
-    "mean cosine between the frames of a layer and the teacher's, each centred",
+    f"mean cosine between the frames of a layer and the teacher's, each centred{_LAST}",
     3,
     name="cosine to the teacher",
 )
@@ -171,7 +173,7 @@ SNR = Column(
     "snr_db",
     "SNR",
     "dB",
-    "signal-to-noise ratio of a layer against the teacher's",
+    f"signal-to-noise ratio of a layer against the teacher's{_LAST}",
     1,
     name="SNR against the teacher",
 )
@@ -179,8 +181,8 @@ WORD_PROBE = Column(
     "word_probe",
     "word probe",
     "%",
-    "words that a linear classifier reads off the mean of a frozen layer, on unseen voices; ± is "
-    "the standard deviation over three subsets of the training words",
+    "words that a linear classifier recognizes by the mean of a frozen layer, on unseen voices"
+    f"{_LAST}; ± is the standard deviation over three subsets of the training words",
     1,
     factor=100,
 )

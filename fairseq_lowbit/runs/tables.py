@@ -49,7 +49,7 @@ def run_columns(with_paper: bool) -> tuple[Column, ...]:
 
 def legend(columns: Sequence[Column]) -> str:
     """A line for each column, to stand below a table."""
-    return "\n".join(f"{column.label}: {column.note}." for column in columns)
+    return "\n".join(f"{column.title}: {column.note}." for column in columns)
 
 
 def _cells(record: ModelRecord, columns: Sequence[Column]) -> dict[str, str]:

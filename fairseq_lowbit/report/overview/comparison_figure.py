@@ -1,7 +1,7 @@
 """The one figure of a comparison: agreement and word probe by layer, masked accuracy by storage."""
 
 from collections.abc import Mapping
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -28,7 +28,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     figure = new_figure(15, 3.8)
     axes = figure.subplots(1, 4)
     records = {row.name: row.figures() for row in comparison.rows}
-    colors = dict(zip(records, (TEACHER, *cycle(PALETTE)), strict=False))
+    colors = dict(zip(records, chain([TEACHER], cycle(PALETTE)), strict=False))
     for panel, column in zip(axes, (COSINE, SNR, WORD_PROBE)):
         _draw_layers(panel, records, colors, column)
     if comparison.untrained_probe is not None:
@@ -50,7 +50,9 @@ def _draw_layers(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for name, record in records.items():
         values = column.layers(record)
-        axes.plot(range(1, len(values) + 1), values, "o-", color=colors[name])
+        layers, spreads = range(1, len(values) + 1), column.layer_spreads(record)
+        bars = spreads if None not in spreads else None
+        axes.errorbar(layers, values, bars, fmt="o-", capsize=3, color=colors[name])
 
 
 def _draw_storage(
