@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from fairseq_lowbit.models.architecture import Architecture
 from fairseq_lowbit.nn import Linear, PositionalConv1d, SelfAttention
 from fairseq_lowbit.nn.attention import AttentionMap
+from fairseq_lowbit.precision import InputKind
 
 
 class LayerOutput(NamedTuple):
@@ -27,7 +28,7 @@ class EncoderLayer(nn.Module):
         self.self_attn = SelfAttention(dim, shape.encoder_attention_heads, shape.attention_dropout)
         self.self_attn_layer_norm = nn.LayerNorm(dim)
         self.fc1 = Linear(dim, inner)
-        self.fc2 = Linear(inner, dim, follows_gelu=True)
+        self.fc2 = Linear(inner, dim, input_kind=InputKind.GELU)
         self.final_layer_norm = nn.LayerNorm(dim)
         self.norm_first = shape.layer_norm_first
         self.dropout = nn.Dropout(shape.dropout)

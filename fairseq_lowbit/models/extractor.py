@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq_lowbit.nn import Conv1d
+from fairseq_lowbit.precision import InputKind, Role
 
 ConvLayers = Sequence[tuple[int, int, int]]
 
@@ -104,7 +105,15 @@ class FeatureExtractor(nn.Module):
         self.conv_layers = nn.ModuleList()
         channels_in = 1
         for index, (channels, kernel, stride) in enumerate(layers):
-            conv = Conv1d(channels_in, channels, kernel, stride, bias=bias, follows_gelu=index > 0)
+            conv = Conv1d(
+                channels_in,
+                channels,
+                kernel,
+                stride,
+                bias=bias,
+                role=Role.FRONT_END,
+                input_kind=InputKind.GELU if index else InputKind.ANY,
+            )
             nn.init.kaiming_normal_(conv.weight)
             norm = None
             if mode == "layer_norm":

@@ -11,7 +11,7 @@ from fairseq_lowbit.models.architecture import Architecture, parse_conv_layers
 from fairseq_lowbit.models.encoder import Encoder
 from fairseq_lowbit.models.extractor import FeatureExtractor, output_lengths, padding_mask
 from fairseq_lowbit.nn import Linear, attach
-from fairseq_lowbit.precision import Plan, Precision
+from fairseq_lowbit.precision import Plan, Precision, Role
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,13 @@ class Hubert(nn.Module):
             self.conv_layers, shape.extractor_mode, shape.conv_bias, shape.padding == "fairseq"
         )
         self.layer_norm = nn.LayerNorm(channels)
-        self.post_extract_proj = Linear(channels, dim) if channels != dim else None
+        self.post_extract_proj = None
+        if channels != dim:
+            self.post_extract_proj = Linear(channels, dim, role=Role.PROJECTION)
         self.dropout_input = nn.Dropout(shape.dropout_input)
         self.mask_emb = nn.Parameter(torch.empty(dim).uniform_())
         self.encoder = Encoder(shape)
-        self.final_proj = Linear(dim, final_dim)
+        self.final_proj = Linear(dim, final_dim, role=Role.HEAD)
         self.plan: Plan = attach(self, precision or Precision())
         # Behind the plan, which tells what is stored of the model that is used: labels are for
         # pre-training only.

@@ -8,19 +8,15 @@ from torch import Tensor, nn
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.nn.attention import OPERANDS, SelfAttention
-from fairseq_lowbit.nn.operators import Conv1d, Linear, Operator, PositionalConv1d
-from fairseq_lowbit.precision import Plan, PlanEntry, Precision, Site, resolve_plan
-from fairseq_lowbit.precision.grammar import FLOAT_BITS, LEARNED_SCALE, PLAIN_RANGE
+from fairseq_lowbit.nn.operators import Linear, Operator
+from fairseq_lowbit.precision import InputKind, Plan, PlanEntry, Precision, Role, Site, resolve_plan
 from fairseq_lowbit.quantization import (
     Criterion,
     ElasticQuantizer,
+    Operand,
     Quantizer,
     SquashedQuantizer,
     UniformQuantizer,
-    after_gelu,
-    mid_rise,
-    non_negative,
-    signed,
 )
 from fairseq_lowbit.quantization.calibration import MSE, Calibrator, fit_weight_scale
 from fairseq_lowbit.quantization.quantizer import LearnedQuantizer
@@ -30,138 +26,150 @@ Batch = TypeVar("Batch")
 
 def sites(model: nn.Module) -> list[Site]:
     """Everything in ``model`` that a plan can quantize, in model order; meta device too."""
-    found = []
+    found, groups = [], _input_groups(model)
     for name, module in model.named_modules():
         if isinstance(module, SelfAttention):
             found += [_operand_site(name, module, operand) for operand in OPERANDS]
         elif isinstance(module, Operator):
-            found.append(_operator_site(name, module))
+            found.append(_operator_site(name, module, groups.get(module, "")))
     return found
 
 
+def _input_groups(model: nn.Module) -> dict[nn.Module, str]:
+    """The name of the attention for each of its projections that read one tensor."""
+    return {
+        projection: name
+        for name, module in model.named_modules()
+        if isinstance(module, SelfAttention)
+        for projection in module.input_projections
+    }
+
+
 def _operand_site(name: str, attention: SelfAttention, operand: str) -> Site:
-    shifts = 1 if operand == "probabilities" else attention.dim
-    return Site(f"{name}.{operand}", "operand", shifts=shifts)
+    is_probabilities = operand == "probabilities"
+    return Site(
+        f"{name}.{operand}",
+        "operand",
+        Role.ATTENTION_OPERAND,
+        InputKind.PROBABILITIES if is_probabilities else InputKind.ANY,
+        shifts=1 if is_probabilities else attention.dim,
+    )
 
 
-def _operator_site(name: str, module: Operator) -> Site:
+def _operator_site(name: str, module: Operator, input_group: str) -> Site:
     total = sum(p.numel() for p in module.parameters())
     shape = module.weight_shape
-    kind = "linear" if isinstance(module, Linear) else "conv"
     weights = shape.numel()
-    return Site(name, kind, weights, total - weights, channels=shape[0], shifts=1)
+    return Site(
+        name,
+        "linear" if isinstance(module, Linear) else "conv",
+        module.role,
+        module.input_kind,
+        input_group,
+        weights=weights,
+        others=total - weights,
+        channels=shape[0],
+        shifts=1,
+    )
 
 
 def attach(model: nn.Module, precision: Precision) -> Plan:
-    """Resolves ``precision`` for a float ``model`` and puts the planned quantizers into its slots.
+    """Resolves ``precision`` for ``model`` and puts the planned quantizers into its slots, where
+    they replace those of an earlier precision.
 
     Raises:
         LowbitError: see :func:`fairseq_lowbit.precision.resolve_plan`.
     """
+    detach(model)
     places = sites(model)
     inside = sum(site.weights + site.others for site in places)
     outside = sum(p.numel() for p in model.parameters()) - inside
     plan = resolve_plan(precision, places, outside)
     for entry in plan.entries:
         if entry.kind == "operand":
-            _attach_operand(model, entry, precision)
+            _attach_operand(model, entry, precision.reference_frames)
         else:
-            _attach_operator(model.get_submodule(entry.module), entry, precision)
-    for module in model.modules():
-        if isinstance(module, SelfAttention):
-            _share_input_quantizer(module)
-            if precision.length_scaled:
-                module.reference_frames = precision.reference_frames
+            _attach_operator(model, entry)
     return plan
 
 
-def _attach_operator(module: Operator, entry: PlanEntry, precision: Precision) -> None:
-    if entry.weight_bits < FLOAT_BITS:
-        module.weight_quantizer = _weight_quantizer(module, entry, precision.squash_std)
+def detach(model: nn.Module) -> None:
+    """Empties every slot for a quantizer: the model is float again."""
+    for module in model.modules():
+        if isinstance(module, Operator):
+            _empty(module, "weight_quantizer", "input_quantizer")
+        elif isinstance(module, SelfAttention):
+            _empty(module, "input_quantizer", *(f"{operand}_quantizer" for operand in OPERANDS))
+            module.reference_frames = None
+
+
+def _empty(module: nn.Module, *slots: str) -> None:
+    for slot in slots:
+        # Deleted first: a slot that stayed among the modules would change the order of parameters.
+        if getattr(module, slot) is not None:
+            delattr(module, slot)
+        setattr(module, slot, None)
+
+
+def build_quantizer(
+    operand: Operand, values: int, frame_dim: int | tuple[int, ...] | None = None
+) -> Quantizer:
+    """The quantizer that a description asks for.
+
+    Args:
+        values: N of the LSQ gradient scale: values that share a weight scale, or of one frame.
+        frame_dim: dimension, or dimensions, over which a frame of an activation extends.
+    """
+    if operand.squash_std is not None:
+        return SquashedQuantizer(
+            operand.bits, operand.scales, operand.group_size, operand.squash_std
+        )
+    if operand.scale != "learned":
+        return UniformQuantizer(operand.scale, operand.bits, operand.group_size, frame_dim)
+    scales = None if operand.group_size is None else operand.scales
+    shift_shape = {0: None, 1: ()}.get(operand.shifts, (operand.shifts,))
+    return ElasticQuantizer(operand.levels, values, scales, operand.group_size, shift_shape)
+
+
+def _attach_operator(model: nn.Module, entry: PlanEntry) -> None:
+    module = model.get_submodule(entry.module)
+    if entry.weight is not None:
+        values = entry.weight.group_size or module.weight_shape.numel()
+        module.weight_quantizer = build_quantizer(entry.weight, values)
         module.name_groups()
-    if entry.activation_bits < FLOAT_BITS:
-        module.input_quantizer = _input_quantizer(module, entry)
+    if entry.input is None:
+        return
+    holder = model.get_submodule(entry.input_owner) if entry.input_owner else module
+    if holder.input_quantizer is None:
+        _check_range(module, entry)
+        holder.input_quantizer = build_quantizer(
+            entry.input, module.input_features, module.frame_dim
+        )
 
 
-def _weight_quantizer(module: Operator, entry: PlanEntry, squash_std: float) -> Quantizer:
-    shape = module.weight_shape
-    channels, inputs = shape[0], shape[1:].numel()
-    row_size = {"per_tensor": None, "per_channel": inputs, "per_group": entry.group_size}[
-        entry.granularity
-    ]
-    bits = entry.weight_bits
-    if entry.method == "squashed":
-        return SquashedQuantizer(bits, channels, inputs, squash_std)
-    if entry.method in PLAIN_RANGE:
-        return UniformQuantizer(entry.method, bits, row_size)
-    levels = mid_rise(bits) if entry.method == "stretched" else signed(bits)
-    scales = None if row_size is None else shape.numel() // row_size
-    return ElasticQuantizer(levels, row_size or shape.numel(), scales, row_size)
-
-
-def _input_quantizer(module: Operator, entry: PlanEntry) -> Quantizer:
-    if entry.method in LEARNED_SCALE:
-        levels = (after_gelu if module.follows_gelu else signed)(entry.activation_bits)
-        values = module.in_features if isinstance(module, Linear) else _input_channels(module)
-        return ElasticQuantizer(levels, values, shift_shape=())
-    kind = "minmax" if entry.method == "minmax" else "absmax"
-    return UniformQuantizer(kind, entry.activation_bits, frame_dim=_frame_dim(module, entry))
-
-
-def _frame_dim(module: Operator, entry: PlanEntry) -> int | tuple[int, int]:
-    """Dimensions of the input that share a range: the features of a frame."""
-    if isinstance(module, Linear):
-        return -1
-    if _input_channels(module) > 1:
-        return 1
-    # A single value is its own range: a waveform has one per utterance. Padding is zero there,
-    # which widens no range but would lower a mean.
-    if entry.activation_bits == 1:
+def _check_range(module: Operator, entry: PlanEntry) -> None:
+    # The range of a waveform is its utterance's. Padding is zero there, which widens no range but
+    # would lower a mean.
+    if entry.input.is_per_frame and entry.input.bits == 1 and module.input_features == 1:
         raise LowbitError(
             f"precision {entry.rule}: 1 bit of the waveform, the input of {entry.module}, needs a "
             "learned scale: give method elastic, or more activation_bits"
         )
-    return (1, 2)
 
 
-def _input_channels(module: Conv1d | PositionalConv1d) -> int:
-    return len(module.bias) if isinstance(module, PositionalConv1d) else module.in_channels
-
-
-def _attach_operand(model: nn.Module, entry: PlanEntry, precision: Precision) -> None:
-    if entry.activation_bits == FLOAT_BITS:
+def _attach_operand(model: nn.Module, entry: PlanEntry, reference_frames: int) -> None:
+    if entry.input is None:
         return
     path, operand = entry.module.rsplit(".", 1)
     attention = model.get_submodule(path)
-    quantizer = _operand_quantizer(attention, operand, entry, precision.reference_frames)
-    setattr(attention, f"{operand}_quantizer", quantizer)
-
-
-def _operand_quantizer(
-    attention: SelfAttention, operand: str, entry: PlanEntry, reference_frames: int
-) -> Quantizer:
-    bits = entry.activation_bits
-    is_probabilities = operand == "probabilities"
-    if entry.method in PLAIN_RANGE:
-        # Of values that are never negative, min-max with its zero point at 0 is the absmax.
-        kind = "minmax" if is_probabilities else entry.method
-        return UniformQuantizer(kind, bits, frame_dim=-1)
-    if is_probabilities:
+    values = attention.dim
+    if operand == "probabilities":
         # Values per frame are heads * keys; the reference length stands for the keys, so that
         # the step does not depend on the length of the audio.
         values = attention.heads * reference_frames
-        return ElasticQuantizer(non_negative(bits), values, shift_shape=())
-    return ElasticQuantizer(signed(bits), attention.dim, shift_shape=(attention.dim,))
-
-
-def _share_input_quantizer(attention: SelfAttention) -> None:
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    inputs = [p.input_quantizer for p in projections]
-    if any(q is None for q in inputs) or len({(type(q), q.levels) for q in inputs}) > 1:
-        return
-    attention.input_quantizer = inputs[0]
-    for projection in projections:
-        projection.input_quantizer = None
+    setattr(attention, f"{operand}_quantizer", build_quantizer(entry.input, values, frame_dim=-1))
+    if entry.input.is_length_scaled:
+        attention.reference_frames = reference_frames
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
@@ -183,9 +191,13 @@ def forget_calibration(model: nn.Module) -> None:
             quantizer.mark_calibrated(False)
 
 
-def squashed_weights(model: nn.Module) -> list[Tensor]:
-    """The unsquashed weights P of every squashed operator, with their graph."""
-    return [operator.stored_weight() for _, operator in _squashed_operators(model)]
+def squashed_weights(model: nn.Module) -> list[tuple[Tensor, float]]:
+    """The unsquashed weight P of every squashed operator, with its graph, and the standard
+    deviation that it is held to."""
+    return [
+        (operator.stored_weight(), operator.weight_quantizer.target_std)
+        for _, operator in _squashed_operators(model)
+    ]
 
 
 def float_state(model: nn.Module) -> dict[str, Tensor]:
@@ -262,7 +274,7 @@ def _calibrate_weights(model: nn.Module, criterion: Criterion) -> dict[str, floa
         if isinstance(quantizer, ElasticQuantizer):
             weight = module.stored_weight()
             quantizer.set_scale(
-                fit_weight_scale(weight, quantizer.levels, quantizer.row_size, criterion)
+                fit_weight_scale(weight, quantizer.levels, quantizer.group_size, criterion)
             )
         elif isinstance(quantizer, SquashedQuantizer) and not quantizer.is_calibrated:
             weight = module.stored_weight()

@@ -47,6 +47,11 @@ class SelfAttention(nn.Module):
         for operand in OPERANDS:
             setattr(self, f"{operand}_quantizer", None)
 
+    @property
+    def input_projections(self) -> tuple[Linear, Linear, Linear]:
+        """The projections that read the attention's input."""
+        return self.q_proj, self.k_proj, self.v_proj
+
     def forward(
         self, x: Tensor, padding_mask: Tensor | None = None, need: AttentionMap | None = None
     ) -> AttentionOutput:

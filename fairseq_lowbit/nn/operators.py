@@ -1,22 +1,27 @@
 """Weighted operators. Without quantizers in their slots they are the plain float operators.
 
-Each knows whether its input follows a GELU, which decides about the input's level set.
+Each states its role and which values it reads: what a precision plan decides by.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fairseq_lowbit.precision import InputKind, Role
 from fairseq_lowbit.quantization import Quantizer, SquashedQuantizer, recomputed
+from fairseq_lowbit.quantization.quantizer import keep_dtype
 from fairseq_lowbit.quantization.squashed import SQUASHED_GROUP
 
 
 class Operator(nn.Module):
     """A weighted operator with slots for quantizers, None for float."""
 
+    role: Role
+    input_kind: InputKind
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
 
@@ -25,20 +30,48 @@ class Operator(nn.Module):
         """Of :meth:`stored_weight`."""
         return self.weight.shape
 
+    @property
+    def input_features(self) -> int:
+        """Values of one frame of the input."""
+        raise NotImplementedError
+
+    @property
+    def frame_dim(self) -> int | tuple[int, int]:
+        """Dimensions of the input over which a frame extends. A single value is its own range, so
+        a waveform has one per utterance."""
+        return 1 if self.input_features > 1 else (1, 2)
+
     def stored_weight(self) -> Tensor:
         """What the weight quantizer encodes, output channels first."""
         return self.weight
+
+    @property
+    def weight_parameters(self) -> tuple[nn.Parameter, ...]:
+        """What :meth:`stored_weight` is computed from."""
+        return (self.weight,)
 
     def weight_state(self, weight: Tensor) -> dict[str, Tensor]:
         """The parameters with which :meth:`stored_weight` is ``weight``."""
         return {"weight": weight}
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Operator":
+        """A weight that is quantized stays fp32 under ``.half()`` and ``.bfloat16()``: its codes
+        are those of the stored weight whatever the model computes in. The device is followed."""
+        if self.weight_quantizer is None:
+            return super()._apply(fn, recurse)
+        kept = {id(t) for p in self.weight_parameters for t in (p, p.grad)}
+
+        def convert(tensor: Tensor) -> Tensor:
+            return keep_dtype(fn, tensor) if id(tensor) in kept else fn(tensor)
+
+        return super()._apply(convert, recurse)
+
     def name_groups(self) -> None:
         """Puts what is squashed into a group of its own in the optimizer: its values are tens of
         times a float weight's, and the loss, not weight decay, keeps their spread."""
         if isinstance(self.weight_quantizer, SquashedQuantizer):
-            for name in self.weight_state(self.stored_weight()):
-                getattr(self, name).param_group = SQUASHED_GROUP
+            for parameter in self.weight_parameters:
+                parameter.param_group = SQUASHED_GROUP
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -49,37 +82,63 @@ class Linear(Operator, nn.Linear):
     """y = Q(W) Q(x) + b.
 
     Args:
-        follows_gelu: the input is a GELU output; see :func:`after_gelu` for its level set.
+        role: what the operator does in its model; a precision's name selects roles.
+        input_kind: which values it reads; the level set of its input depends on them.
 
     ``weight_quantizer`` and ``input_quantizer`` are None for float. A module whose input is
     quantized upstream (q, k, v share one quantizer) keeps ``input_quantizer`` None.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, follows_gelu: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        role: Role = Role.ENCODER_LINEAR,
+        input_kind: InputKind = InputKind.ANY,
     ) -> None:
         super().__init__(in_features, out_features, bias)
-        self.follows_gelu = follows_gelu
+        self.role, self.input_kind = role, input_kind
         self.weight_quantizer = self.input_quantizer = None
+
+    @property
+    def input_features(self) -> int:
+        return self.in_features
+
+    @property
+    def frame_dim(self) -> int:
+        return -1
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        x, weight = _quantized(x, self.input_quantizer), _effective_weight(self)
+        x = _quantized(x, self.input_quantizer)
+        weight = _effective_weight(self, x.dtype)
         with recomputed(x, weight):
             return F.linear(x, weight, self.bias)
 
 
 class Conv1d(Operator, nn.Conv1d):
-    """Convolution with quantizer slots; arguments as ``nn.Conv1d`` plus ``follows_gelu``."""
+    """``nn.Conv1d`` with quantizer slots; ``role`` and ``input_kind`` as for :class:`Linear`."""
 
-    def __init__(self, *args, follows_gelu: bool = False, **kwargs) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        role: Role = Role.CONVOLUTION,
+        input_kind: InputKind = InputKind.ANY,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.follows_gelu = follows_gelu
+        self.role, self.input_kind = role, input_kind
         self.weight_quantizer = self.input_quantizer = None
+
+    @property
+    def input_features(self) -> int:
+        return self.in_channels
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, in, samples] -> [batch, out, frames]."""
-        x, weight = _quantized(x, self.input_quantizer), _effective_weight(self)
+        x = _quantized(x, self.input_quantizer)
+        weight = _effective_weight(self, x.dtype)
         with recomputed(x, weight):
             return self._conv_forward(x, weight, self.bias)
 
@@ -91,7 +150,8 @@ class PositionalConv1d(Operator):
     checkpoints load; unlike it, the module can be deep-copied.
     """
 
-    follows_gelu = False
+    role = Role.POSITIONAL_CONVOLUTION
+    input_kind = InputKind.ANY
 
     def __init__(self, channels: int, kernel: int, groups: int) -> None:
         super().__init__()
@@ -113,6 +173,14 @@ class PositionalConv1d(Operator):
     def weight_shape(self) -> torch.Size:
         return self.weight_v.shape
 
+    @property
+    def weight_parameters(self) -> tuple[nn.Parameter, ...]:
+        return self.weight_v, self.weight_g
+
+    @property
+    def input_features(self) -> int:
+        return len(self.bias)
+
     def stored_weight(self) -> Tensor:
         """g * v / |v|, [channels, channels/groups, kernel]."""
         return self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
@@ -130,7 +198,7 @@ class PositionalConv1d(Operator):
         x = _quantized(x, self.input_quantizer)
         if padding_mask is not None:
             x = x.masked_fill(padding_mask[:, None], 0)
-        weight = _effective_weight(self)
+        weight = _effective_weight(self, x.dtype)
         with recomputed(x, weight):
             y = F.conv1d(x, weight, self.bias, padding=self.kernel // 2, groups=self.groups)
         return y[..., : x.shape[-1]]
@@ -140,5 +208,8 @@ def _quantized(x: Tensor, quantizer: Quantizer | None) -> Tensor:
     return x if quantizer is None else quantizer(x)
 
 
-def _effective_weight(operator: Operator) -> Tensor:
-    return _quantized(operator.stored_weight(), operator.weight_quantizer)
+def _effective_weight(operator: Operator, dtype: torch.dtype) -> Tensor:
+    """The weight that the operator computes with, in the dtype of its input."""
+    if operator.weight_quantizer is None:
+        return operator.stored_weight()
+    return operator.weight_quantizer(operator.stored_weight(), dtype=dtype)

@@ -100,7 +100,7 @@ def test_same_bits_give_the_same_output(calibrated: Hubert) -> None:
 
 def test_level_sets_follow_the_contract() -> None:
     model = build()
-    sets = {name: q.levels.kind for name, q in quantizers(model)}
+    sets = {name: q.levels.name for name, q in quantizers(model)}
     non_negative = {name for name, kind in sets.items() if kind == "non_negative"}
     expected = {f"feature_extractor.conv_layers.{i}.0.input_quantizer" for i in (1, 2)}
     for i in range(2):
@@ -108,7 +108,7 @@ def test_level_sets_follow_the_contract() -> None:
         expected |= {f"encoder.layers.{i}.self_attn.probabilities_quantizer"}
     assert non_negative == expected
     assert {kind for name, kind in sets.items() if name not in non_negative} == {"signed"}
-    one_bit = {q.levels.kind for _, q in quantizers(Hubert(TINY, precision=Precision("bitl_w1a1")))}
+    one_bit = {q.levels.name for _, q in quantizers(Hubert(TINY, precision=Precision("bitl_w1a1")))}
     assert one_bit == {"sign", "non_negative"}
 
 
@@ -297,3 +297,44 @@ def test_the_plan_stores_what_the_state_dict_holds(name: str, rules: tuple[Rule,
 def test_label_embeddings_are_no_part_of_the_stored_model() -> None:
     own, labelled = (Hubert(TINY, classes, Precision("bitl_w1a1")).plan for classes in (0, 500))
     assert (own.bytes, own.parameters) == (labelled.bytes, labelled.parameters)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["bitla_w8a8", "bitl_w1a1", "sqwq_w8", "absmax_w4a4"])
+def test_codes_of_a_half_precision_model_are_those_of_its_stored_weights(
+    name: str, dtype: torch.dtype
+) -> None:
+    """What is trained in bf16 is what the checkpoint, which holds fp32 weights, stands for."""
+    rule = Rule("encoder.pos_conv.0", method="elastic", weight_bits=8, activation_bits=8)
+    model = Hubert(TINY, precision=Precision(name, [rule])).eval()
+    calibrate(model, [torch.randn(1, 800)], model.final_output)
+    operators = {n: m for n, m in model.named_modules() if getattr(m, "weight_quantizer", None)}
+    stored = {n: m.weight_quantizer.codes(m.stored_weight()) for n, m in operators.items()}
+    model.to(dtype)
+    seen = {}
+    for n, module in operators.items():
+        module.weight_quantizer.register_forward_hook(
+            lambda quantizer, inputs, output, n=n: seen.update(
+                {n: (quantizer.codes(inputs[0]), output)}
+            )
+        )
+    model.final_output(torch.randn(1, 800, dtype=dtype))
+    assert sorted(seen) == sorted(operators)
+    for n, (codes, decoded) in seen.items():
+        assert torch.equal(codes.integers, stored[n].integers), n
+        assert torch.equal(decoded, codes.decode().to(dtype)), n
+        assert decoded.dtype == dtype
+
+
+def test_a_model_attached_again_is_what_a_new_one_would_be() -> None:
+    """Also where a site goes back to float, and where q, k and v share a quantizer no more."""
+    rules = [Rule("encoder.layers.0.fc1", method="none"), Rule("*.q_proj", activation_bits=2)]
+    model = Hubert(TINY, precision=Precision("bitla_w4a4"))
+    new = Precision("bitla_w8a8", rules)
+    model.plan = attach(model, new)
+    fresh = Hubert(TINY, precision=new)
+    assert model.plan == fresh.plan
+    assert list(model.state_dict()) == list(fresh.state_dict())
+    assert str(model) == str(fresh)
+    attach(model, Precision())
+    assert not list(quantizers(model))

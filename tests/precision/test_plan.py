@@ -6,7 +6,7 @@ import torch
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import Architecture, Hubert
-from fairseq_lowbit.precision import Plan, Precision, Rule, Site, resolve_plan
+from fairseq_lowbit.precision import Plan, Precision, Role, Rule, Site, resolve_plan
 
 PLAIN_FRONT_END = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
 
@@ -50,11 +50,29 @@ def test_distilled_size_is_the_published_one_without_a_final_projection() -> Non
 
 def test_bytes_of_every_kind_of_site() -> None:
     sites = [
-        Site("encoder.layers.0.fc1", "linear", weights=512, others=32, channels=32, shifts=1),
-        Site("encoder.layers.0.fc2", "linear", weights=512, others=16, channels=16, shifts=1),
-        Site("encoder.layers.0.self_attn.query", "operand", shifts=16),
-        Site("encoder.layers.0.self_attn.probabilities", "operand", shifts=1),
-        Site("final_proj", "linear", weights=128, others=8, channels=8, shifts=1),
+        Site(
+            "encoder.layers.0.fc1",
+            "linear",
+            Role.ENCODER_LINEAR,
+            weights=512,
+            others=32,
+            channels=32,
+            shifts=1,
+        ),
+        Site(
+            "encoder.layers.0.fc2",
+            "linear",
+            Role.ENCODER_LINEAR,
+            weights=512,
+            others=16,
+            channels=16,
+            shifts=1,
+        ),
+        Site("encoder.layers.0.self_attn.query", "operand", Role.ATTENTION_OPERAND, shifts=16),
+        Site(
+            "encoder.layers.0.self_attn.probabilities", "operand", Role.ATTENTION_OPERAND, shifts=1
+        ),
+        Site("final_proj", "linear", Role.HEAD, weights=128, others=8, channels=8, shifts=1),
     ]
     rules = [Rule("*.fc2", granularity="per_channel", weight_bits=3)]
     plan = resolve_plan(Precision("bitla_w1a2", rules), sites, other_parameters=100)
@@ -69,10 +87,24 @@ def test_bytes_of_every_kind_of_site() -> None:
     assert plan.parameters == 100 + 544 + 528 + 136
 
 
-FC1 = Site("encoder.layers.0.fc1", "linear", weights=512, others=32, channels=32, shifts=1)
-OPERAND = Site("encoder.layers.0.self_attn.query", "operand", shifts=16)
+FC1 = Site(
+    "encoder.layers.0.fc1",
+    "linear",
+    Role.ENCODER_LINEAR,
+    weights=512,
+    others=32,
+    channels=32,
+    shifts=1,
+)
+OPERAND = Site("encoder.layers.0.self_attn.query", "operand", Role.ATTENTION_OPERAND, shifts=16)
 CONV = Site(
-    "feature_extractor.conv_layers.1.0", "conv", weights=240, others=0, channels=8, shifts=1
+    "feature_extractor.conv_layers.1.0",
+    "conv",
+    Role.FRONT_END,
+    weights=240,
+    others=0,
+    channels=8,
+    shifts=1,
 )
 BIAS = 32 * 2
 LEARNED_INPUT = 4 + 4  # scale and shift of the input
@@ -158,8 +190,10 @@ def test_plan_and_precision_survive_json() -> None:
     assert [entry["module"] for entry in stored["entries"]] == [e.module for e in plan.entries]
 
 
-def test_missing_rules_mean_none() -> None:
-    assert Precision.from_mapping({"name": "bitl_w1a1", "rules": None}) == Precision("bitl_w1a1")
+def test_what_was_stored_before_rules_decided_fields_keeps_its_meaning() -> None:
+    stored = Precision.from_mapping({"name": "bitl_w1a1", "rules": None})
+    assert stored == Precision("bitl_w1a1", rules_decide="modules")
+    assert Precision.from_mapping(Precision("bitl_w1a1").to_mapping()) == Precision("bitl_w1a1")
 
 
 def test_reference_length_must_be_positive() -> None:
