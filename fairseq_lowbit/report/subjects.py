@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def gather(own: Iterable[ModelRecord], others: Iterable[ModelRecord]) -> list[Su
             subjects[known[0]] = replace(subject, aliases=(*subject.aliases, record["name"]))
         else:
             subjects.append(Subject(record["name"], record, checkpoint_of(record["folder"])))
-    return sorted(_with_costs(_with_unique_names(subjects)), key=_rank)
+    return sorted(_with_costs(list(_with_unique_names(subjects))), key=_rank)
 
 
 def checkpoint_of(folder: Path | None) -> Path | None:
@@ -121,15 +121,12 @@ def _rank(subject: Subject) -> tuple[bool, bool, float, str]:
     return not subject.is_float, size is None, size or 0.0, subject.name
 
 
-def _with_unique_names(subjects: Sequence[Subject]) -> list[Subject]:
+def _with_unique_names(subjects: Iterable[Subject]) -> Iterator[Subject]:
     counts: Counter[str] = Counter()
-    unique = []
     for subject in subjects:
         counts[subject.name] += 1
         number = counts[subject.name]
-        name = subject.name if number == 1 else f"{subject.name} ({number})"
-        unique.append(replace(subject, name=name))
-    return unique
+        yield subject if number == 1 else replace(subject, name=f"{subject.name} ({number})")
 
 
 def _with_costs(subjects: Sequence[Subject]) -> list[Subject]:

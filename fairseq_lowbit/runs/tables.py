@@ -140,13 +140,12 @@ def _read_cell(field: str, cell: str) -> Any:
     return _KINDS.get(field, float)(cell) if cell else None
 
 
-def _read_layers(cell: str) -> tuple[float, ...]:
-    return tuple(map(float, cell.split()))
-
-
 _KINDS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("name", "status", "message", "precision", "loss"), str),
-    **dict.fromkeys((field for field in FIELDS if field.endswith("_layers")), _read_layers),
+    **dict.fromkeys(
+        (field for field in FIELDS if field.endswith("_layers")),
+        lambda cell: tuple(map(float, cell.split())),
+    ),
     **dict.fromkeys(("rules", "updates", "planned"), int),
     **dict.fromkeys(("teacher", "data", "folder"), Path),
     "overrides": lambda cell: tuple(cell.split()),

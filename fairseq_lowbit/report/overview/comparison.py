@@ -52,7 +52,7 @@ def comparison(
         lines.append(
             Line(
                 name=subject.name,
-                anchor=_anchor(index) if _has_details(subject) else None,
+                anchor=_anchor(index),
                 color=colors[subject.name],
                 precision=precision_text(record) or UNKNOWN,
                 details=", ".join(filter(None, details)),
@@ -73,14 +73,9 @@ def _status(subject: Subject) -> str:
     return record["status"]
 
 
-def _has_details(subject: Subject) -> bool:
-    return subject.plan is not None or subject.folder is not None
-
-
 def all_details(subjects: Sequence[Subject]) -> list[Details]:
-    """The details of every subject that has any."""
-    known = ((index, s) for index, s in enumerate(subjects) if _has_details(s))
-    return [_details(subject, _anchor(index)) for index, subject in known]
+    """What is known of every subject."""
+    return [_details(subject, _anchor(index)) for index, subject in enumerate(subjects)]
 
 
 def _anchor(index: int) -> str:

@@ -67,7 +67,7 @@ class Line:
     """A row of the comparison.
 
     Attributes:
-        anchor: of the details, None without any.
+        anchor: of the details.
         color: in the figures.
         details: what differs from the others, in small letters.
         status: empty for a finished run.
@@ -75,7 +75,7 @@ class Line:
     """
 
     name: str
-    anchor: str | None
+    anchor: str
     color: str
     precision: str
     details: str
