@@ -51,6 +51,19 @@ def test_command_of_another_environment_is_a_note(
     assert not problem.needed
 
 
+def test_a_torchaudio_that_does_not_load_is_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its CUDA build beside a CPU torch."""
+    library = "libtorch_cuda.so: cannot open shared object file"
+    (tmp_path / "torchaudio.py").write_text(f"raise OSError('{library}')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (problem,) = doctor.check_extras().problems
+    assert library in problem.what
+    assert "pip uninstall torchaudio" in problem.fix
+    assert not problem.needed
+
+
 def test_hydra_is_really_asked() -> None:
     providers = [provider for provider, _ in doctor.config_search_path()]
     assert providers[:2] == ["hydra", "main"]

@@ -15,6 +15,7 @@ import sysconfig
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,9 +35,7 @@ OPTIONAL_MODULES = {
     "espeakng_loader": "demo speech (pip install 'fairseq-lowbit[demo]')",
     "optuna": "searches by +sweep=optuna (pip install 'fairseq-lowbit[sweep]')",
     "submitit": "sweeps on SLURM by +sweep=submitit (pip install 'fairseq-lowbit[sweep]')",
-    "transformers": "Hugging Face teachers (pip install 'fairseq-lowbit[hf]')",
-    "s3prl": "SUPERB tasks (from its source tree, and pip install 'fairseq-lowbit[superb]')",
-    "tensorboardX": "training curves for TensorBoard",
+    "transformers": "quantizing models of Hugging Face (pip install 'fairseq-lowbit[hf]')",
 }
 
 
@@ -169,7 +168,7 @@ def check_extras() -> Finding:
     for module, purpose in OPTIONAL_MODULES.items():
         state = "present" if find_spec(module) else "absent"
         lines.append(f"{module}: {state}, {purpose}")
-    return Finding("extras", tuple(lines))
+    return Finding("extras", tuple(lines), tuple(_torchaudio_problems()))
 
 
 def check_machine() -> Finding:
@@ -289,6 +288,24 @@ def _command_problems(command: str) -> list[Problem]:
             Problem(
                 f"the command {command} is {found}, of another environment than this Python",
                 f"activate the environment, or call {scripts / command}",
+                needed=False,
+            )
+        ]
+    return []
+
+
+def _torchaudio_problems() -> list[Problem]:
+    """transformers imports a torchaudio that it finds, and fails with it."""
+    if find_spec("torchaudio") is None:
+        return []
+    try:
+        import_module("torchaudio")
+    except Exception as error:  # OSError where it lacks a library of another torch
+        return [
+            Problem(
+                f"torchaudio does not load, and imports of transformers fail with it: {error}",
+                "pip uninstall torchaudio (nothing here needs it, although fairseq-fixed asks for "
+                "it), or install the build of torchaudio made for this torch",
                 needed=False,
             )
         ]
