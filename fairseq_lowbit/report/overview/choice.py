@@ -50,11 +50,10 @@ def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int
     >>> pareto_front([1, 2, 2, 3], [0.5, 0.9, 0.8, 0.9])
     [0, 1]
     """
-    front: list[int] = []
-    for index in sorted(range(len(costs)), key=lambda i: (costs[i], -qualities[i])):
-        point = costs[index], qualities[index]
-        last = (costs[front[-1]], qualities[front[-1]]) if front else None
-        if last is None or point == last or point[1] > last[1]:
+    points, front = list(zip(costs, qualities, strict=True)), []
+    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        last = points[front[-1]] if front else None
+        if last is None or points[index] == last or points[index][1] > last[1]:
             front.append(index)
     return front
 
