@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_needed(args: argparse.Namespace, rows: Sequence[str]) -> None:
-    """Raises LowbitError for options of calibration where nothing is calibrated."""
+    """Raises LowbitError if there are options of calibration but nothing to calibrate."""
     for name in ("calibration", "percentile", "rules"):
         if not rows and getattr(args, name) is not None:
             raise LowbitError(f"--{name} belongs to --ptq: give a precision to calibrate too")
@@ -56,7 +56,7 @@ def read_precision(name: str, args: argparse.Namespace) -> Precision:
 def read_criterion(
     args: argparse.Namespace, teacher: LoadedModel, precision: Precision
 ) -> Criterion:
-    """What ``--calibration`` and ``--percentile`` ask for.
+    """The criterion that ``--calibration`` and ``--percentile`` ask for.
 
     Raises:
         LowbitError: an option without effect in this combination; a precision that does not fit

@@ -1,4 +1,4 @@
-"""The parts of a report with figures, and what is missing from them."""
+"""The sections of a report with figures."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ _LOSS_TITLES = {"distillation": "Distillation", "hubert": "HuBERT loss"}
 
 @dataclass
 class Sections:
-    """Draws the parts of the page with figures, and collects what was missing.
+    """Draws the sections, and collects problems on the way.
 
     Args:
         progress: called with what is drawn next.
@@ -36,11 +36,11 @@ class Sections:
     problems: list[str] = field(default_factory=list)
 
     def build(self, dissected: Iterable[Dissected], note: str) -> list[Section]:
-        """Those that have something to show.
+        """The sections that have something to show.
 
         Args:
-            dissected: one after the other, so that only one is in memory.
-            note: why these.
+            dissected: models taken apart; an iterator keeps only one of them in memory.
+            note: why these models.
         """
         sections = [self._quality(), self._training(), self._inside(dissected, note)]
         return [section for section in sections if section is not None]
@@ -73,7 +73,7 @@ class Sections:
         return Section("training", "Training", groups) if groups else None
 
     def _losses(self, loss: str | None, runs: Sequence[Trained]) -> Group:
-        """The terms of one loss, whose runs are comparable."""
+        """The terms of one loss, in which its runs are comparable."""
         notes = []
         if len(runs) == 1:
             notes.append(f"Of one run: {runs[0].subject.name}.")
@@ -85,14 +85,14 @@ class Sections:
         return self._group(drawings, title, [" ".join(notes)] if notes else [])
 
     def _trained(self, subject: Subject) -> Trained | None:
-        """None for what is no run, or left nothing."""
+        """The curves of a run; None without a run or any records of it."""
         if subject.folder is None:
             return None
         training = Training()
         try:
             training = read_training(subject.folder)
         except LowbitError as error:
-            if subject.checkpoint is not None:  # else it has not come that far
+            if subject.checkpoint is not None:  # without one it has not begun to train
                 self.problems.append(f"{subject.name}: {error}")
         bands = read_bands(subject.checkpoint.parent) if subject.checkpoint else {}
         return Trained(subject, training, bands) if training.terms or bands else None
