@@ -22,6 +22,7 @@ from fairseq_lowbit.quantization import Codes, Quantizer
 from fairseq_lowbit.quantization.calibration import thin
 
 Batch = TypeVar("Batch")
+
 COLLAPSED = 0.05
 # Values looked at per quantizer; all of them would take longer than the forward.
 _SAMPLE = 32_768
@@ -82,17 +83,27 @@ def split_layer(name: str) -> tuple[int | None, str]:
     return (int(match[1]), match[2]) if match else (None, name)
 
 
+def every_layer(model: LayeredEncoder, waveform: Tensor) -> Sequence[Tensor]:
+    """Runs every operator of ``model``; the outputs of layers 1..L, [batch, frames, features]."""
+    outputs, _ = model.hidden_states(waveform)
+    model.project_final(outputs[-1])  # the last quantizers there may be
+    return outputs
+
+
 @torch.no_grad()
 def measure_health(
-    model: nn.Module, batch: Batch, forward: Callable[[Batch], Sequence[Tensor]] | None = None
+    model: nn.Module,
+    batch: Batch,
+    forward: Callable[[Batch], Sequence[Tensor]] | None = None,
 ) -> Health:
     """Runs ``model`` in eval mode on ``batch``, all of it valid.
 
     Args:
-        forward: runs ``model`` and returns the output of every layer, [batch, frames, features]
-            each. None for a :class:`LayeredEncoder` and a batch of waveforms [batch, samples].
+        forward: runs ``model`` on ``batch`` and returns the outputs of its layers; none are needed
+            for the health of quantizers. Default: :func:`every_layer` of waveforms
+            [batch, samples].
     """
-    forward = forward or partial(_run_whole, model)
+    forward = forward or partial(every_layer, model)
     was_training = model.training
     model.eval()
     try:
@@ -116,12 +127,6 @@ def watching(model: nn.Module) -> Iterator[list[QuantizerHealth]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _run_whole(model: LayeredEncoder, waveform: Tensor) -> Sequence[Tensor]:
-    outputs, _ = model.hidden_states(waveform)
-    model.project_final(outputs[-1])  # which may be quantized too
-    return outputs
 
 
 def centered_std(output: Tensor) -> float:
