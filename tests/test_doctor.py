@@ -131,14 +131,14 @@ def test_composition(
 
 
 def test_report_ends_with_problems_and_fixes() -> None:
-    problem = Problem("it is broken", "fix it so")
+    problem = Problem("it is broken", "do this")
     text = doctor.report([Finding("python", ("3.11",)), Finding("torch", ("none",), (problem,))])
     assert text.splitlines() == [
         "python  3.11",
         "torch   none",
         "",
         "problem: it is broken",
-        "   fix: fix it so",
+        "   fix: do this",
     ]
 
 

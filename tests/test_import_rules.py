@@ -33,6 +33,8 @@ MAY_IMPORT["report"] = CORE | {"data", "monitoring", "evaluation", "profiling", 
 MAY_IMPORT["plugin"] = set(MAY_IMPORT) - {"report"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 MAY_IMPORT["_hydra"] = set()
+# report/ in the order of its imports: what all need, the folders, what puts them together.
+REPORT = ("*.py", "page/*.py", "overview/*.py", "training/*.py", "inside/*.py", "sections.py")
 
 FAIRSEQ = {"fairseq", "fairseq_cli"}
 
@@ -89,6 +91,18 @@ def test_imports_run_one_way(path: Path) -> None:
     module = module_name(path)
     found = violations(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
     assert not found, "\n".join(found)
+
+
+def test_the_report_imports_one_way() -> None:
+    # A module beside the folders is in the first layer, but sections.py in its own.
+    layers = {
+        path: i for i, names in enumerate(REPORT) for path in (PACKAGE / "report").glob(names)
+    }
+    order = {module_name(path): layer for path, layer in layers.items()}
+    for path, layer in layers.items():
+        names = imported_modules(path.read_text(encoding="utf-8"), module_name(path), False)
+        later = [name for name in names if order.get(name.rpartition(".")[0], 0) > layer]
+        assert not later, f"{path} imports {later}"
 
 
 def test_every_room_has_its_place_in_the_order() -> None:

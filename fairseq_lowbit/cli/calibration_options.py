@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_needed(args: argparse.Namespace, rows: Sequence[str]) -> None:
-    """Raises LowbitError for options of calibration where nothing is calibrated."""
+    """Raises LowbitError if there are options of calibration but nothing to calibrate."""
     for name in ("calibration", "percentile", "rules", "override"):
         if not rows and getattr(args, name) is not None:
             raise LowbitError(f"--{name} belongs to --ptq: give a precision to calibrate too")

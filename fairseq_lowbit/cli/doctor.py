@@ -1,7 +1,7 @@
-"""``fairseq-lowbit doctor``: what is installed, what is wrong with it, how to fix it.
+"""``fairseq-lowbit doctor``: what is installed, what is wrong with it and how to fix it.
 
 Every check returns a ``Finding`` and survives a broken installation: what it looks for is imported
-inside it. fairseq is asked through its metadata and through our plugin, never imported here.
+inside it. fairseq is examined through its metadata and our plugin, never imported here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from fairseq_lowbit import __version__
 from fairseq_lowbit.machine import this_machine
 
-HELP = "check the installation; every problem comes with its fix"
+HELP = "check the installation; every problem comes with a fix"
 
 PRIMARY_CONFIG = "bitla_w1a1"
 # Not resolved: setuptools' strict editable installs link each file, and the links are the package.
@@ -41,7 +41,7 @@ OPTIONAL_MODULES = {
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong and its fix; ``needed`` when training cannot work without."""
+    """Something wrong and how to fix it; ``needed`` if training cannot work without it."""
 
     what: str
     fix: str
@@ -50,7 +50,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check saw: lines to print under a topic, and problems."""
+    """The result of one check: lines to print under a topic, and problems."""
 
     topic: str
     lines: tuple[str, ...]
@@ -157,7 +157,7 @@ def check_config() -> Finding:
             "fix the problems above first; else install again: pip install -e .",
         )
         return Finding("config", ("failed",), (problem,))
-    if "\nuser_dir: null" in result.stdout:  # check_hydra has said what is wrong
+    if "\nuser_dir: null" in result.stdout:  # check_hydra reports the cause
         return Finding("config", ("fairseq's bare defaults, nothing of ours",))
     return Finding("config", (f"{PRIMARY_CONFIG} composes",))
 

@@ -10,10 +10,11 @@ from omegaconf import DictConfig
 from fairseq_lowbit.cli import calibration_options
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError, require_number
-from fairseq_lowbit.evaluation.compare import compare, comparison_table
-from fairseq_lowbit.evaluation.figures import draw_comparison
+from fairseq_lowbit.evaluation.compare import COMPARISON_FILE, compare
 from fairseq_lowbit.evaluation.quality import SECONDS, Candidate, read_held_out
 from fairseq_lowbit.models import LoadedModel, load_model
+from fairseq_lowbit.report.overview.comparison_figure import draw_comparison
+from fairseq_lowbit.runs.tables import comparison_table
 from fairseq_lowbit.terminal import print_table
 
 HELP = "compare models with their teacher on held-out audio: table, figure, JSON"
@@ -59,11 +60,12 @@ def run(args: argparse.Namespace) -> int:
     with torch.inference_mode():
         comparison = compare(teacher, candidates, held_out, _announce)
     comparison.write(args.out)
-    draw_comparison(comparison, args.out / "comparison.png")
+    figure = args.out / "comparison.png"
+    draw_comparison(comparison, figure)
     print_table(comparison_table(comparison))
     for finding in comparison.findings():
         print(finding)
-    print(f"figure {args.out / 'comparison.png'}, numbers {args.out / 'comparison.json'}")
+    print(f"figure {figure}, numbers {args.out / COMPARISON_FILE}")
     return 0
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from fairseq_lowbit.data.labels import make_labels
+from fairseq_lowbit.terminal import print_table
 
 HELP = "cluster MFCC into the labels of HuBERT's first iteration"
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     for split, frames in summary.frames.items():
         used = f"{summary.used_clusters[split]} of {summary.clusters}"
         table.add_row(split, str(frames), used, f"{summary.top_share[split]:.1%}")
-    Console().print(table)
+    print_table(table)
     if summary.unusable:
         print(f"{len(summary.unusable)} unusable files, without labels: {summary.unusable[0]} ...")
     return 0

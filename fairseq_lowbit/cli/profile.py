@@ -3,23 +3,19 @@
 import argparse
 import json
 import logging
-import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 from fairseq_lowbit.cli import profile_timing
 from fairseq_lowbit.cli.profile_targets import Target
 from fairseq_lowbit.configurations import meta_model, model_config
-from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.files import atomic_write, check_writable
+from fairseq_lowbit.errors import LowbitError, describe, require_number
 from fairseq_lowbit.profiling import Profile, profile
 from fairseq_lowbit.profiling.cost import CONVERSION_RATE
 from fairseq_lowbit.profiling.paper import ORIGINS, SOURCE, TABLE, UNITS, PaperRow
 from fairseq_lowbit.profiling.tables import (
-    flat_measurements,
+    ProfileRow,
     measured_table,
     module_rows,
     module_table,
@@ -28,7 +24,6 @@ from fairseq_lowbit.profiling.tables import (
     paper_table,
     profile_row,
     profile_table,
-    write_csv,
 )
 from fairseq_lowbit.terminal import print_table
 
@@ -41,7 +36,7 @@ HELP = (
 # What estimated and measured runtimes are relative to.
 REFERENCE = "hubert_fastconv"
 _PAPER_SECONDS = 10.0
-_PaperRows = list[tuple[PaperRow, list[dict[str, Any]]]]
+_PaperRows = list[tuple[PaperRow, list[ProfileRow]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,13 +70,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--per-module", action="store_true", help="every operator of each target")
     parser.add_argument("--paper", action="store_true", help="the paper's Table 1 beside ours")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--csv",
-        type=Path,
-        metavar="FILE",
-        help="write CSV too: a row per model, with --measure one per model, length and threads; "
-        "with --per-module also one per operator",
-    )
     profile_timing.add_arguments(parser)
 
 
@@ -109,12 +97,10 @@ def run(args: argparse.Namespace) -> int:
         is_interrupted = outcome.is_interrupted
     else:
         rows = [_row(entry, reference, args.seconds, args) for entry in counted]
-    try:
-        if rows:
-            _show(rows, [entry.profiles[args.seconds] for entry in counted], reference, args)
-    finally:  # a full disk must not hide what was wrong with the targets
-        for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
+    if rows:
+        _show(rows, [entry.profiles[args.seconds] for entry in counted], reference, args)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
     if is_interrupted:
         print("interrupted: shown is what had been measured until then", file=sys.stderr)
         return 130
@@ -134,35 +120,26 @@ def _check(args: argparse.Namespace) -> None:
         )
     if not args.paper and not args.targets:
         raise LowbitError("name a configuration, a precision or a checkpoint, or give --paper")
-    _check_positive("--seconds", args.seconds)
-    _check_positive("--conversion-rate", args.conversion_rate)
+    require_number("--seconds", args.seconds, 0, excluded=True)
+    require_number("--conversion-rate", args.conversion_rate, 0, excluded=True)
     for seconds in profile_timing.lengths(args):
-        _check_positive("--measure-seconds", seconds)
-    if args.csv:
-        check_writable(args.csv)
-
-
-def _check_positive(option: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise LowbitError(f"{option} {value:g}: want more than 0")
+        require_number("--measure-seconds", seconds, 0, excluded=True)
 
 
 def _count_all(
     args: argparse.Namespace, lengths: Iterable[float]
 ) -> tuple[list[_Counted], list[str]]:
-    """What could be counted, and what is wrong with the others."""
-    # To measure a model twice would tell nothing new.
+    """The targets that could be counted, and what is wrong with the others."""
+    # Measuring a model twice would show nothing new.
     sources = dict.fromkeys(args.targets) if args.measure else args.targets
     counted, problems = [], []
     for source in sources:
         target = Target(source, tuple(args.set))
         try:
             counted.append(_count(target, lengths))
-        except LowbitError as error:
-            problems.append(f"{source}: {error}")
-        except Exception as error:  # one broken checkpoint must not cost the others their rows
+        except Exception as error:  # one broken checkpoint must not hide the others
             logger.debug("cannot count %s", source, exc_info=True)
-            problems.append(f"{source}: {type(error).__name__}: {error}")
+            problems.append(f"{source}: {describe(error)}")
     return counted, problems
 
 
@@ -173,7 +150,7 @@ def _count(target: Target, lengths: Iterable[float]) -> _Counted:
 
 def _row(
     entry: _Counted, reference: _Counted, seconds: float, args: argparse.Namespace
-) -> dict[str, Any]:
+) -> ProfileRow:
     return profile_row(entry.profiles[seconds], reference.profiles[seconds], args.conversion_rate)
 
 
@@ -188,8 +165,8 @@ def _with_reference(counted: list[_Counted], reference: _Counted) -> list[_Count
 
 def _measured_rows(
     counted: list[_Counted], reference: _Counted, args: argparse.Namespace
-) -> tuple[list[dict[str, Any]], profile_timing.Outcome]:
-    # Estimates first: what is wrong with them must not cost the measurements.
+) -> tuple[list[ProfileRow], profile_timing.Outcome]:
+    # Estimates come first, so that an error in them is reported before time is spent.
     rows = [_row(entry, reference, args.seconds, args) for entry in counted]
     estimates = [
         {s: _row(entry, reference, s, args) for s in profile_timing.lengths(args)}
@@ -203,12 +180,12 @@ def _measured_rows(
 
 
 def _show(
-    rows: list[dict[str, Any]],
+    rows: list[ProfileRow],
     profiles: list[Profile],
     reference: _Counted,
     args: argparse.Namespace,
 ) -> None:
-    modules: list[list[dict[str, Any]]] = []
+    modules: list[list[ProfileRow]] = []
     if args.per_module:
         measure = reference.profiles[args.seconds], args.conversion_rate
         modules = [module_rows(entry, *measure) for entry in profiles]
@@ -221,14 +198,9 @@ def _show(
         for row, own in zip(rows, modules, strict=False):
             print_table(module_table(row, own))
         _print_tables(rows, args)
-    if args.csv:
-        flat = flat_measurements(rows) if args.measure else rows
-        own = [{"name": r["name"], **m} for r, found in zip(rows, modules) for m in found]
-        with atomic_write(args.csv) as file:
-            write_csv([*flat, *own], file)
 
 
-def _print_tables(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+def _print_tables(rows: list[ProfileRow], args: argparse.Namespace) -> None:
     print_table(profile_table(rows))
     print(
         f"runtime: (FLOPs + QuantOps/K) / FLOPs of {REFERENCE}, K = {args.conversion_rate:g}, an "
@@ -251,17 +223,10 @@ def _paper(reference: Profile, args: argparse.Namespace) -> int:
         row = profile_row(counted, reference, args.conversion_rate)
         rows.append((published, paper_rows(published, row)))
     if args.json:
-        print(json.dumps(_cells(rows), indent=1))
+        print(json.dumps([cell for _, cells in rows for cell in cells], indent=1))
     else:
         _print_paper(rows, args)
-    if args.csv:
-        with atomic_write(args.csv) as file:
-            write_csv(_cells(rows), file)
     return 0
-
-
-def _cells(rows: _PaperRows) -> list[dict[str, Any]]:
-    return [cell for _, found in rows for cell in found]
 
 
 def _print_paper(rows: _PaperRows, args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What a command takes for a model: a configuration's name, any precision by name, a checkpoint."""
+"""A model as the command line names it: a configuration, any precision by name, a checkpoint."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        """Of its row: overrides make a model another one."""
+        """The name of its row, with the overrides."""
         return self.source if self.has_weights else " ".join((self.source, *self.overrides))
 
     @property
@@ -70,7 +70,7 @@ class Target:
         return model
 
     def config(self) -> ModelConfig:
-        """What a name asks for.
+        """The configuration of a name.
 
         Raises:
             LowbitError: there is no such name, or an override does not fit.

@@ -1,32 +1,26 @@
-"""``fairseq-lowbit profile --measure``: runs the models and adds to each row what that took."""
+"""``fairseq-lowbit profile --measure``: runs the models and adds time and memory to each row."""
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fairseq_lowbit.cli.profile_targets import Target
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.machine import this_machine, usable_cores
+from fairseq_lowbit.profiling.tables import ProfileRow
 from fairseq_lowbit.profiling.timing import (
     FAKE_QUANTIZATION,
-    Announce,
     TimedModel,
     TimingRecord,
     conditions,
-    count_steps,
-    measure,
     runnable,
+    time_models,
     timings,
 )
 
-Row = dict[str, Any]
 _SECONDS = (2.0, 5.0, 15.0, 30.0)
 _REPEATS = 5
 # Counted for each length that is measured, under the names of a row.
@@ -67,7 +61,7 @@ def lengths(args: argparse.Namespace) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What running the targets gave, and whether it was interrupted before its end."""
+    """What was measured of the targets, and whether it was interrupted."""
 
     record: TimingRecord
     problems: tuple[str, ...]
@@ -76,16 +70,14 @@ class Outcome:
 
 def run_targets(targets: Mapping[str, Target], args: argparse.Namespace) -> Outcome:
     """Measures every target under its name, with progress on stderr."""
-    candidates = [
+    models = [
         TimedModel(name, lambda target=target: runnable(target.load()))
         for name, target in targets.items()
     ]
     grid = conditions(lengths(args), (1, usable_cores()))
-    repeats = args.repeats or _REPEATS
     record, problems, is_interrupted = TimingRecord(), [], False
     try:
-        with _progress(count_steps(candidates, grid, repeats)) as announce:
-            measure(candidates, grid, repeats, record, announce)
+        time_models(models, grid, args.repeats or _REPEATS, record, _announce)
     except LowbitError as error:
         problems.append(str(error))
     except KeyboardInterrupt:
@@ -94,29 +86,16 @@ def run_targets(targets: Mapping[str, Target], args: argparse.Namespace) -> Outc
     return Outcome(record, tuple(problems), is_interrupted)
 
 
-@contextmanager
-def _progress(steps: int) -> Iterator[Announce]:
-    """A bar on a terminal, in a log a line per stage."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    # Drawn between the runs only: a thread that draws would take time from what is timed.
-    with Progress(
-        *columns, TimeElapsedColumn(), console=console, transient=True, auto_refresh=False
-    ) as progress:
-        task = progress.add_task("", total=steps)
-        stages: set[str] = set()
-
-        def announce(stage: str, step: str) -> None:
-            if not console.is_terminal and stage not in stages:
-                stages.add(stage)
-                print(stage, file=sys.stderr, flush=True)
-            progress.update(task, description=f"{stage}: {step}", advance=1, refresh=True)
-
-        yield announce
+def _announce(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
 
 
 def add_measurements(
-    row: Row, target: Target, estimates: Mapping[float, Row], record: TimingRecord, reference: str
+    row: ProfileRow,
+    target: Target,
+    estimates: Mapping[float, ProfileRow],
+    record: TimingRecord,
+    reference: str,
 ) -> None:
     """Adds what was measured to a row of the profile.
 
@@ -137,8 +116,8 @@ def add_measurements(
     ]
 
 
-def notes(rows: Sequence[Row], reference: str) -> list[str]:
-    """What the measured table means, and what is behind its rows."""
+def notes(rows: Sequence[ProfileRow], reference: str) -> list[str]:
+    """Explanations below the measured table."""
     first = rows[0]
     machine = this_machine()
     lines = [

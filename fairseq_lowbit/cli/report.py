@@ -4,7 +4,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -15,28 +14,27 @@ from fairseq_lowbit.cli.doctor import (
     check_python,
     check_torch,
 )
-from fairseq_lowbit.cli.run_quality import (
+from fairseq_lowbit.cli.quality_options import (
     add_measuring_arguments,
     check_measuring_arguments,
-    measure,
+    measure_entries,
     with_places,
 )
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import check_writable
 from fairseq_lowbit.report.inside.dissection import dissect_all
 from fairseq_lowbit.report.overview.choice import colors, worth_dissecting
-from fairseq_lowbit.report.overview.columns import COSTS
 from fairseq_lowbit.report.overview.comparison import (
     all_details,
     comparison,
     problems_of,
     summary_of,
 )
-from fairseq_lowbit.report.page.page import Page, Pictures, figures_folder, write_page
+from fairseq_lowbit.report.page.page import Page, Pictures, write_page
 from fairseq_lowbit.report.sections import Sections
 from fairseq_lowbit.report.sources import Sources, read_sources
-from fairseq_lowbit.report.subjects import Subject, gather, short_names
-from fairseq_lowbit.runs.collection import Entry, collect, records
+from fairseq_lowbit.report.subjects import Subject, gather
+from fairseq_lowbit.runs.collection import Entry, collect, model_records
 
 HELP = "one page from runs, checkpoints and tables: costs, quality, curves, the insides of models"
 MOST_DISSECTED = 3
@@ -75,22 +73,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help=f"look into this model of the table (default: up to {MOST_DISSECTED} of the best)",
+        help=f"show the inside of this model (default: up to {MOST_DISSECTED} of the best)",
     )
-    parser.add_argument("--no-dissect", action="store_true", help="look into no model")
+    parser.add_argument("--no-dissect", action="store_true", help="show the inside of no model")
 
 
 def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    figures = args.figures or figures_folder(args.out)
-    _check(args)
+    figures = args.figures or args.out.with_name(f"{args.out.stem}_figures")
+    check_measuring_arguments(args)
+    if args.dissect and args.no_dissect:
+        raise LowbitError("--dissect and --no-dissect contradict each other")
     sources = read_sources(args.sources)
-    entries = _with_short_names(with_places(collect(sources.places), args))
+    entries = with_places(collect(sources.places), args)
     _check_content(entries, sources, args.dissect)
     for path in (args.out, figures / "any"):
         check_writable(path)
-    measure(entries, args.seconds, only_known=args.no_evaluate)
-    groups = records(entries, "storage")
+    measure_entries(entries, args.seconds, only_known=args.no_evaluate)
+    groups = model_records(entries, "storage")
     subjects = gather((r for group in groups for r in group), sources.records)
     page = _page(args, sources, subjects, Pictures(figures))
     write_page(page, args.out)
@@ -101,22 +101,8 @@ def run(args: argparse.Namespace) -> int:
     return int(bool(page.problems))
 
 
-def _with_short_names(entries: Sequence[Entry]) -> list[Entry]:
-    """Those of runs; what could not be read is named as it was given."""
-    names = short_names([entry.name for entry in entries])
-    pairs = zip(entries, names, strict=True)
-    return [replace(entry, name=name) if entry.run else entry for entry, name in pairs]
-
-
-def _check(args: argparse.Namespace) -> None:
-    """What was given by hand has to be there before time is spent."""
-    check_measuring_arguments(args)
-    if args.dissect and args.no_dissect:
-        raise LowbitError("--dissect and --no-dissect contradict each other")
-
-
 def _check_content(entries: Sequence[Entry], sources: Sources, dissect: Sequence[str]) -> None:
-    """Raises LowbitError when there is nothing to tell of, or not what is to be looked into."""
+    """Raises LowbitError if there is nothing to show, or --dissect names an unknown run."""
     if not sources.records and not any(entry.run for entry in entries):
         known = [f"{entry.name}: {entry.problem}" for entry in entries]
         raise LowbitError("; ".join([*sources.problems, *known]))
@@ -132,20 +118,20 @@ def _check_content(entries: Sequence[Entry], sources: Sources, dissect: Sequence
 def _page(
     args: argparse.Namespace, sources: Sources, subjects: list[Subject], pictures: Pictures
 ) -> Page:
-    colored = colors(subjects, COSTS[0])
+    colored = colors(subjects)
     chosen, why = _chosen(subjects, args)
     sections = Sections(subjects, colored, pictures, lambda what: _say(f"drawing {what}"))
     drawn = sections.build(
         dissect_all(chosen, lambda subject: _say(f"taking {subject.name} apart")),
         why,
     )
-    heads, lines = comparison(subjects, colored)
+    columns, lines = comparison(subjects, colored)
     return Page(
         title=args.title,
         created=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         summary=summary_of(subjects),
         problems=[*sources.problems, *problems_of(subjects), *sections.problems],
-        heads=heads,
+        columns=columns,
         lines=lines,
         findings=sources.findings,
         sections=drawn,
@@ -155,13 +141,13 @@ def _page(
 
 
 def _chosen(subjects: Sequence[Subject], args: argparse.Namespace) -> tuple[list[Subject], str]:
-    """Which models to look into, and why."""
+    """The models to take apart, and why these."""
     if args.no_dissect:
         return [], ""
     if args.dissect:
-        return [s for s in subjects if s.name in args.dissect], "Those that --dissect named."
-    chosen, why = worth_dissecting(subjects, COSTS[0], MOST_DISSECTED)
-    return chosen, f"{why} --dissect NAME looks into others."
+        return [s for s in subjects if s.name in args.dissect], "The models that --dissect named."
+    chosen, why = worth_dissecting(subjects, MOST_DISSECTED)
+    return chosen, f"{why} --dissect NAME shows others."
 
 
 def _say(what: str) -> None:

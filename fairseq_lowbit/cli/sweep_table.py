@@ -2,19 +2,20 @@
 
 import argparse
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
-from fairseq_lowbit.cli.run_quality import (
+from fairseq_lowbit.cli.quality_options import (
     add_measuring_arguments,
     check_measuring_arguments,
-    measure,
+    measure_entries,
     with_places,
 )
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import atomic_write, check_writable
-from fairseq_lowbit.profiling.paper import SOURCE
-from fairseq_lowbit.runs.collection import SORTS, Record, collect, records
-from fairseq_lowbit.runs.sweep_table import LEGEND, markdown, rich_table, write_csv
+from fairseq_lowbit.runs.collection import SORTS, collect, model_records
+from fairseq_lowbit.runs.columns import Column, ModelRecord
+from fairseq_lowbit.runs.tables import legend, markdown, run_columns, run_table, write_csv
 from fairseq_lowbit.terminal import print_table
 
 HELP = "collect runs into one table: sweeps, single runs, the stages of a schedule"
@@ -46,28 +47,30 @@ def run(args: argparse.Namespace) -> int:
         raise LowbitError("; ".join(f"{entry.name}: {entry.problem}" for entry in entries))
     was_interrupted = False
     try:
-        measure(entries, args.seconds, only_known=args.no_evaluate)
+        measure_entries(entries, args.seconds, only_known=args.no_evaluate)
     except KeyboardInterrupt:
         was_interrupted = True
-    groups = records(entries, args.sort)
-    print_table(rich_table(groups, args.paper))
-    print(f"{LEGEND}\npaper: WER of {SOURCE}." if args.paper else LEGEND)
-    _write(groups, args)
+    groups, columns = model_records(entries, args.sort), run_columns(args.paper)
+    print_table(run_table(groups, columns))
+    print(legend(columns))
+    _write(groups, columns, args)
     has_problem = any(record["message"] for group in groups for record in group)
     return 130 if was_interrupted else int(has_problem)
 
 
 def _check_paths(args: argparse.Namespace) -> None:
-    """What was given by hand has to be there, or to be writable, before time is spent."""
+    """Checks that paths exist or can be written before time is spent."""
     check_measuring_arguments(args)
     for path in filter(None, (args.csv, args.markdown)):
         check_writable(path)
 
 
-def _write(groups: list[list[Record]], args: argparse.Namespace) -> None:
+def _write(
+    groups: list[list[ModelRecord]], columns: Sequence[Column], args: argparse.Namespace
+) -> None:
     if args.csv:
         with atomic_write(args.csv) as file:
             write_csv(groups, file)
     if args.markdown:
         with atomic_write(args.markdown) as file:
-            file.write(markdown(groups, args.paper))
+            file.write(markdown(groups, columns))

@@ -6,10 +6,10 @@ import argparse
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from fairseq_lowbit.data.synthetic.speech import synthesize_corpus
+from fairseq_lowbit.terminal import print_table
 
 HELP = "make an offline corpus of synthetic speech for trying things out"
 
@@ -31,5 +31,5 @@ def run(args: argparse.Namespace) -> int:
         words = str(summary.word_files.get(split, "-"))
         counts = str(summary.files[split]), words, str(summary.voices[split])
         table.add_row(split, f"{minutes:.1f}", *counts)
-    Console().print(table)
+    print_table(table)
     return 0

@@ -1,1 +1,1 @@
-"""Measuring models: quantizer health, teacher health, agreement with a teacher, word probes."""
+"""The quality of models on held-out audio: agreement with a teacher, masked accuracy, probes."""

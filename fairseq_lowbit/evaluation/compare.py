@@ -1,4 +1,4 @@
-"""The comparison table: a teacher, post-training quantization and trained students side by side."""
+"""A comparison: a teacher, post-training quantization and trained students side by side."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -7,7 +7,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.probe import Probe
@@ -28,9 +27,11 @@ _SCORES = ("last-layer cosine", "SNR dB", "masked accuracy %")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Attributes:
-    rows: the teacher first.
-    untrained_probe: of a network of the teacher's shape with random weights.
+    """Models measured on the same audio.
+
+    Attributes:
+        rows: the teacher first.
+        untrained_probe: of a network of the teacher's shape with random weights.
     """
 
     rows: tuple[Quality, ...]
@@ -41,7 +42,7 @@ class Comparison:
         return self.rows[0]
 
     def findings(self) -> list[str]:
-        """What the table does and does not show, in sentences."""
+        """Sentences on what the comparison shows and what it does not."""
         notes = [*self._teacher_findings(), *_training_findings(self.rows)]
         if self.teacher.probe is not None:
             notes += _probe_findings(self.rows)
@@ -73,7 +74,7 @@ class Comparison:
 
     @classmethod
     def read(cls, path: Path) -> "Comparison":
-        """What :meth:`write` wrote.
+        """Reads the file of :meth:`write`.
 
         Raises:
             LowbitError: it is another kind of file.
@@ -113,33 +114,8 @@ def compare(
     return Comparison(tuple(rows), reference.measure_untrained())
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """One row per model; layers 1..L side by side in a cell."""
-    layers = len(comparison.rows[-1].agreement.cosine) if len(comparison.rows) > 1 else 0
-    table = Table(title=f"held-out audio, layers 1..{layers} from left", title_justify="left")
-    table.add_column("model", no_wrap=True)
-    for column in ("MB", "masked acc.", "centred cosine", "SNR dB", "word probe % (3 seeds)"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in comparison.rows:
-        close, probe = row.agreement, row.probe
-        table.add_row(
-            row.name,
-            f"{row.storage_mb:.2f}",
-            "-" if row.masked is None else f"{row.masked.accuracy:.1%}",
-            "-" if close is None else " ".join(f"{value:.3f}" for value in close.cosine),
-            "-" if close is None else " ".join(f"{value:4.1f}" for value in close.snr_db),
-            "-" if probe is None else _probe_cell(probe),
-        )
-    return table
-
-
-def _probe_cell(probe: Probe) -> str:
-    pairs = zip(probe.mean, probe.std, strict=True)
-    return " ".join(f"{100 * mean:.1f}±{100 * std:.1f}" for mean, std in pairs)
-
-
 def _training_findings(rows: Sequence[Quality]) -> list[str]:
-    """For every trained row, whether it beats the best calibrated one at all."""
+    """Whether each trained model is better than the best calibrated one."""
     calibrated = [row for row in rows if row.is_calibrated_only]
     trained = [row for row in rows if row.agreement and not row.is_calibrated_only]
     notes = []
@@ -154,13 +130,13 @@ def _training_findings(rows: Sequence[Quality]) -> list[str]:
 
 
 def _scores(row: Quality) -> list[float]:
-    """What ``_SCORES`` names; without labels the last one is missing."""
+    """The values of ``_SCORES``; without labels the last one is missing."""
     masked = [] if row.masked is None else [100 * row.masked.accuracy]
     return [row.agreement.cosine[-1], row.agreement.snr_db[-1], *masked]
 
 
 def _probe_findings(rows: Sequence[Quality]) -> list[str]:
-    """Neighbouring rows whose last layers the probe cannot tell apart, in one sentence."""
+    """One sentence on neighbouring rows whose last layers the probe does not distinguish."""
     alike = []
     for first, second in pairwise(rows):
         gap = abs(first.probe.mean[-1] - second.probe.mean[-1])

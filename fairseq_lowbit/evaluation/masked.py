@@ -20,9 +20,11 @@ _SEED = 7
 
 @dataclass(frozen=True)
 class MaskedAccuracy:
-    """Attributes:
-    accuracy: share of masked frames whose label is predicted.
-    chance: share of the most frequent label among the same frames.
+    """How many labels of masked frames a model predicts.
+
+    Attributes:
+        accuracy: share of masked frames whose label is predicted.
+        chance: share of the most frequent label among the same frames.
     """
 
     accuracy: float
@@ -38,7 +40,7 @@ def masked_accuracy(
     Args:
         model: predicts with its own label embeddings if it has them (the HuBERT loss trains
             them), else with those of the teacher.
-        teacher: its masks and temperature are used.
+        teacher: decides which frames are masked; its temperature is used.
         labels: at the model's frame rate, lines as in the manifest of ``batches``.
     """
     shape, label_embeddings = teacher.shape, _label_embeddings(model, teacher)

@@ -1,4 +1,4 @@
-"""A frozen-feature word probe: how well a linear classifier reads words off one layer."""
+"""A frozen-feature word probe: how well a linear classifier recognizes words from one layer."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Post-training quantization: the calibration pass and nothing else."""
+"""Post-training quantization: calibration without any training."""
 
 import logging
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ DEFAULT_AUDIO = CalibrationAudio()
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A model that calibration alone has quantized, in eval mode.
+    """A model that was quantized by calibration alone, in eval mode.
 
     Attributes:
         clipped: by module, the share of its weights that squashing clipped.

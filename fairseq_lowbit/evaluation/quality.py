@@ -20,14 +20,14 @@ from fairseq_lowbit.models import LoadedModel
 from fairseq_lowbit.models.protocols import HiddenStates, SpeechModel
 
 SECONDS = 300.0
-# Shares of the audio that words to train and to test the probe on may take, of the seconds.
+# How much audio of words the probe is trained and tested on, relative to the measured seconds.
 _WORD_SHARES = {"train": 0.8, "test": 0.5}
 WordSets = tuple[tuple[list[Utterances], list[str]], tuple[list[Utterances], list[str]]]
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured of one model.
+    """Measurements of one model on held-out audio.
 
     Attributes:
         is_calibrated_only: post-training quantization, no training.
@@ -44,6 +44,20 @@ class Quality:
     masked: MaskedAccuracy | None
     probe: Probe | None
 
+    def figures(self) -> dict[str, Any]:
+        """Plain data: each figure of the last layer, and of all layers as ``<key>_layers``."""
+        found: dict[str, Any] = {"storage_mb": self.storage_mb}
+        if self.masked is not None:
+            found |= {"masked_accuracy": self.masked.accuracy, "masked_chance": self.masked.chance}
+        layers = {}
+        if self.agreement is not None:
+            layers |= {"cosine": self.agreement.cosine, "snr_db": self.agreement.snr_db}
+        if self.probe is not None:
+            layers |= {"word_probe": self.probe.mean, "word_probe_std": self.probe.std}
+        for key, values in layers.items():
+            found |= {key: values[-1], f"{key}_layers": values}
+        return found
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -55,14 +69,14 @@ class Candidate:
 
     @classmethod
     def of(cls, loaded: LoadedModel, name: str | None = None) -> "Candidate":
-        """A checkpoint, by default under the name of its precision."""
+        """A candidate from a checkpoint, by default named by its precision."""
         precision = loaded.model.plan.precision.name
         return cls(name or precision, loaded.model, loaded.is_calibrated_only)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What every model is measured on.
+    """The audio, labels and words that every model is measured on.
 
     Attributes:
         labels: None when the folder has none, or the teacher no label embeddings.
@@ -75,7 +89,7 @@ class HeldOut:
 
 
 def read_held_out(data: Path, teacher: LoadedModel, seconds: float = SECONDS) -> HeldOut:
-    """Reads a seeded choice of a data folder's held-out files.
+    """Reads a random but reproducible choice of a data folder's held-out files.
 
     Args:
         data: folder with ``test.tsv``, ``test.km`` (masked accuracy; optional) and the word sets
@@ -83,7 +97,7 @@ def read_held_out(data: Path, teacher: LoadedModel, seconds: float = SECONDS) ->
         seconds: audio to measure on.
 
     Raises:
-        LowbitError: missing or unusable data; labels of another kind than the teacher's.
+        LowbitError: missing or unusable data; labels other than those the teacher was trained on.
     """
     manifest = read_manifest(data / "test.tsv")
     audio = list(read_batches(manifest, chosen_lines(manifest, seconds), teacher.normalize))
@@ -92,7 +106,7 @@ def read_held_out(data: Path, teacher: LoadedModel, seconds: float = SECONDS) ->
 
 
 class Reference:
-    """A teacher on held-out audio: what models are measured against."""
+    """A teacher on held-out audio, with which other models are compared."""
 
     def __init__(self, teacher: LoadedModel, held_out: HeldOut) -> None:
         self._teacher, self._held_out = teacher.model, held_out
@@ -106,23 +120,23 @@ class Reference:
         )
         if own != wanted:
             raise LowbitError(
-                f"{candidate.name} has {own}, the teacher {wanted}: they are compared layer by "
-                "layer"
+                f"{candidate.name} has {own}, the teacher {wanted}: both are compared layer by "
+                "layer, so they have to agree"
             )
 
     def measure_teacher(self, name: str) -> Quality:
-        """The teacher's own row, without an agreement."""
-        return self._row(Candidate(name, self._teacher), None)
+        """The quality of the teacher itself, which has no agreement."""
+        return self._measure(Candidate(name, self._teacher), None)
 
     def measure(self, candidate: Candidate) -> Quality:
-        """A candidate's row.
+        """The quality of a candidate.
 
         Raises:
             LowbitError: see :meth:`check_comparable`.
         """
         self.check_comparable(candidate)
         frames = valid_frames(candidate.model, self._held_out.audio)
-        return self._row(candidate, agreement(frames, self._frames))
+        return self._measure(candidate, agreement(frames, self._frames))
 
     def measure_untrained(self) -> Probe | None:
         """The word probe on a network of the teacher's shape with random weights."""
@@ -135,7 +149,7 @@ class Reference:
     def _frames(self) -> list[Tensor]:
         return valid_frames(self._teacher, self._held_out.audio)
 
-    def _row(self, candidate: Candidate, close: Agreement | None) -> Quality:
+    def _measure(self, candidate: Candidate, close: Agreement | None) -> Quality:
         model, masked, labels = candidate.model, None, self._held_out.labels
         if labels is not None:
             masked = masked_accuracy(model, self._teacher, self._held_out.audio, labels)
@@ -147,10 +161,10 @@ class Reference:
 
 
 def read_quality(values: dict[str, Any]) -> Quality:
-    """Back from JSON, where tuples are lists.
+    """Reads a quality back from JSON, where tuples are lists.
 
     Raises:
-        KeyError, TypeError: these are not the values of a row.
+        KeyError, TypeError: these are not the values of a :class:`Quality`.
     """
     parts = {"agreement": Agreement, "masked": MaskedAccuracy, "probe": Probe}
     built = {

@@ -21,7 +21,7 @@ _BATCH_SAMPLES = 640_000
 
 @dataclass(frozen=True)
 class Utterances:
-    """A batch.
+    """A padded batch of audio.
 
     Attributes:
         lines: manifest lines, [batch].
@@ -35,7 +35,7 @@ class Utterances:
 
 
 def chosen_lines(manifest: Manifest, seconds: float) -> list[int]:
-    """Seeded random lines of a manifest that make up at most ``seconds``, one at least."""
+    """Random but reproducible lines of a manifest: at most ``seconds`` of audio, at least one."""
     order = np.random.default_rng(0).permutation(len(manifest))
     within = np.cumsum(manifest.sizes[order]) <= seconds * SAMPLE_RATE
     return order[: max(1, int(within.sum()))].tolist()
@@ -64,7 +64,7 @@ def read_batches(
 
 
 def read_usable(manifest: Manifest, lines: list[int], normalize: bool) -> dict[int, Tensor]:
-    """line -> [samples] of the usable files among ``lines``; warns of the others."""
+    """The samples of the usable files among ``lines``, by line; warns about the others."""
     audio = {}
     for line in lines:
         try:

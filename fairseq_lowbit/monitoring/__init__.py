@@ -1,1 +1,1 @@
-"""What a run says about itself: health, collapse, divergence."""
+"""Watching a run while it trains: health of its quantizers and layers, collapse, divergence."""

@@ -1,4 +1,4 @@
-"""Whether a quantizer still says anything: read off the health records of a run."""
+"""Whether a quantizer still carries information, by the health records of a run."""
 
 from collections.abc import Iterable
 
@@ -11,16 +11,16 @@ _NAMED = 5
 
 
 def collapse(quantizer: QuantizerHealth) -> str | None:
-    """What is wrong with a quantizer that has collapsed, in words; None for one that has not.
+    """Why a quantizer counts as collapsed, in words; None if it does not.
 
-    A quantizer that says its input faithfully has not, whatever its levels: one level does for even
-    attention, and a scale at its floor for tiny inputs. The floor is named first, since it clips
-    everything too.
+    A quantizer that reproduces its input faithfully has not collapsed, whatever levels it uses: one
+    level is enough for uniform attention, and a scale at its smallest value for tiny inputs. That
+    is checked first, since such a scale clips everything too.
     """
     if quantizer.sqnr_db >= _FAITHFUL_DB:
         return None
     if quantizer.at_floor >= _AT_FLOOR:
-        return "scale at its floor"
+        return "scale at its smallest value"
     if quantizer.clipped >= _CLIPPED:
         return f"{quantizer.clipped:.0%} of its values clipped"
     if quantizer.levels_used * 2**quantizer.bits < 1.5:
@@ -29,7 +29,7 @@ def collapse(quantizer: QuantizerHealth) -> str | None:
 
 
 class CollapseWatch:
-    """Warns once of every quantizer that collapses, and again only after it had recovered."""
+    """Warns once about each collapsed quantizer, and again only after it has recovered."""
 
     def __init__(self) -> None:
         self._collapsed: set[str] = set()
@@ -44,8 +44,9 @@ class CollapseWatch:
             return None
         more = f" and {len(new) - _NAMED} more" if len(new) > _NAMED else ""
         return (
-            f"collapsed quantizers, which pass nothing on: {', '.join(new[:_NAMED])}{more}. They "
-            "seldom recover: go back to an earlier checkpoint and lower optimizer.scale_lr_ratio, "
+            "collapsed quantizers, whose output carries no information: "
+            f"{', '.join(new[:_NAMED])}{more}. They seldom recover: "
+            "go back to an earlier checkpoint and lower optimizer.scale_lr_ratio, "
             "optimizer.shift_lr_ratio or optimization.lr, or give these modules more bits with "
             "model.precision.rules"
         )

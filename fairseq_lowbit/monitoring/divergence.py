@@ -1,4 +1,4 @@
-"""Where a number that is not finite comes from: the first such weight, output or gradient."""
+"""The origin of a number that is not finite: the first such weight, output or gradient."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ class NonFinite:
     peak: float | None = None
 
     def __str__(self) -> str:
-        said = f"{self.kind} {self.name}".strip()
-        return said if self.peak is None else f"{said}, whose inputs reach {self.peak:.3g}"
+        text = f"{self.kind} {self.name}".strip()
+        return text if self.peak is None else f"{text}, whose inputs reach {self.peak:.3g}"
 
 
 def first_non_finite(
     models: Mapping[str, nn.Module], loss: Callable[[], Tensor]
 ) -> NonFinite | None:
-    """Runs one batch again, forward and backward, and looks at everything on the way.
+    """Runs one batch again, forward and backward, and checks every value on the way.
 
     Parameters and buffers come first, then module outputs in the order of the forward (so a module
     before the one that contains it), the loss, the gradients at module outputs in the order of the
@@ -38,7 +38,7 @@ def first_non_finite(
 
     Args:
         models: by the prefix of their modules' names, "" for the one in training.
-        loss: computes the batch's loss from these models. The caller sees to its random numbers
+        loss: computes the batch's loss from these models. The caller sets the random state
             and clears gradients afterwards.
 
     Returns:
@@ -133,7 +133,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _inner(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module below ``model``, which itself would only repeat what they say."""
+    """Every module below ``model``, whose own output only repeats theirs."""
     return ((name, module) for name, module in model.named_modules() if name)
 
 

@@ -1,12 +1,13 @@
-"""Health of a model on one fixed batch: is a layer collapsing, is a quantizer wasting its levels?
+"""Health of a model on one fixed batch: do layers collapse, do quantizers waste their levels?
 
-Measured in a forward of its own without padding, so that training's forward stays untouched and
-the curves of one run are comparable.
+It is measured in a separate forward without padding, so that the forward of training stays
+untouched and the values of one run are comparable over its updates.
 """
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from fairseq_lowbit.quantization.calibration import thin
 Batch = TypeVar("Batch")
 
 COLLAPSED = 0.05
-# Values per quantizer: to sort all of them would take longer than the forward.
+# Values looked at per quantizer; all of them would take longer than the forward.
 _SAMPLE = 32_768
 
 
@@ -35,8 +36,8 @@ class QuantizerHealth:
         sqnr_db: signal-to-quantization-noise ratio, 10 log10(sum x^2 / sum (x - decode)^2).
         clipped: share of values more than half a step beyond the outermost decoded level.
         levels_used: share of the 2^bits levels that occur.
-        entropy: of the levels' shares, in bits: what its codes tell of the ``bits`` paid for. None
-            in a record that was written without it.
+        entropy: of the levels' shares, in bits: how much information the stored ``bits`` carry.
+            None in records of versions that did not measure it.
         at_floor: share of its scales at the smallest value a scale may have.
     """
 
@@ -56,10 +57,12 @@ class QuantizerHealth:
 
 @dataclass(frozen=True)
 class Health:
-    """Attributes:
-    centered_std: per layer 1..L, the standard deviation over frames around each feature's mean,
-        relative to the root mean square of the layer's output. A healthy layer is near .5 to 1;
-        one that is constant over time is near 0.
+    """Health of all quantizers and layers.
+
+    Attributes:
+        centered_std: per layer 1..L, the standard deviation over frames around each feature's
+            mean, relative to the root mean square of the layer's output. A healthy layer has .5 to
+            1, one that is constant over time nearly 0.
     """
 
     quantizers: tuple[QuantizerHealth, ...]
@@ -70,8 +73,8 @@ class Health:
 
 
 def split_layer(name: str) -> tuple[int | None, str]:
-    """The layer, from 0, that a module belongs to, and its name in there; None and the whole name
-    outside the layers.
+    """The layer, from 0, that a module belongs to, and its name within the layer; None and the
+    whole name outside the layers.
 
     >>> split_layer("encoder.layers.3.self_attn.q_proj")
     (3, 'self_attn.q_proj')
@@ -101,20 +104,29 @@ def measure_health(
             [batch, samples].
     """
     forward = forward or partial(every_layer, model)
-    measured: list[QuantizerHealth] = []
-    handles = [
-        quantizer.register_forward_hook(_observer(name, measured))
-        for name, quantizer in quantizers(model)
-    ]
     was_training = model.training
     model.eval()
     try:
-        outputs = forward(batch)
+        with watching(model) as found:
+            outputs = forward(batch)
+    finally:
+        model.train(was_training)
+    return Health(tuple(found), tuple(centered_std(output) for output in outputs))
+
+
+@contextmanager
+def watching(model: nn.Module) -> Iterator[list[QuantizerHealth]]:
+    """Collects the health of every quantizer that ``model`` calls in the block, without padding."""
+    found: list[QuantizerHealth] = []
+    handles = [
+        quantizer.register_forward_hook(_observer(name, found))
+        for name, quantizer in quantizers(model)
+    ]
+    try:
+        yield found
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
-    return Health(tuple(measured), tuple(centered_std(output) for output in outputs))
 
 
 def centered_std(output: Tensor) -> float:
@@ -136,31 +148,27 @@ def refuse_collapsed(centered: tuple[float, ...], path: object) -> None:
         raise LowbitError(
             f"teacher {path} has collapsed: layers {dead} are constant over time (centred standard "
             f"deviation {min(centered):.4f}, healthy is above {COLLAPSED}). Train the teacher "
-            "longer or with a lower learning rate; distilling from it teaches nothing"
+            "longer or with a lower learning rate; a student cannot learn from it"
         )
 
 
-def observed(quantizer: Quantizer, inputs: tuple, max_values: int) -> tuple[Tensor, Codes]:
-    """What a quantizer was called with, for a forward hook without padding.
+def _observed(quantizer: Quantizer, inputs: tuple) -> tuple[Tensor, Codes]:
+    """The float values that a quantizer's codes approximate, fp32, and the codes.
 
     Args:
-        inputs: of its forward.
-        max_values: where one scale serves all values, an even sample of them at most this large.
-
-    Returns:
-        the float values that the codes approximate, fp32, and the codes.
+        inputs: of its forward, without padding.
     """
     x, *ratio = inputs
     # All ratios are equal without padding, so one value stands for them.
     ratio = [r.reshape(-1)[:1] for r in ratio if r is not None]
-    values = thin(x, max_values) if quantizer.is_per_tensor else x
+    values = thin(x, _SAMPLE) if quantizer.is_per_tensor else x
     return quantizer.target(values), quantizer.codes(values, *ratio)
 
 
 def quantizer_health(
     name: str, quantizer: Quantizer, values: Tensor, codes: Codes
 ) -> QuantizerHealth:
-    """The health of ``quantizer`` by what :func:`observed` returned."""
+    """The health of ``quantizer`` on fp32 values and the codes that approximate them."""
     noise = (values - codes.decode()).square().sum().clamp_min(1e-20)
     signal = values.square().sum().clamp_min(1e-20)
     counts = codes.level_counts().cpu()
@@ -184,14 +192,14 @@ def entropy_bits(counts: Tensor) -> float:
 
 def _observer(name: str, measured: list[QuantizerHealth]):
     def observe(quantizer: Quantizer, inputs: tuple, output: Tensor) -> None:
-        values, codes = _sample(*observed(quantizer, inputs, _SAMPLE))
+        values, codes = _sample(*_observed(quantizer, inputs))
         measured.append(quantizer_health(name, quantizer, values, codes))
 
     return observe
 
 
 def _sample(values: Tensor, codes: Codes) -> tuple[Tensor, Codes]:
-    """Evenly spaced ones, flat, of values and their codes."""
+    """An even sample of values and their codes, flat."""
 
     def some(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else thin(tensor.expand(codes.integers.shape), _SAMPLE)

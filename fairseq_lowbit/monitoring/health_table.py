@@ -1,4 +1,4 @@
-"""The health of a model as a table for people."""
+"""The health of a model as a table for the terminal."""
 
 from typing import Any
 

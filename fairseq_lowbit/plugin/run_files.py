@@ -18,10 +18,14 @@ from fairseq_lowbit.monitoring.health_table import health_table
 from fairseq_lowbit.plugin.processes import is_first
 from fairseq_lowbit.precision import Plan, Precision
 from fairseq_lowbit.precision.plan_table import plan_table
-from fairseq_lowbit.runs.folder import HEALTH_FILE, LAST_CHECKPOINT, PLAN_FILE, read_health
+from fairseq_lowbit.runs.folder import (
+    HEALTH_FILE,
+    LAST_CHECKPOINT,
+    PLAN_FILE,
+    UNUSABLE_FILE,
+    read_health,
+)
 from fairseq_lowbit.terminal import print_table
-
-UNUSABLE_FILE = "skipped_files.tsv"
 
 
 class RunFiles:

@@ -17,7 +17,12 @@ from omegaconf.errors import OmegaConfBaseException
 from fairseq_lowbit.configurations import fold_rules, meta_model, read_model_config
 from fairseq_lowbit.errors import LowbitError, describe_config_error
 from fairseq_lowbit.precision import parse_precision
-from fairseq_lowbit.runs.folder import FINISHED_FILE, LAST_CHECKPOINT
+from fairseq_lowbit.runs.folder import (
+    FINISHED_FILE,
+    LAST_CHECKPOINT,
+    stage_folders,
+    stage_name,
+)
 
 ORIGINAL, PREVIOUS = "original", "previous"
 OWN_DIR = "give this run a hydra.run.dir of its own"
@@ -147,7 +152,7 @@ class Schedule:
         """Where a stage lives below the run's folder."""
         if index == len(self.stages) - 1:
             return ""
-        return f"stage{index + 1}_{self.stages[index].precision}"
+        return stage_name(index + 1, self.stages[index].precision)
 
     def checkpoint(self, index: int) -> Path:
         """What a stage hands on to the next."""
@@ -184,7 +189,7 @@ class Schedule:
     def refuse_other_stages(self) -> None:
         """Raises LowbitError when the folder holds stages that are not in the list."""
         own = {self.subfolder(index) for index in range(len(self.stages))}
-        others = {path.name for path in self._folder.glob("stage[0-9]*_*/")} - own
+        others = {path.name for path in stage_folders(self._folder)} - own
         if others:
             raise LowbitError(
                 f"{self._folder} holds a run with other stages ({', '.join(sorted(others))}): give "

@@ -18,7 +18,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.runs.folder import folder_name
+from fairseq_lowbit.runs.folder import job_folder
 
 logger = logging.getLogger(__name__)
 
@@ -106,4 +106,4 @@ def report_failed_job(message: str, folder: Path, surprise: BaseException | None
 
 
 # Config: the folder of a job of a sweep, ${fairseq_lowbit.job_folder:OVERRIDES,KEYS TO LEAVE OUT}.
-OmegaConf.register_new_resolver("fairseq_lowbit.job_folder", folder_name, replace=True)
+OmegaConf.register_new_resolver("fairseq_lowbit.job_folder", job_folder, replace=True)

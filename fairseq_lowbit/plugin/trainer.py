@@ -20,6 +20,7 @@ from fairseq_lowbit.plugin import interruption, progress
 from fairseq_lowbit.plugin.processes import SharedError, gather, raise_shared, together
 from fairseq_lowbit.plugin.quantized_training import QuantizedTraining
 from fairseq_lowbit.precision import Plan
+from fairseq_lowbit.runs.folder import LAST_CHECKPOINT
 
 _MISSED = "missed_validation"
 _CRASH_FILE = "crash.pt"
@@ -130,7 +131,7 @@ class LowbitTrainer(Trainer):
     ) -> None:
         """Raises the same LowbitError on every process; each looks at its own batches."""
         begin = f"{what} is not finite at update {self.get_num_updates()}"
-        last = os.path.abspath(os.path.join(self.cfg.checkpoint.save_dir, "checkpoint_last.pt"))
+        last = os.path.abspath(os.path.join(self.cfg.checkpoint.save_dir, LAST_CHECKPOINT))
         end = (
             f". {last} is left as it was: lower optimization.lr or leave those files out, and run "
             "the same command to resume"

@@ -17,7 +17,7 @@ _RESET_PEAK = "5"
 
 def resident_bytes() -> int | None:
     """Resident memory of this process, without freed blocks that the allocator keeps for reuse;
-    None where the system does not tell."""
+    None where the system does not report it."""
     _give_back()
     return _bytes(_STATUS, "VmRSS")
 
@@ -27,7 +27,7 @@ def peak_resident_bytes(run: Callable[[], object]) -> int | None:
 
     All of the process counts: interpreter, libraries, whatever is loaded. It repeats to a few per
     cent, because of the blocks that the allocator keeps meanwhile. None where the system does not
-    tell.
+    report it.
     """
     _give_back()
     try:
@@ -41,11 +41,11 @@ def peak_resident_bytes(run: Callable[[], object]) -> int | None:
 
 @contextmanager
 def within_free_memory(what: str) -> Iterator[None]:
-    """Has allocations beyond the memory that is free on entry fail. The system would swap instead,
-    which spoils every figure, or kill the process.
+    """Makes allocations beyond the memory that is free on entry fail. Otherwise the system would
+    swap, which spoils every measured time, or kill the process.
 
     Args:
-        what: needs the memory, for the message.
+        what: what needs the memory, for the message.
 
     Raises:
         LowbitError: an allocation in the block failed.
@@ -68,7 +68,7 @@ def _limited_growth(size: int | None) -> Iterator[None]:
     if size is None or held is None:
         yield
         return
-    import resource  # not on every system that gets this far
+    import resource  # not available on every system
 
     soft, hard = before = resource.getrlimit(resource.RLIMIT_DATA)
     limit = held + size if soft == resource.RLIM_INFINITY else min(held + size, soft)
@@ -80,8 +80,8 @@ def _limited_growth(size: int | None) -> Iterator[None]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    torch_says = ("can't allocate memory", "bad_alloc")
-    return isinstance(error, MemoryError) or any(words in str(error) for words in torch_says)
+    torch_messages = ("can't allocate memory", "bad_alloc")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in torch_messages)
 
 
 def _give_back() -> None:

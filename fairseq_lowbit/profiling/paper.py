@@ -14,7 +14,7 @@ CELLS = {
     "gquantops": "QuantOps Gbit",
     "runtime": "runtime",
 }
-# Unit of the paper's QuantOps, which it does not tell: only so do they agree with its model.
+# Unit of the paper's QuantOps. The paper does not name it; only this one fits its model.
 GIBI = 2**30 / 1e9
 UNITS = (
     "QuantOps: by the arithmetic below, the paper's figures are in units of 2^30 (Gibit); ours are "
@@ -57,8 +57,7 @@ class Cell:
         return ours - min(max(ours, self.converted), upper * self.unit)
 
     def describe_difference(self, ours: float) -> str:
-        """The difference, and in percent as far as the digits of the cell can tell; ``0.00`` where
-        they tell none."""
+        """The difference, also in percent; ``0.00`` if the digits of the cell do not show it."""
         difference, half = self.difference(ours), 0.5 * 10**-self.digits
         if abs(difference) < half * self.unit:
             return "0.00"
@@ -95,7 +94,7 @@ class PaperRow:
     without_final_projection: bool = False
 
 
-# Every sum below is checked in tests/evaluation/test_paper.py.
+# Every sum below is checked in tests/profiling/test_paper.py.
 _FLOAT = (
     "the paper's figure takes 500 frames, where the convolutions give 499, and 2 * 768^2 "
     "multiply-accumulates per frame and layer for the attention products, where they are 2 * 768 * "

@@ -1,9 +1,8 @@
-"""Profiles as tables, JSON and CSV."""
+"""Profiles as plain data and as tables."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any, TextIO
+from typing import Any
 
 from rich.table import Table
 
@@ -12,8 +11,11 @@ from fairseq_lowbit.precision.plan_table import fold_layers
 from fairseq_lowbit.profiling.cost import Profile
 from fairseq_lowbit.profiling.paper import CELLS, PaperRow
 
+# A profile, an operator of it, or a cell of the paper, as it is printed by --json.
+ProfileRow = dict[str, Any]
 
-def profile_row(profile: Profile, reference: Profile, conversion_rate: float) -> dict[str, Any]:
+
+def profile_row(profile: Profile, reference: Profile, conversion_rate: float) -> ProfileRow:
     """One profile as plain data; ``runtime`` is relative to ``reference``."""
     return {
         "name": profile.name,
@@ -28,7 +30,7 @@ def profile_row(profile: Profile, reference: Profile, conversion_rate: float) ->
     }
 
 
-def profile_table(rows: Sequence[dict[str, Any]]) -> Table:
+def profile_table(rows: Sequence[ProfileRow]) -> Table:
     table = Table(title=f"cost of {rows[0]['seconds']:g} s of audio", title_justify="left")
     table.add_column("model", overflow="fold")
     for head in (
@@ -54,8 +56,8 @@ def profile_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _add_figures(table: Table, head: str, width: int = 8) -> None:
-    """A column that stays whole in a narrow terminal, where names break: a head of several words
-    stands in lines over figures of up to ``width`` digits."""
+    """Adds a column of numbers that stays whole in a narrow terminal, where names are wrapped: a
+    head of several words is broken into lines, above figures of up to ``width`` digits."""
     words = head.split()
     if len(words) == 1:
         table.add_column(head, justify="right", no_wrap=True)
@@ -63,9 +65,7 @@ def _add_figures(table: Table, head: str, width: int = 8) -> None:
         table.add_column(head, justify="right", width=max(width, *map(len, words)))
 
 
-def module_rows(
-    profile: Profile, reference: Profile, conversion_rate: float
-) -> list[dict[str, Any]]:
+def module_rows(profile: Profile, reference: Profile, conversion_rate: float) -> list[ProfileRow]:
     """Every operator as plain data; ``runtime`` is its share of the model's, see
     :func:`profile_row`."""
     return [
@@ -80,7 +80,7 @@ def module_rows(
     ]
 
 
-def module_table(row: dict[str, Any], modules: Sequence[dict[str, Any]]) -> Table:
+def module_table(row: ProfileRow, modules: Sequence[ProfileRow]) -> Table:
     """Operators that do the same at the same cost in several layers are one row.
 
     Args:
@@ -107,16 +107,16 @@ def module_table(row: dict[str, Any], modules: Sequence[dict[str, Any]]) -> Tabl
     return table
 
 
-def _total(modules: Sequence[dict[str, Any]], key: str) -> float:
+def _total(modules: Sequence[ProfileRow], key: str) -> float:
     return sum(module[key] for module in modules)
 
 
-def _kind(module: dict[str, Any]) -> tuple[int, int, int]:
+def _kind(module: ProfileRow) -> tuple[int, int, int]:
     return module["bits"], module["operations"], module["activation_bytes"]
 
 
-def measured_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """What was measured beside what was estimated for the same audio, models under each other.
+def measured_table(rows: Sequence[ProfileRow]) -> Table:
+    """Measured figures beside the estimates for the same audio.
 
     Args:
         rows: with ``name`` and ``measured``, as ``profile --measure --json`` prints them.
@@ -136,9 +136,9 @@ def measured_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _by_condition(
-    rows: Sequence[dict[str, Any]],
-) -> dict[tuple[float, int], list[tuple[str, dict[str, Any]]]]:
-    found: dict[tuple[float, int], list[tuple[str, dict[str, Any]]]] = {}
+    rows: Sequence[ProfileRow],
+) -> dict[tuple[float, int], list[tuple[str, ProfileRow]]]:
+    found: dict[tuple[float, int], list[tuple[str, ProfileRow]]] = {}
     for row in rows:
         for entry in row["measured"]:
             key = entry["seconds"], entry["threads"]
@@ -146,7 +146,7 @@ def _by_condition(
     return found
 
 
-def _measured_cells(entry: dict[str, Any]) -> tuple[str, ...]:
+def _measured_cells(entry: ProfileRow) -> tuple[str, ...]:
     time, low, high = (_milliseconds(entry[key]) for key in ("time_s", "time_min_s", "time_max_s"))
     runtime, peak = entry["measured_runtime"], entry["peak_resident_bytes"]
     return (
@@ -162,32 +162,8 @@ def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:,.0f}" if seconds > 0.1 else f"{1e3 * seconds:.1f}"
 
 
-def flat_measurements(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per model, length of audio and number of threads; what is counted is counted at that
-    length. A model that was not measured keeps its one row."""
-    flat = []
-    for row in rows:
-        common = {key: row[key] for key in row if key not in ("measured", "machine")}
-        machine = {key: _text(value) for key, value in row["machine"].items()}
-        for entry in row["measured"] or [{}]:
-            single = {key: value for key, value in entry.items() if key != "times_s"}
-            flat.append({**common, **single, **machine})
-    return flat
-
-
-def _text(value: Any) -> Any:
-    return " ".join(value) if isinstance(value, (list, tuple)) else value
-
-
-def write_csv(rows: Sequence[dict[str, Any]], file: TextIO) -> None:
-    """Every field of every row; a field that only some rows have is empty in the others."""
-    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-
-
-def paper_rows(published: PaperRow, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The known cells of a row of the paper, each with ours, as plain data.
+def paper_rows(published: PaperRow, row: ProfileRow) -> list[ProfileRow]:
+    """The known cells of a row of the paper, each with our value, as plain data.
 
     Args:
         row: of :func:`profile_row`; what it cannot count is None in the result.
@@ -217,8 +193,8 @@ def paper_rows(published: PaperRow, row: dict[str, Any]) -> list[dict[str, Any]]
     ]
 
 
-def paper_table(rows: Sequence[tuple[PaperRow, list[dict[str, Any]]]]) -> Table:
-    """The known cells of the paper, each with ours and the difference."""
+def paper_table(rows: Sequence[tuple[PaperRow, list[ProfileRow]]]) -> Table:
+    """The known cells of the paper, each with our value and the difference."""
     table = Table(title="published and counted, 10 s of audio", title_justify="left")
     table.add_column("model", no_wrap=True)
     table.add_column("cell", no_wrap=True)
@@ -237,8 +213,8 @@ def paper_table(rows: Sequence[tuple[PaperRow, list[dict[str, Any]]]]) -> Table:
     return table
 
 
-def paper_notes(rows: Sequence[tuple[PaperRow, list[dict[str, Any]]]]) -> list[str]:
-    """Why cells differ, a line for each reason that begins with the cells it explains."""
+def paper_notes(rows: Sequence[tuple[PaperRow, list[ProfileRow]]]) -> list[str]:
+    """The reasons why cells differ, a line each that begins with the cells it explains."""
     explained: dict[str, dict[str, list[str]]] = {}
     for row in (row for _, cells in rows for row in cells if row["note"]):
         models = explained.setdefault(row["note"], {})

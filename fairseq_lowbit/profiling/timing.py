@@ -1,7 +1,7 @@
-"""What models take when they run: wall time, real-time factor, peak memory.
+"""Running models to measure them: wall time, real-time factor, peak memory.
 
 Every model is first loaded alone, for its memory. Then all are loaded together and take turns, so
-that whatever else the machine does hits all of them.
+that other load on the machine affects all of them.
 """
 
 import statistics
@@ -27,7 +27,6 @@ from fairseq_lowbit.profiling.memory import (
 )
 from fairseq_lowbit.quantization import Criterion, SquashedQuantizer
 
-Announce = Callable[[str, str], None]
 FLOAT = "fp32"
 FAKE_QUANTIZATION = "fake quantization in fp32"
 _CALIBRATION_SAMPLES = SAMPLE_RATE // 2
@@ -39,7 +38,7 @@ class Runnable:
 
     Attributes:
         run: on a waveform [1, samples], fp32 at 16 kHz.
-        arithmetic: what it computes with, in words.
+        arithmetic: the kind of numbers it computes with, in words.
     """
 
     run: Callable[[Tensor], object]
@@ -72,7 +71,7 @@ class TimingRecord:
     Attributes:
         times: seconds of each run, one per turn.
         peaks: bytes, see :func:`peak_resident_bytes`, with no other model loaded; None where the
-            system does not tell.
+            system does not report it.
         arithmetic: by name, see :class:`Runnable`.
         failures: by name, why a model was not measured.
         libraries: resident bytes with no model loaded, after all have run.
@@ -128,13 +127,13 @@ class Timing:
 
 
 def runnable(model: HiddenStates) -> Runnable:
-    """``model`` as it stands, computing the output of every layer."""
+    """Wraps ``model``; a run computes the output of every layer."""
     return Runnable(model.hidden_states, FAKE_QUANTIZATION if is_quantized(model) else FLOAT)
 
 
 def with_random_weights(build: Callable[[], SpeechModel]) -> SpeechModel:
     """What ``build`` makes, in eval mode and ready to run: its weights are drawn from a fixed seed,
-    its quantizers calibrated on noise. What it takes to run does not depend on the values.
+    its quantizers calibrated on noise. Time and memory do not depend on the values.
 
     Raises:
         LowbitError: see ``build``.
@@ -145,7 +144,7 @@ def with_random_weights(build: Callable[[], SpeechModel]) -> SpeechModel:
         noise = torch.randn(1, _CALIBRATION_SAMPLES)
     for _, quantizer in quantizers(model):
         if isinstance(quantizer, SquashedQuantizer):
-            # What was drawn is taken for squashed weights: to fit them takes a minute.
+            # The random weights are used as squashed ones, since fitting those takes a minute.
             quantizer.mark_calibrated(True)
     calibrate(model, [noise], model.final_output, Criterion("absmax"))
     return model
@@ -156,52 +155,45 @@ def conditions(lengths: Sequence[float], threads: Sequence[int]) -> list[Conditi
     return [Condition(s, t) for s in sorted(set(lengths)) for t in sorted(set(threads))]
 
 
-def count_steps(candidates: Sequence[TimedModel], grid: Sequence[Condition], repeats: int) -> int:
-    """How often :func:`measure` announces."""
-    loads, memory_and_warm_up = 2, 2
-    return len(candidates) * (loads + len(grid) * (memory_and_warm_up + repeats))
-
-
-def measure(
-    candidates: Sequence[TimedModel],
+def time_models(
+    models: Sequence[TimedModel],
     grid: Sequence[Condition],
     repeats: int,
     record: TimingRecord,
-    announce: Announce = lambda stage, step: None,
+    progress: Callable[[str], None] = lambda what: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Runs every candidate under every condition, at batch 1.
+    """Runs every model under every condition, at batch 1.
 
-    A candidate that cannot be loaded, or that does not fit into memory, is left out of the rest.
+    A model that cannot be loaded, or that does not fit into memory, is left out of the rest.
 
     Args:
-        repeats: timed runs of each candidate under each condition.
+        repeats: timed runs of each model under each condition.
         record: filled run by run, so that an interruption leaves what was measured.
-        announce: called before every step with its stage and with what it is.
+        progress: called with what is measured next.
 
     Raises:
-        LowbitError: all candidates together do not fit into memory.
+        LowbitError: all models together do not fit into memory.
     """
-    for candidate in candidates:
+    for model in models:
+        progress(f"memory of {model.name}")
         try:
-            _measure_memory(candidate, grid, record, announce)
+            _measure_memory(model, grid, record)
         except LowbitError as error:
-            record.failures[candidate.name] = str(error)
+            record.failures[model.name] = str(error)
     record.libraries = resident_bytes()
-    left = [candidate for candidate in candidates if candidate.name not in record.failures]
+    left = [model for model in models if model.name not in record.failures]
     if not left:
         return
     with within_free_memory(f"timing {len(left)} models in turns"):
-        models = {}
-        for candidate in left:
-            announce("loading", candidate.name)
-            models[candidate.name] = candidate.load()
+        loaded = {model.name: model.load() for model in left}
         for condition in grid:
-            _take_turns(models, condition, repeats, record, announce, clock)
+            progress(f"timing {condition}")
+            _take_turns(loaded, condition, repeats, record, clock)
 
 
 def timings(record: TimingRecord, name: str, reference: str) -> list[Timing]:
-    """What was measured of the candidate ``name``, in units of the candidate ``reference``."""
+    """The timings of the model ``name``, with runtimes in units of the model ``reference``."""
     found = []
     for (own, condition), times in record.times.items():
         if own == name:
@@ -213,20 +205,15 @@ def timings(record: TimingRecord, name: str, reference: str) -> list[Timing]:
     return found
 
 
-def _measure_memory(
-    candidate: TimedModel, grid: Sequence[Condition], record: TimingRecord, announce: Announce
-) -> None:
-    stage = f"memory of {candidate.name}"
-    announce(stage, "loading")
+def _measure_memory(model: TimedModel, grid: Sequence[Condition], record: TimingRecord) -> None:
     with within_free_memory("loading"):
-        model = candidate.load()
-    record.arithmetic[candidate.name] = model.arithmetic
+        runnable = model.load()
+    record.arithmetic[model.name] = runnable.arithmetic
     for condition in grid:
-        announce(stage, str(condition))
         what = f"running {condition.seconds:g} s of audio"
         with within_free_memory(what), _running(condition):
-            run = partial(model.run, _noise(condition))
-            record.peaks[candidate.name, condition] = peak_resident_bytes(run)
+            run = partial(runnable.run, _noise(condition))
+            record.peaks[model.name, condition] = peak_resident_bytes(run)
 
 
 def _take_turns(
@@ -234,18 +221,15 @@ def _take_turns(
     condition: Condition,
     repeats: int,
     record: TimingRecord,
-    announce: Announce,
     clock: Callable[[], float],
 ) -> None:
-    waveform, stage = _noise(condition), f"timing {condition}"
+    waveform = _noise(condition)
     with _running(condition):
-        for name, model in models.items():
-            announce(stage, f"warming up {name}")
-            model.run(waveform)
+        for model in models.values():
+            model.run(waveform)  # the first run is slower
         for turn in range(repeats):
-            # In alternating order, so that a machine that gets slower or faster favours nobody.
+            # In alternating order, so that a machine that gets slower or faster favours no model.
             for name in models if turn % 2 == 0 else reversed(models):
-                announce(stage, f"turn {turn + 1} of {repeats}, {name}")
                 start = clock()
                 models[name].run(waveform)
                 record.times[name, condition].append(clock() - start)

@@ -1,4 +1,4 @@
-"""What a report shows besides tables."""
+"""A figure of a report with its texts."""
 
 import re
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ class Drawing:
     Attributes:
         name: file name without suffix, [a-z0-9_]+, unique in a report.
         title: a few words.
-        caption: one or two sentences how to read it, with units.
+        caption: one or two sentences on how to read it, with units.
         figure: as drawn under :func:`fairseq_lowbit.report.style.styled`.
-        alt: what it shows, in numbers, for who cannot see it; empty where the caption has to do.
+        alt: its content in numbers, for readers who cannot see it; if empty the caption serves.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Drawing:
 
 
 def numbers(values: Mapping[str, float], name: str, unit: str) -> str:
-    """For an alternative text: one value by its name, of several the least and the most.
+    """Values in words for an alternative text: a single one, or the least and the greatest.
 
     >>> numbers({"a": 0.5, "b": 2, "c": 1}, "cosine", "dB")
     'cosine from 0.5 dB (a) to 2 dB (b)'

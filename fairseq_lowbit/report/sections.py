@@ -1,4 +1,4 @@
-"""The parts of a report with figures, and what is missing from them."""
+"""The sections of a report with figures."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +17,14 @@ from fairseq_lowbit.report.training.curve_figures import (
     silent_terms,
 )
 from fairseq_lowbit.report.training.curves import Training, read_bands, read_training
-from fairseq_lowbit.runs.folder import read_run
+from fairseq_lowbit.runs.run import read_run
 
 _LOSS_TITLES = {"distillation": "Distillation", "hubert": "HuBERT loss"}
 
 
 @dataclass
 class Sections:
-    """Draws the parts of the page with figures, and collects what was missing.
+    """Draws the sections, and collects problems on the way.
 
     Args:
         progress: called with what is drawn next.
@@ -37,11 +37,11 @@ class Sections:
     problems: list[str] = field(default_factory=list)
 
     def build(self, dissected: Iterable[Dissected], note: str) -> list[Section]:
-        """Those that have something to show.
+        """The sections that have something to show.
 
         Args:
-            dissected: one after the other, so that only one is in memory.
-            note: why these.
+            dissected: models taken apart; an iterator keeps only one of them in memory.
+            note: why these models.
         """
         sections = [self._quality(), self._training(), self._inside(dissected, note)]
         return [section for section in sections if section is not None]
@@ -74,7 +74,7 @@ class Sections:
         return Section("training", "Training", groups) if groups else None
 
     def _losses(self, loss: str | None, runs: Sequence[Trained]) -> Group:
-        """The terms of one loss, whose runs are comparable."""
+        """The terms of one loss, in which its runs are comparable."""
         notes = []
         if len(runs) == 1:
             notes.append(f"Of one run: {runs[0].subject.name}.")
@@ -86,7 +86,7 @@ class Sections:
         return self._group(drawings, title, [" ".join(notes)] if notes else [])
 
     def _trained(self, subject: Subject) -> Trained | None:
-        """None for what is no run, or left nothing."""
+        """The curves of a run; None without a run or any records of it."""
         if subject.folder is None:
             return None
         training, bands = Training(), {}
@@ -95,7 +95,7 @@ class Sections:
             bands = read_bands(checkpoints)
             training = read_training(checkpoints)
         except LowbitError as error:
-            if subject.checkpoint is not None:  # else it has not come that far
+            if subject.checkpoint is not None:  # without one it has not begun to train
                 self.problems.append(f"{subject.name}: {error}")
         return Trained(subject, training, bands) if training.terms or bands else None
 

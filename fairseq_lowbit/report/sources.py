@@ -1,4 +1,4 @@
-"""What a report is made from: folders of runs, checkpoints, and tables that were made before."""
+"""The sources of a report: folders of runs, checkpoints, and tables of other commands."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -6,28 +6,32 @@ from pathlib import Path
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.compare import COMPARISON_FILE, Comparison
-from fairseq_lowbit.runs.collection import Record, record_of_row
-from fairseq_lowbit.runs.folder import CALIBRATION, find_runs
-from fairseq_lowbit.runs.sweep_table import read_csv
+from fairseq_lowbit.runs.collection import record_of_quality
+from fairseq_lowbit.runs.columns import ModelRecord
+from fairseq_lowbit.runs.folder import find_runs
+from fairseq_lowbit.runs.run import CALIBRATION
+from fairseq_lowbit.runs.tables import read_csv
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Attributes:
-    places: folders of runs, and checkpoints.
-    records: of tables that were made before.
-    findings: what those say about themselves, in sentences.
-    problems: what could not be read, and why.
+    """The sources of a report, as far as they could be read.
+
+    Attributes:
+        places: folders of runs, and checkpoints.
+        records: the rows of tables.
+        findings: of comparisons, in sentences.
+        problems: what could not be read, and why.
     """
 
     places: list[Path] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
+    records: list[ModelRecord] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
 def read_sources(paths: Iterable[Path]) -> Sources:
-    """Tells what is what, and reads the tables; a folder's own comparison counts as one."""
+    """Reads the tables among the sources, and a comparison that a folder of runs contains."""
     sources = Sources()
     for path in paths:
         try:
@@ -55,7 +59,6 @@ def _read_comparison(path: Path, sources: Sources) -> None:
     for row in comparison.rows:
         precision = "float" if row is comparison.teacher else None
         loss = CALIBRATION if row.is_calibrated_only else None
-        sources.records.append(
-            record_of_row(row, status="finished", precision=precision, loss=loss)
-        )
+        known = {"status": "finished", "precision": precision, "loss": loss}
+        sources.records.append(record_of_quality(row, **known))
     sources.findings.extend(comparison.findings())

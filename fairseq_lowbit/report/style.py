@@ -11,8 +11,8 @@ import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours without yellow, which white swallows, and two darker ones: neighbours
-# stay apart for colour-blind readers.
+# Okabe and Ito's colours without yellow, which is hard to see on white, and two darker ones:
+# colour-blind readers can distinguish neighbours.
 PALETTE = (
     "#0072B2",
     "#D55E00",
@@ -24,9 +24,9 @@ PALETTE = (
     "#882255",
 )
 INK, MUTED, FAINT, GRID = "#1f2328", "#59636e", "#b8bfc6", "#e4e7ea"
-# A teacher, or anything in floating point, beside its quantized counterpart; levels and limits.
+# Of teachers and float models, of their quantized counterparts, and of levels and limits.
 TEACHER, STUDENT, LEVEL = "#59636e", "#0072B2", "#D55E00"
-# For maps, from nothing to much.
+# Of maps.
 SEQUENTIAL = "cividis"
 # Width in inches: two figures stand side by side on a wide screen and on paper.
 NARROW = 5.0
@@ -65,21 +65,21 @@ _RC: dict[str, Any] = {
     "ytick.labelcolor": MUTED,
     "xtick.labelsize": 8.5,
     "ytick.labelsize": 8.5,
-    # Text as outlines and ids by content: a figure looks the same anywhere and every time.
+    # Text as outlines and ids by content, so that a figure looks the same everywhere.
     "svg.fonttype": "path",
     "svg.hashsalt": "fairseq_lowbit",
     "pdf.fonttype": 42,
 }
 _DPI = 160
-# Writing PDF subsets fonts, which it tells at length.
+# fontTools logs every font that it writes into a PDF.
 logging.getLogger("fontTools").setLevel(logging.WARNING)
-# Of the legend, whose handles and gaps are some characters wide.
+# Estimates of a legend's size: an entry's mark and gaps are as wide as some characters.
 _CHARACTERS_PER_INCH, _HANDLE = 14, 6
 _ROW_HEIGHT = 0.18  # inches
 
 
 def styled() -> AbstractContextManager:
-    """The style, as ``with styled():`` or as the decorator ``@styled()`` of what draws."""
+    """The style of all figures, as a context or as a decorator of a function that draws."""
     return matplotlib.rc_context(_RC)
 
 
@@ -89,8 +89,7 @@ def new_figure(width: float = NARROW, height: float = 3.2) -> Figure:
 
 
 def add_legend(figure: Figure, handles: Sequence[Artist]) -> None:
-    """A legend below all axes, which covers nothing and takes nothing from their height; none for
-    one name that needs no telling apart."""
+    """Adds a legend below all axes, for which the figure grows; none for a single name."""
     if len(handles) < 2:
         return
     labels = [shortened(str(handle.get_label())) for handle in handles]
@@ -102,7 +101,7 @@ def add_legend(figure: Figure, handles: Sequence[Artist]) -> None:
 
 
 def shortened(name: str, most: int = 40) -> str:
-    """A long name without its middle: runs of a sweep differ at either end."""
+    """Cuts the middle of a long name, since runs of a sweep differ at either end."""
     if len(name) <= most:
         return name
     head = (most - 1) // 2
@@ -110,7 +109,7 @@ def shortened(name: str, most: int = 40) -> str:
 
 
 def as_bytes(figure: Figure, kind: str) -> bytes:
-    """A figure as ``svg``, ``png`` or ``pdf``; the first call settles its layout for all others."""
+    """A figure as ``svg``, ``png`` or ``pdf``; the first call fixes its layout for all others."""
     # Without a date, so that the same figure makes the same file.
     undated = {
         "svg": {"Date": None},

@@ -1,4 +1,4 @@
-"""Many runs side by side, as plain data: what each was, how far it came, what was measured."""
+"""Many runs as plain data: what each was, how far it came, and its measured quality."""
 
 import os
 from collections import Counter
@@ -10,8 +10,19 @@ from typing import Any
 from fairseq_lowbit.errors import describe
 from fairseq_lowbit.evaluation.quality import Quality
 from fairseq_lowbit.profiling.paper import paper_wer
-from fairseq_lowbit.runs.folder import CALIBRATION, Run, find_runs, read_run, read_single
-from fairseq_lowbit.runs.measured import Measurement
+from fairseq_lowbit.runs.columns import (
+    COSINE,
+    MASKED_ACCURACY,
+    PAPER_WER,
+    SNR,
+    STORAGE,
+    VALIDATION_LOSS,
+    WORD_PROBE,
+    ModelRecord,
+)
+from fairseq_lowbit.runs.folder import checkpoint_name, display_name, find_runs, job_folder
+from fairseq_lowbit.runs.run import CALIBRATION, Run, read_run
+from fairseq_lowbit.runs.run_quality import RunQuality
 
 # What every record holds, in the order of the CSV file's columns.
 FIELDS = (
@@ -21,48 +32,40 @@ FIELDS = (
     *("cosine_layers", "snr_db_layers", "word_probe_layers", "word_probe_std_layers"),
     *("teacher", "data", "folder"),
 )
-# What a table can be sorted by; a minus: the greatest value first.
-SORTS = {
-    "storage": "storage_mb",
-    "name": "name",
-    "valid": "best_loss",
-    "masked": "-masked_accuracy",
-    "cosine": "-cosine",
-    "snr": "-snr_db",
-    "probe": "-word_probe",
-    "paper": "paper_wer",
-    "updates": "-updates",
-    "status": "status",
+# What a table can be sorted by, the best first.
+_SORT_COLUMNS = {
+    "storage": STORAGE,
+    "valid": VALIDATION_LOSS,
+    "masked": MASKED_ACCURACY,
+    "cosine": COSINE,
+    "snr": SNR,
+    "probe": WORD_PROBE,
+    "paper": PAPER_WER,
 }
-# Overrides that say where things are, what another field says, or what goes with it.
-_TOLD_ELSEWHERE = (
-    *("task.data", "task.teacher", "task.init_from"),
-    *("optimization.max_update", "lr_scheduler.warmup_updates", "sweep"),
-)
-Record = dict[str, Any]
-# Status of what holds no model.
+SORTS = (*_SORT_COLUMNS, "name", "updates", "status")
+# The status of an entry without a readable model.
 UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the table: a run, or a folder where none could be read.
+    """A run that was found, or a place where none could be read.
 
     Attributes:
-        problem: why there is no run, or no measurement of it.
+        problem: why there is no run, or why its quality could not be measured.
     """
 
     name: str
     run: Run | None = None
     problem: str | None = None
-    measurement: Measurement | None = None
+    quality: RunQuality | None = None
 
 
 def collect(places: Sequence[Path]) -> list[Entry]:
-    """The runs at and below folders and the checkpoints among ``places``, each once, named from
-    their common parent on; a folder without any is an entry that says so.
+    """Finds the runs in folders and their subfolders, and single checkpoints, each once.
 
-    Left out are runs that were told to save nothing.
+    Runs are named by their path below the folder that all have in common. A place without a run
+    gives an entry with a problem. Runs with ``checkpoint.no_save`` are left out.
     """
     paths, entries = [], []
     for place in places:
@@ -72,26 +75,22 @@ def collect(places: Sequence[Path]) -> list[Entry]:
             what = "no run in this folder" if place.is_dir() else "there is no such file or folder"
             entries.append(Entry(str(place), problem=what))
     base = os.path.commonpath([path.parent for path in paths]) if paths else ""
-    entries += [_entry(_name(path.relative_to(base)), path) for path in paths]
+    entries += [_entry(display_name(path.relative_to(base)), path) for path in paths]
     return [entry for entry in entries if entry.run is None or entry.run.saves]
-
-
-def _name(path: Path) -> str:
-    return "/".join(part for part in path.parts if part != "checkpoints")
 
 
 def _entry(name: str, path: Path) -> Entry:
     try:
-        return Entry(name, read_single(path) if path.is_file() else read_run(path))
-    except Exception as error:  # one broken run must not cost the others their rows
+        return Entry(name, read_run(path))
+    except Exception as error:  # one broken run must not hide the others
         return Entry(name, problem=describe(error))
 
 
-def records(entries: Sequence[Entry], sort: str) -> list[list[Record]]:
+def model_records(entries: Sequence[Entry], sort: str) -> list[list[ModelRecord]]:
     """Plain data of every entry, grouped by teacher and data; a group's teacher comes first.
 
     Args:
-        sort: a key of :data:`SORTS`; ties are broken by storage, then name.
+        sort: one of :data:`SORTS`; ties are broken by storage, then name.
     """
     groups: dict[tuple, list[Entry]] = {}
     for entry in entries:
@@ -101,19 +100,18 @@ def records(entries: Sequence[Entry], sort: str) -> list[list[Record]]:
     return [_group(members, sort) for _, members in sorted(groups.items())]
 
 
-def _group(members: Sequence[Entry], sort: str) -> list[Record]:
+def _group(members: Sequence[Entry], sort: str) -> list[ModelRecord]:
     common = _common_overrides(members)
     lines = _sorted((_record(entry, common) for entry in members), sort)
     return [*_teacher_records(members), *lines]
 
 
-def _record(entry: Entry, common: set[str]) -> Record:
-    run, measurement = entry.run, entry.measurement
+def _record(entry: Entry, common: set[str]) -> ModelRecord:
+    run, quality = entry.run, entry.quality
     if run is None:
         return _blank(name=entry.name, status=UNREADABLE, message=entry.problem)
     is_trained = run.loss != CALIBRATION
     has_paper = not run.rules and is_trained
-    told = common | {text for text in run.overrides if _key(text) in _TOLD_ELSEWHERE}
     record = _blank(
         name=entry.name,
         status=_status(run),
@@ -121,7 +119,7 @@ def _record(entry: Entry, common: set[str]) -> Record:
         precision=run.precision,
         rules=run.rules,
         loss=run.loss,
-        overrides=tuple(text for text in run.overrides if text not in told),
+        overrides=tuple(text for text in run.overrides if text not in common),
         updates=run.updates if is_trained else None,  # the teacher's otherwise
         planned=run.planned if is_trained else None,
         best_loss=run.best_loss,
@@ -131,7 +129,7 @@ def _record(entry: Entry, common: set[str]) -> Record:
         data=run.data,
         folder=run.folder,
     )
-    return record | _measured(measurement.row) if measurement else record
+    return record | quality.own.figures() if quality else record
 
 
 def _status(run: Run) -> str:
@@ -142,71 +140,67 @@ def _status(run: Run) -> str:
     return "finished" if run.is_finished else "unfinished"
 
 
-def _teacher_records(members: Sequence[Entry]) -> list[Record]:
-    """What was measured of the one teacher of these runs; its name alone if nothing was."""
+def _teacher_records(members: Sequence[Entry]) -> list[ModelRecord]:
+    """The record of the teacher that these runs share; only its name if it was not measured."""
     run = members[0].run
     if run is None or run.teacher is None:
         return []
-    rows = [e.measurement.teacher for e in members if e.measurement and e.measurement.teacher]
-    record = _blank(name=f"teacher {_short(run.teacher)}", data=run.data, folder=run.teacher)
-    if rows:
-        row = rows[0]
-        known = {"precision": row.name, "rules": 0, "paper_wer": paper_wer(row.name, "hubert")}
-        record |= {**known, **_measured(row)}
+    known = [e.quality.teacher for e in members if e.quality and e.quality.teacher]
+    record = _blank(
+        name=f"teacher {checkpoint_name(run.teacher)}", data=run.data, folder=run.teacher
+    )
+    if known:
+        name = known[0].name
+        record |= {"precision": name, "rules": 0, "paper_wer": paper_wer(name, "hubert")}
+        record |= known[0].figures()
     return [record]
 
 
-def _measured(row: Quality) -> Record:
-    close, masked, probe = row.agreement, row.masked, row.probe
-    found: Record = {"storage_mb": row.storage_mb}
-    if masked is not None:
-        found |= {"masked_accuracy": masked.accuracy, "masked_chance": masked.chance}
-    layers = {}
-    if close is not None:
-        layers |= {"cosine": close.cosine, "snr_db": close.snr_db}
-    if probe is not None:
-        layers |= {"word_probe": probe.mean, "word_probe_std": probe.std}
-    for key, values in layers.items():
-        found |= {key: values[-1], f"{key}_layers": " ".join(f"{v:.6g}" for v in values)}
-    return found
+def record_of_quality(quality: Quality, **known: Any) -> ModelRecord:
+    """A record of the measured quality of a model, and of what else is known of it."""
+    return _blank(name=quality.name) | known | quality.figures()
 
 
-def record_of_row(row: Quality, **known: Any) -> Record:
-    """A record of what was measured of a model, and of what else is known of it."""
-    return _blank(name=row.name) | known | _measured(row)
-
-
-def _blank(**known: Any) -> Record:
+def _blank(**known: Any) -> ModelRecord:
     return dict.fromkeys(FIELDS) | known
 
 
-def _sorted(lines: Iterable[Record], sort: str) -> list[Record]:
-    """Records without the value come last, whichever end is first."""
-    key = SORTS[sort]
-    field, sign = key.lstrip("-"), -1 if key.startswith("-") else 1
+def _sorted(lines: Iterable[ModelRecord], sort: str) -> list[ModelRecord]:
+    """Sorts records; those without the value come last."""
 
-    def rank(record: Record) -> tuple:
-        value, size = record[field], record["storage_mb"]
-        is_missing = value is None or value != value
-        signed = value if isinstance(value, str) else sign * (0 if is_missing else value)
-        return is_missing, signed, size is None, size or 0, record["name"]
+    def rank(record: ModelRecord) -> tuple:
+        value, size = _rank(record, sort), record["storage_mb"]
+        return value is None, value or 0, size is None, size or 0, record["name"]
 
     return sorted(lines, key=rank)
 
 
+def _rank(record: ModelRecord, sort: str) -> str | float | None:
+    """A value by which the best record is the smallest."""
+    if sort in ("name", "status"):
+        return record[sort]
+    merit = record[sort] if sort == "updates" else _SORT_COLUMNS[sort].merit(record)
+    return None if merit is None else -merit
+
+
 def _common_overrides(entries: Iterable[Entry]) -> set[str]:
-    """What all runs of a group were given tells none from another, as long as there are several.
-    Stages were given nothing."""
+    """Overrides that all runs of a group share and that therefore distinguish none, if there are
+    several runs. Stages have no overrides of their own."""
     runs = [entry.run for entry in entries if entry.run is not None and entry.run.overrides]
     counts = Counter(override for run in runs for override in set(run.overrides))
     return {text for text, count in counts.items() if count == len(runs) > 1}
 
 
-def _key(override: str) -> str:
-    return override.lstrip("+").partition("=")[0]
+def unnamed_overrides(record: ModelRecord) -> list[str]:
+    """The overrides that are not part of the name; the folders of a sweep are named by theirs."""
+    return [t for t in record["overrides"] or () if job_folder([t]) not in record["name"]]
 
 
-def _short(checkpoint: Path) -> str:
-    """``exp/run/checkpoints/checkpoint_last.pt`` -> ``exp/run``; its last two parts elsewhere."""
-    path = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
-    return "/".join(path.parts[-2:])
+def precision_text(record: ModelRecord) -> str:
+    """Name, number of rules, and how it was trained where that is not distillation; empty if
+    nothing is known."""
+    precision, rules, loss = (record[key] for key in ("precision", "rules", "loss"))
+    if rules:
+        precision = f"{precision} + {rules} rule{'s' if rules > 1 else ''}"
+    is_usual = loss == "distillation" or (record["precision"] == "float" and not rules)
+    return ", ".join(filter(None, (precision, None if is_usual else loss)))

@@ -12,13 +12,14 @@ from fairseq_lowbit.cli.main import main
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.data.recordings import AudioOptions, Recordings
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.compare import Comparison, compare, comparison_table
+from fairseq_lowbit.evaluation.compare import Comparison, compare
 from fairseq_lowbit.evaluation.masked import MaskedAccuracy
 from fairseq_lowbit.evaluation.probe import Probe
 from fairseq_lowbit.evaluation.ptq import post_training_quantized
 from fairseq_lowbit.evaluation.quality import Candidate, Quality, read_held_out
 from fairseq_lowbit.models import Hubert, LoadedModel, load_model
 from fairseq_lowbit.precision import Precision
+from fairseq_lowbit.runs.tables import comparison_table
 
 PNG = b"\x89PNG"
 

@@ -51,7 +51,7 @@ def far_too_large(quantizer: ElasticQuantizer) -> None:
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (scale_to_floor, "scale at its floor"),
+        (scale_to_floor, "scale at its smallest value"),
         (far_too_small, "of its values clipped"),
         (far_too_large, "1 of 4 levels in use"),
     ],

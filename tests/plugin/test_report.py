@@ -94,8 +94,8 @@ def test_every_loss_term_has_its_curves(report: Report) -> None:
 
 
 def test_quality_against_cost(report: Report) -> None:
-    for quality in ("masked_accuracy", "cosine", "snr"):
-        for cost in ("storage", "runtime"):
+    for quality in ("masked_accuracy", "cosine", "snr_db"):
+        for cost in ("storage_mb", "runtime"):
             assert report.figure(f"{quality}_{cost}")
     for quality in ("cosine", "snr_db"):
         assert report.figure(f"{quality}_layers")

@@ -193,7 +193,12 @@ def test_a_collapsing_quantizer_is_named_once(train: Callable, trainer, teacher:
     assert resumed.status == 0, resumed.output
     assert [record["update"] for record in resumed.health()] == [0, 5, 10, 15]
     (warning,) = [line for line in resumed.output.splitlines() if "collapsed quantizers" in line]
-    for part in ("[WARNING]", "at update 5", f"{SCALE} (scale at its floor)", "scale_lr_ratio"):
+    for part in (
+        "[WARNING]",
+        "at update 5",
+        f"{SCALE} (scale at its smallest value)",
+        "scale_lr_ratio",
+    ):
         assert part in warning
 
 

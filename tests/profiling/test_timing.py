@@ -18,9 +18,8 @@ from fairseq_lowbit.profiling.timing import (
     TimedModel,
     TimingRecord,
     conditions,
-    count_steps,
-    measure,
     runnable,
+    time_models,
     timings,
     with_random_weights,
 )
@@ -72,8 +71,7 @@ def test_models_take_turns_under_every_condition(stage: Stage) -> None:
     grid = conditions([2.0, 5.0], [1, 2])
     candidates = [stage.candidate(name, lambda _: 1.0) for name in "abc"]
     record, steps = TimingRecord(), []
-    announce = lambda stage, step: steps.append((stage, step))  # noqa: E731
-    measure(candidates, grid, REPEATS, record, announce, stage.clock)
+    time_models(candidates, grid, REPEATS, record, steps.append, stage.clock)
 
     cells = [(int(16_000 * c.seconds), c.threads) for c in grid]
     # Alone, one after the other, for the memory.
@@ -88,14 +86,15 @@ def test_models_take_turns_under_every_condition(stage: Stage) -> None:
         found = timings(record, name, "a")
         assert [one.condition for one in found] == grid
         assert all(one.times == (1.0,) * REPEATS for one in found)
-    assert len(steps) == count_steps(candidates, grid, REPEATS)
+    assert steps[:3] == [f"memory of {name}" for name in "abc"]
+    assert steps[3:] == [f"timing {condition}" for condition in grid]
 
 
 def test_medians_spread_and_real_time_factor(stage: Stage) -> None:
     # The first two runs are those for the memory and the warm-up.
     slow = stage.candidate("slow", lambda count: [9.0, 9.0, 4.0, 1.0, 3.0][count])
     record = TimingRecord()
-    measure([slow], [ANY], REPEATS, record, clock=stage.clock)
+    time_models([slow], [ANY], REPEATS, record, clock=stage.clock)
     (found,) = timings(record, "slow", "slow")
     assert found.to_mapping() == {
         "seconds": 2.0,
@@ -116,7 +115,7 @@ def test_runtimes_compare_runs_of_the_same_turn(stage: Stage) -> None:
     reference = stage.candidate("reference", lambda n: [1.0, 1.0, 1.0, 10.0, 10.0][n])
     other = stage.candidate("other", lambda n: [1.0, 1.0, 2.0, 20.0, 15.0][n])
     record = TimingRecord()
-    measure([reference, other], [ANY], REPEATS, record, clock=stage.clock)
+    time_models([reference, other], [ANY], REPEATS, record, clock=stage.clock)
     (found,) = timings(record, "other", "reference")
     assert found.runtime == 2.0
 
@@ -135,7 +134,7 @@ def test_an_interruption_leaves_what_was_measured(stage: Stage) -> None:
     record = TimingRecord()
     condition = Condition(2.0, before + 1)
     with pytest.raises(KeyboardInterrupt):
-        measure(candidates, [condition], REPEATS, record, clock=stage.clock)
+        time_models(candidates, [condition], REPEATS, record, clock=stage.clock)
     assert torch.get_num_threads() == before
     (found,) = timings(record, "other", "reference")
     assert (found.times, found.runtime) == ((2.0,), 2.0)
@@ -155,7 +154,7 @@ def test_a_model_that_fails_leaves_the_others(stage: Stage) -> None:
         TimedModel("large", lambda: Runnable(too_large, "fp32")),
     ]
     record = TimingRecord()
-    measure(candidates, [ANY], 1, record, clock=stage.clock)
+    time_models(candidates, [ANY], 1, record, clock=stage.clock)
     assert record.failures["broken"] == "checkpoint b.pt is truncated"
     assert "running 2 s of audio needs more memory" in record.failures["large"]
     assert len(timings(record, "a", "a")) == 1

@@ -9,12 +9,12 @@ from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.runs.folder import (
     find_runs,
-    folder_name,
     forget_failure,
-    read_run,
+    job_folder,
     write_failure,
     write_finished,
 )
+from fairseq_lowbit.runs.run import read_run
 
 
 @pytest.mark.parametrize(
@@ -29,18 +29,18 @@ from fairseq_lowbit.runs.folder import (
     ],
 )
 def test_folders_say_what_a_job_varies(overrides: list[str], name: str) -> None:
-    assert folder_name(overrides, ["task.data"]) == name
+    assert job_folder(overrides, ["task.data"]) == name
 
 
 def test_different_jobs_never_share_a_folder() -> None:
     rules = "model.precision.rules=[{{match:encoder.layers.{},weight_bits:{}}}]"
     names = {
-        folder_name([rules.format(match, bits)])
+        job_folder([rules.format(match, bits)])
         for match in ("*", "0.*", "'*'", "1" * 200, "1" * 199 + "2")
         for bits in (1, 2)
     }
-    names |= {folder_name([f"a=1{separator}b-2"]) for separator in ("+", "-", "_", " ", "/", "")}
-    names |= {folder_name(["a=1", "b=2"]), folder_name(["a=[1]"]), folder_name(["a=1"])}
+    names |= {job_folder([f"a=1{separator}b-2"]) for separator in ("+", "-", "_", " ", "/", "")}
+    names |= {job_folder(["a=1", "b=2"]), job_folder(["a=[1]"]), job_folder(["a=1"])}
     assert len(names) == 10 + 6 + 3
     # Nothing that a shell, Hydra's grammar or a file system would take for something else.
     assert not any(set(name) & set(" ,=[]{}'\"/*:") for name in names)

@@ -16,9 +16,9 @@ from fairseq_lowbit.evaluation.compare import compare
 from fairseq_lowbit.evaluation.quality import Candidate, Reference, read_held_out
 from fairseq_lowbit.models import Hubert, LoadedModel
 from fairseq_lowbit.profiling.paper import paper_wer
-from fairseq_lowbit.runs import measured
-from fairseq_lowbit.runs.collection import Entry, records
-from fairseq_lowbit.runs.folder import Run
+from fairseq_lowbit.runs import run_quality
+from fairseq_lowbit.runs.collection import Entry, model_records
+from fairseq_lowbit.runs.run import Run
 from tests.evaluation.conftest import calibrated
 
 
@@ -55,7 +55,7 @@ def forbid_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(measured, "load_model", refuse)
+    monkeypatch.setattr(run_quality, "load_model", refuse)
 
 
 def test_runs_beside_their_teacher(
@@ -271,7 +271,7 @@ def test_folders_that_cannot_be_written(
     def refuse(path: Path) -> None:
         raise LowbitError(f"cannot write {path}")
 
-    monkeypatch.setattr(measured, "atomic_write", refuse)
+    monkeypatch.setattr(run_quality, "atomic_write", refuse)
     assert table(tmp_path / "exp").rows["a"]["cosine"] != ""
     assert not (folder / "evaluation.json").exists()
 
@@ -335,7 +335,7 @@ def test_order(sort: str, order: list[str]) -> None:
         entry("a", 2.0, 0.3, 5),
         entry("b", 1.0, 0.4, 4),
     ]
-    (group,) = records(entries, sort)
+    (group,) = model_records(entries, sort)
     assert [record["name"] for record in group] == order
 
 
@@ -344,7 +344,7 @@ def test_what_the_paper_says() -> None:
     assert paper_wer("bitla_w1a1", "hubert") == 18.93
     assert paper_wer("bitla_w4a4", "distillation") is None
     with_rules = replace(entry("a", 1.0, 0.5, 9).run, precision="bitla_w1a1", rules=1)
-    (((record,)),) = records([Entry("a", with_rules)], "name")
+    (((record,)),) = model_records([Entry("a", with_rules)], "name")
     assert record["paper_wer"] is None
 
 

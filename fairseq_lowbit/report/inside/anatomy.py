@@ -1,5 +1,6 @@
-"""The insides of a quantized model on one utterance: noise, levels, ranges, weights, attention."""
+"""The insides of a quantized model on one utterance: its quantizers, weights and attention."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +11,14 @@ from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import LoadedModel
 from fairseq_lowbit.models.encoder import EncoderLayer
 from fairseq_lowbit.models.extractor import receptive_field
+from fairseq_lowbit.models.protocols import SpeechModel
+from fairseq_lowbit.monitoring.health import QuantizerHealth, watching
 from fairseq_lowbit.nn import is_calibrated
-from fairseq_lowbit.report.inside.attention import LayerAttention, layer_attention
-from fairseq_lowbit.report.inside.quantizers import QuantizerAnatomy, watching
+from fairseq_lowbit.report.inside.attention import HeadAttention, compare_heads
 from fairseq_lowbit.report.inside.weights import WeightAnatomy, first_middle_last, weight_anatomies
 
 MAX_SECONDS = 4.0
-# Fields of an architecture in which student and teacher have to agree, besides the front-end.
+# Besides the front-end, student and teacher have to agree in these fields of their shape.
 _SHAPE = (
     "encoder_layers",
     "encoder_embed_dim",
@@ -34,26 +36,21 @@ class Anatomy:
     """What :func:`dissect` found.
 
     Attributes:
-        seconds: of the audio that was looked at.
-        layers: encoder layers of the model.
+        frame_seconds: from one frame to the next.
         quantizers: in the order of the forward; empty for a float model.
         weights: of a choice of operators; empty without weight quantizers.
-        attention: of the first, the middle and the last layer.
+        attention: of the first, the middle and the last layer; empty without a teacher.
     """
 
-    seconds: float
-    layers: int
-    quantizers: tuple[QuantizerAnatomy, ...]
+    frame_seconds: float
+    quantizers: tuple[QuantizerHealth, ...]
     weights: tuple[WeightAnatomy, ...]
-    attention: tuple[LayerAttention, ...]
+    attention: tuple[HeadAttention, ...]
 
 
 @torch.no_grad()
 def dissect(student: LoadedModel, teacher: LoadedModel | None, waveform: Tensor) -> Anatomy:
-    """Looks into a model in one pass over an utterance, of a long one over its middle.
-
-    Student and teacher advance layer by layer together; of values a sample is kept and of attention
-    only the maps that are shown.
+    """Examines a model in one pass over an utterance, or over the middle of a long one.
 
     Args:
         student: of any precision, float included, in eval mode.
@@ -67,15 +64,19 @@ def dissect(student: LoadedModel, teacher: LoadedModel | None, waveform: Tensor)
     """
     _check(student, teacher, waveform)
     waveform = _middle(waveform)
-    found: list[QuantizerAnatomy] = []
-    with watching(student.model, found):
-        attention = _advance_together(student, teacher, waveform)
+    layers = first_middle_last(range(student.model.shape.encoder_layers))
+    with watching(student.model) as found:
+        own = _attention_maps(student.model, waveform, layers)
+    heads: list[HeadAttention] = []
+    if teacher is not None:
+        maps = _attention_maps(teacher.model, waveform, layers)
+        for layer, *pair in zip(layers, own, maps, strict=True):
+            heads += compare_heads(layer, *pair)
     return Anatomy(
-        seconds=waveform.shape[1] / SAMPLE_RATE,
-        layers=student.model.shape.encoder_layers,
+        frame_seconds=student.model.samples_per_frame / SAMPLE_RATE,
         quantizers=tuple(found),
         weights=weight_anatomies(student.model, teacher and teacher.model),
-        attention=attention,
+        attention=tuple(heads),
     )
 
 
@@ -125,29 +126,19 @@ def _middle(waveform: Tensor) -> Tensor:
     return waveform[:, start : start + samples]
 
 
-def _advance_together(
-    student: LoadedModel, teacher: LoadedModel | None, waveform: Tensor
-) -> tuple[LayerAttention, ...]:
-    """Runs both models whole; the attention of some layers."""
-    pair = [loaded for loaded in (student, teacher) if loaded is not None]
-    states = [loaded.model.begin(loaded.model.extract(waveform)) for loaded in pair]
-    frame_seconds = student.model.samples_per_frame / SAMPLE_RATE
-    shown = first_middle_last(range(student.model.shape.encoder_layers))
-    found = []
-    for index in range(student.model.shape.encoder_layers):
-        steps = [
-            _step(loaded.model.layers[index], x) for loaded, x in zip(pair, states, strict=True)
-        ]
-        states = [x for x, _ in steps]
-        if index in shown:
-            maps = [probabilities[0] for _, probabilities in steps]
-            found.append(layer_attention(index, frame_seconds, *maps))
-    student.model.project_final(states[0])  # the last quantizers there may be
-    return tuple(found)
+def _attention_maps(model: SpeechModel, waveform: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    """Runs all of ``model``; the attention of some layers, [heads, frames, frames] each."""
+    x, maps = model.begin(model.extract(waveform)), []
+    for index, layer in enumerate(model.layers):
+        x, probabilities = _step(layer, x)
+        if index in layers:
+            maps.append(probabilities[0])
+    model.project_final(x)  # which may be quantized too
+    return maps
 
 
 def _step(layer: EncoderLayer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Output of a layer, and the probabilities as it uses them (decoded, where they are
+    """The output of a layer, and the attention probabilities that it uses (decoded, where they are
     quantized), [1, heads, frames, frames]."""
     quantizer, decoded = layer.self_attn.probabilities_quantizer, []
     if quantizer is None:

@@ -1,85 +1,112 @@
-"""Attention maps of a student beside its teacher's, of heads chosen by how far they are apart."""
+"""Attention maps of a student beside its teacher's, of heads chosen by how far they differ."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
 from torch import Tensor
+
+from fairseq_lowbit.report.drawing import Drawing, numbers
+from fairseq_lowbit.report.style import NARROW, SEQUENTIAL, new_figure
 
 
 @dataclass(frozen=True)
-class HeadMaps:
+class HeadAttention:
     """The attention of one head, as it weights the values: decoded where it is quantized.
 
     Attributes:
-        head: from 0.
-        chosen: why this one, in a few words.
-        student, teacher: [frames, frames] fp32 on the CPU, a row per attending frame; the teacher's
-            is None without one.
-    """
-
-    head: int
-    chosen: str
-    student: Tensor
-    teacher: Tensor | None
-
-
-@dataclass(frozen=True)
-class LayerAttention:
-    """The attention of one layer.
-
-    Attributes:
-        layer: from 0.
-        frame_seconds: from one frame to the next.
-        moved: per head, half the absolute difference to the teacher summed over keys, mean over
-            frames: the share of the attention that is elsewhere, 0 to 1 for rows that sum to 1.
-            None without a teacher.
-        row_sums: per head, the mean of the student's row sums, which quantization moves off 1.
-        heads: the two that are shown; one where the layer has no more.
+        layer, head: from 0.
+        choice: why this head is shown, in a few words.
+        moved: half the absolute difference to the teacher's map summed over keys, mean over frames:
+            the share of the attention that lies elsewhere, 0 to 1 for rows that sum to 1.
+        student, teacher: [frames, frames] fp32 on the CPU, a row per attending frame.
     """
 
     layer: int
-    frame_seconds: float
-    moved: tuple[float, ...] | None
-    row_sums: tuple[float, ...]
-    heads: tuple[HeadMaps, ...]
+    head: int
+    choice: str
+    moved: float
+    student: Tensor
+    teacher: Tensor
 
 
-def layer_attention(
-    layer: int, frame_seconds: float, student: Tensor, teacher: Tensor | None = None
-) -> LayerAttention:
-    """Compares maps [heads, frames, frames] and keeps two heads: the one that differs most from the
-    teacher's and the median one; without a teacher the most focused one (least entropy of its rows)
+def compare_heads(layer: int, student: Tensor, teacher: Tensor) -> list[HeadAttention]:
+    """Compares maps [heads, frames, frames] and keeps the head that differs most from the teacher's
     and the median one."""
-    moved = None
-    if teacher is None:
-        rank, extreme = focus(student), "most focused"
-    else:
-        rank = moved = (student - teacher).abs().sum(-1).mean(-1) / 2
-        extreme = "most different"
-    order = rank.argsort(descending=True, stable=True).tolist()
-    chosen = {extreme: order[0], "median": order[len(order) // 2]}
+    moved = (student - teacher).abs().sum(-1).mean(-1) / 2
+    order = moved.argsort(descending=True, stable=True).tolist()
+    choices = {"most different head": order[0], "median head": order[len(order) // 2]}
     if len(order) == 1:
-        chosen = {"only": 0}
-    return LayerAttention(
-        layer=layer,
-        frame_seconds=frame_seconds,
-        moved=None if moved is None else tuple(moved.tolist()),
-        row_sums=tuple(student.sum(-1).mean(-1).tolist()),
-        heads=tuple(
-            HeadMaps(
-                head, why, _kept(student[head]), None if teacher is None else _kept(teacher[head])
-            )
-            for why, head in chosen.items()
-        ),
+        choices = {"only head": 0}
+    return [
+        HeadAttention(
+            layer, head, choice, float(moved[head]), _copy(student[head]), _copy(teacher[head])
+        )
+        for choice, head in choices.items()
+    ]
+
+
+def _copy(attention: Tensor) -> Tensor:
+    """Not a slice, which would keep all heads in memory."""
+    return attention.float().cpu().clone()
+
+
+def attention_drawing(heads: Sequence[HeadAttention], frame_seconds: float) -> Drawing:
+    """A row for each head: the teacher's map beside the student's.
+
+    Args:
+        frame_seconds: from one frame to the next.
+    """
+    figure = new_figure(NARROW, 0.4 + 1.85 * len(heads))
+    grid = figure.subplots(len(heads), 2, squeeze=False, sharex=True, sharey=True)
+    for panels, head in zip(grid, heads, strict=True):
+        _draw_maps(figure, panels, head, frame_seconds)
+        panels[0].set_ylabel(f"{head.choice}\nattending at, s")
+    for axes in grid[-1]:
+        axes.set_xlabel("attended to at, s")
+    moved = {f"{_name(head)}": 100 * head.moved for head in heads}
+    return Drawing(
+        "attention",
+        "attention of teacher and student",
+        "Each row of a map is a frame of the audio. Its colours show how it spreads its attention "
+        "over all frames, on a square-root scale that is the same for both. The student's map is "
+        "the one it uses, quantized if it is. Moved: the share that lies elsewhere than the "
+        "teacher's (half the summed absolute difference), by which the most different and the "
+        "median head of a layer are chosen.",
+        figure,
+        numbers(moved, "attention moved", "%"),
     )
 
 
-def focus(maps: Tensor) -> Tensor:
-    """Per head, less the mean entropy of the rows in bits, [heads]; rows need not sum to 1."""
-    rows = maps / maps.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.special.entr(rows).sum(-1).mean(-1).neg() / torch.log(torch.tensor(2.0))
+def _name(head: HeadAttention) -> str:
+    return f"layer {head.layer + 1}, head {head.head + 1}"
 
 
-def _kept(attention: Tensor) -> Tensor:
-    """A copy of its own, since a slice would keep all heads alive."""
-    return attention.float().cpu().clone()
+def _draw_maps(
+    figure: Figure, panels: np.ndarray, head: HeadAttention, frame_seconds: float
+) -> None:
+    # A few peaks would leave everything else dark.
+    most = max(float(values.quantile(0.998)) for values in (head.teacher, head.student))
+    norm = PowerNorm(0.5, 0, most)
+    titles = f"{_name(head)}: teacher", f"student: {head.moved:.0%} moved"
+    for axes, title, values in zip(panels, titles, (head.teacher, head.student), strict=True):
+        seconds = len(values) * frame_seconds
+        image = axes.imshow(
+            values.numpy(),
+            norm=norm,
+            cmap=SEQUENTIAL,
+            aspect="auto",
+            extent=(0, seconds, seconds, 0),
+            interpolation="antialiased",
+        )
+        if values.min() == values.max():
+            axes.text(seconds / 2, seconds / 2, "uniform", color="white", ha="center", va="center")
+        axes.set_title(title)
+        axes.grid(False)
+        axes.locator_params(nbins=5)
+    bar = figure.colorbar(image, ax=panels.tolist(), fraction=0.04, pad=0.02)
+    ticks = [0, most / 4, most]
+    bar.set_ticks(ticks, labels=[f"{100 * tick:.2g}%" for tick in ticks])
+    bar.outline.set_visible(False)

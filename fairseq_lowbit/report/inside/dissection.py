@@ -1,7 +1,7 @@
 """Models taken apart on held-out audio, beside their teachers."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,12 @@ from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError, describe
 from fairseq_lowbit.evaluation.utterances import read_usable
 from fairseq_lowbit.models import LoadedModel, load_model
-from fairseq_lowbit.report.drawing import Drawing
-from fairseq_lowbit.report.inside.anatomy import dissect
-from fairseq_lowbit.report.inside.anatomy_figures import anatomy_drawings
+from fairseq_lowbit.report.drawing import Drawing, slug
+from fairseq_lowbit.report.inside.anatomy import Anatomy, dissect
+from fairseq_lowbit.report.inside.attention import attention_drawing
+from fairseq_lowbit.report.inside.quantizer_maps import quantizer_drawings
+from fairseq_lowbit.report.inside.weights import weights_drawing
+from fairseq_lowbit.report.style import styled
 from fairseq_lowbit.report.subjects import Subject
 
 SECONDS = 4.0
@@ -23,8 +26,10 @@ _SPLITS = ("test", "valid")
 
 @dataclass(frozen=True)
 class Dissected:
-    """Attributes:
-    note: on what audio and beside which teacher; or, without drawings, why there are none.
+    """The drawings of one model.
+
+    Attributes:
+        note: on what audio and beside which teacher; or, without drawings, why there are none.
     """
 
     subject: Subject
@@ -50,14 +55,14 @@ def dissect_all(
         progress(subject)
         try:
             yield _dissected(subject, teachers)
-        except Exception as error:  # one broken checkpoint must not cost the others the page
+        except Exception as error:  # one broken checkpoint must not prevent the page
             yield Dissected(subject, describe(error))
 
 
 def _dissected(subject: Subject, teachers: dict[Path, LoadedModel]) -> Dissected:
     data, teacher_path = subject.record["data"], subject.record["teacher"]
     if data is None:
-        raise LowbitError("its configuration names no data to look into it with: give --data")
+        raise LowbitError("its configuration names no data to run it on: give --data")
     teacher, missing = None, "its run names no teacher"
     if teacher_path is not None:
         try:
@@ -68,9 +73,29 @@ def _dissected(subject: Subject, teachers: dict[Path, LoadedModel]) -> Dissected
     student = load_model(subject.checkpoint)
     waveform, name = held_out_utterance(data, (teacher or student).normalize)
     drawings = anatomy_drawings(subject.name, dissect(student, teacher, waveform))
+    if not drawings:
+        raise LowbitError(f"a float model shows only how it differs from a teacher, but {missing}")
     beside = f"beside its teacher {teacher_path}" if teacher else f"without a teacher: {missing}"
     seconds = waveform.shape[1] / SAMPLE_RATE
     return Dissected(subject, f"On {seconds:.1f} s of held-out audio ({name}), {beside}.", drawings)
+
+
+@styled()
+def anatomy_drawings(name: str, anatomy: Anatomy) -> list[Drawing]:
+    """Every figure that applies to a model: of a float one its attention alone.
+
+    Args:
+        name: of the model, for titles; a slug of it starts the drawings' names.
+    """
+    drawings = quantizer_drawings(anatomy.quantizers) if anatomy.quantizers else []
+    if anatomy.weights:
+        drawings.append(weights_drawing(anatomy.weights))
+    if anatomy.attention:
+        drawings.append(attention_drawing(anatomy.attention, anatomy.frame_seconds))
+    return [
+        replace(drawing, name=f"{slug(name)}_{drawing.name}", title=f"{name}: {drawing.title}")
+        for drawing in drawings
+    ]
 
 
 def held_out_utterance(data: Path, normalize: bool) -> tuple[Tensor, str]:

@@ -1,65 +1,55 @@
-"""How weights lie against the levels they are quantized to, before and after squashing."""
+"""Histograms of weights with the levels they are quantized to."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from torch import Tensor, nn
 
 from fairseq_lowbit.monitoring.health import split_layer
 from fairseq_lowbit.nn.operators import Operator
-from fairseq_lowbit.quantization import Codes, SquashedQuantizer
+from fairseq_lowbit.quantization import Codes
 from fairseq_lowbit.quantization.calibration import thin
-from fairseq_lowbit.report.inside.quantizers import MAX_VALUES
+from fairseq_lowbit.report.drawing import Drawing
+from fairseq_lowbit.report.inside.quantizer_maps import short_name
+from fairseq_lowbit.report.style import LEVEL, NARROW, STUDENT, TEACHER, new_figure
 
 Item = TypeVar("Item")
 _BINS = 96
-# Of the operators in a layer, those shown where they are quantized.
+# A larger weight is drawn from an even sample of this size.
+_MAX_VALUES = 131_072
+# Up to this many levels have a line each.
+_FEW_LEVELS = 16
+# The operators of a layer that are shown, if they are quantized.
 _SHOWN = ("self_attn.q_proj", "fc1", "fc2")
-# Calibration clips what it unsquashes to this, that is to +-3.8, which the range shows.
-_UNSQUASH_LIMIT = 0.999
-_UNSQUASHED_RANGE = (-4.0, 4.0)
 _TAILS = 0.0005
 
 
 @dataclass(frozen=True)
-class Histogram:
-    """Distribution of a weight's values.
+class WeightAnatomy:
+    """One operator's weight, in units of its levels: over its scale, or squashed by tanh.
 
     Attributes:
-        edges: of the bins, evenly spaced.
+        module: its name.
+        levels: 2^bits, ascending.
+        shares: of the weights at each level.
+        edges: of the histogram's bins, evenly spaced.
         student: density per bin. The area is 1 less the share of values beyond the edges.
         teacher: the same of the teacher's weight in the student's units; None without a teacher.
     """
 
+    module: str
+    levels: tuple[float, ...]
+    shares: tuple[float, ...]
     edges: tuple[float, ...]
     student: tuple[float, ...]
     teacher: tuple[float, ...] | None
-
-
-@dataclass(frozen=True)
-class WeightAnatomy:
-    """One operator's weight.
-
-    Attributes:
-        module: its name.
-        bits: of its quantizer.
-        levels: 2^bits, ascending, in units of ``encoded``.
-        shares: of the weights at each level.
-        encoded: what is rounded to levels: the weight over its scale, or the squashed weight.
-        stored: of a squashed weight what is stored and trained, the argument of tanh; None for
-            other methods.
-        squash_std: the standard deviation that training holds ``stored`` to, None likewise.
-    """
-
-    module: str
-    bits: int
-    levels: tuple[float, ...]
-    shares: tuple[float, ...]
-    encoded: Histogram
-    stored: Histogram | None
-    squash_std: float | None = None
 
     @property
     def layer(self) -> int | None:
@@ -87,7 +77,7 @@ def weight_anatomies(student: nn.Module, teacher: nn.Module | None) -> tuple[Wei
 
 
 def first_middle_last(items: Sequence[Item]) -> list[Item]:
-    """Those three of ``items``, in their order; fewer of fewer."""
+    """The first, the middle and the last of ``items``, each once."""
     return [items[i] for i in sorted({0, (len(items) - 1) // 2, len(items) - 1}) if items]
 
 
@@ -97,46 +87,38 @@ def _shown(names: Sequence[str]) -> list[str]:
         layer, operator = split_layer(name)
         if layer is not None:
             by_operator.setdefault(operator, []).append(name)
-    operators = [operator for operator in _SHOWN if operator in by_operator] or list(by_operator)[
-        :3
-    ]
-    if not operators:
+    if not by_operator:
         return first_middle_last(names)
+    operators = [name for name in _SHOWN if name in by_operator] or list(by_operator)[:3]
     return [name for operator in operators for name in first_middle_last(by_operator[operator])]
 
 
 def _weight_anatomy(name: str, own: Operator, teacher: Operator | None) -> WeightAnatomy:
     stored, quantizer = own.stored_weight(), own.weight_quantizer
     codes = quantizer.codes(stored)
-    values = _encoded(quantizer.target(stored), codes)
-    teachers = None if teacher is None else _encoded(_float_weight(teacher), codes)
+    values = _in_levels(quantizer.target(stored), codes)
     levels = codes.levels.all_values().tolist()
     counts = codes.level_counts()
-    unsquashed = aim = None
-    if isinstance(quantizer, SquashedQuantizer):
-        aim = quantizer.target_std
-        unsquashed = _histogram(
-            thin(stored, MAX_VALUES),
-            None if teachers is None else _unsquashed(teachers),
-            _UNSQUASHED_RANGE,
-        )
+    span = _span(values, levels)
+    teachers = None
+    if teacher is not None:
+        teachers = _density(_in_levels(_float_weight(teacher), codes), span)
     return WeightAnatomy(
         module=name,
-        bits=codes.levels.bits,
         levels=tuple(levels),
         shares=tuple((counts / counts.sum()).tolist()),
-        encoded=_histogram(values, teachers, _range(values, levels)),
-        stored=unsquashed,
-        squash_std=aim,
+        edges=tuple(torch.linspace(*span, _BINS + 1).tolist()),
+        student=_density(values, span),
+        teacher=teachers,
     )
 
 
-def _encoded(weight: Tensor, codes: Codes) -> Tensor:
-    """``weight`` on the axis of the levels of ``codes``, flat."""
+def _in_levels(weight: Tensor, codes: Codes) -> Tensor:
+    """``weight`` in units of the levels of ``codes``, flat."""
     position = weight.reshape(codes.integers.shape) / codes.scale
     if codes.zero_point is not None:
         position += codes.zero_point
-    return thin(position, MAX_VALUES)
+    return thin(position, _MAX_VALUES)
 
 
 def _float_weight(operator: Operator) -> Tensor:
@@ -144,26 +126,72 @@ def _float_weight(operator: Operator) -> Tensor:
     return stored if operator.weight_quantizer is None else operator.weight_quantizer.target(stored)
 
 
-def _unsquashed(encoded: Tensor) -> Tensor:
-    """The argument of tanh, with what no tanh reaches clipped as calibration clips it."""
-    return encoded.clamp(-_UNSQUASH_LIMIT, _UNSQUASH_LIMIT).atanh()
-
-
-def _range(values: Tensor, levels: Sequence[float]) -> tuple[float, float]:
-    """Holds every level and nearly every value."""
+def _span(values: Tensor, levels: Sequence[float]) -> tuple[float, float]:
+    """A range that holds every level and nearly every value."""
     margin = (levels[1] - levels[0]) / 2
     tails = values.quantile(values.new_tensor([_TAILS, 1 - _TAILS]))
     lowest, highest = tails.tolist()
     return min(lowest, levels[0] - margin), max(highest, levels[-1] + margin)
 
 
-def _histogram(values: Tensor, teacher: Tensor | None, span: tuple[float, float]) -> Histogram:
-    edges = torch.linspace(*span, _BINS + 1).tolist()
-    own, others = (None if v is None else tuple(_density(v, span)) for v in (values, teacher))
-    return Histogram(tuple(edges), own, others)
-
-
-def _density(values: Tensor, span: tuple[float, float]) -> list[float]:
+def _density(values: Tensor, span: tuple[float, float]) -> tuple[float, ...]:
     counts = torch.histc(values.float().cpu(), _BINS, *span)
     width = (span[1] - span[0]) / _BINS
-    return (counts / (values.numel() * width)).tolist()
+    return tuple((counts / (values.numel() * width)).tolist())
+
+
+def weights_drawing(weights: Sequence[WeightAnatomy]) -> Drawing:
+    """Operators below each other, their layers beside each other."""
+    rows: dict[str | None, list[WeightAnatomy]] = {}
+    for weight in weights:  # modules outside of the layers share a row
+        rows.setdefault(None if weight.layer is None else weight.operator, []).append(weight)
+    columns = max(len(row) for row in rows.values())
+    figure = new_figure(NARROW, 0.7 + 1.4 * len(rows))
+    for panels, row in zip(figure.subplots(len(rows), columns, squeeze=False), rows.values()):
+        for axes in panels[len(row) :]:
+            axes.set_axis_off()
+        for axes, weight in zip(panels, row):
+            _draw_weight(axes, weight)
+    _add_legend(figure, weights)
+    return Drawing(
+        "weights",
+        "weights against their levels",
+        "Distribution of the weight over its scale; of a squashed weight P, of tanh(P). Peaks "
+        "half-way between two levels are weights that training pushes to and fro; beyond the "
+        "outermost levels of a learned scale no gradient reaches them. Dots: the levels, as high "
+        "as the density of the weights that fall on them.",
+        figure,
+    )
+
+
+def _draw_weight(axes: Axes, weight: WeightAnatomy) -> None:
+    axes.set_title(_title(weight))
+    axes.stairs(weight.student, weight.edges, fill=True, color=STUDENT, alpha=0.35)
+    axes.stairs(weight.student, weight.edges, color=STUDENT, linewidth=1)
+    if weight.teacher is not None:
+        axes.stairs(weight.teacher, weight.edges, color=TEACHER, linewidth=1)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_xlim(weight.edges[0], weight.edges[-1])
+    axes.locator_params(axis="x", nbins=4)
+    # What is clipped piles up in the outermost bins.
+    axes.set_ylim(0, 1.25 * (max(weight.student[1:-1]) or 1))
+    heights = np.array(weight.shares) / (weight.levels[1] - weight.levels[0])
+    is_few = len(heights) <= _FEW_LEVELS
+    if is_few:
+        axes.vlines(weight.levels, 0, heights, color=LEVEL, linewidth=1.2)
+    axes.plot(weight.levels, heights, "o", color=LEVEL, markersize=4 if is_few else 1)
+
+
+def _title(weight: WeightAnatomy) -> str:
+    if weight.layer is None:
+        return short_name(weight.module)
+    return f"layer {weight.layer + 1}, {weight.operator.removeprefix('self_attn.')}"
+
+
+def _add_legend(figure: Figure, weights: Sequence[WeightAnatomy]) -> None:
+    handles = [Patch(color=STUDENT, alpha=0.35, label="weight")]
+    if any(weight.teacher is not None for weight in weights):
+        handles.append(Line2D([], [], color=TEACHER, linewidth=1, label="teacher's weight"))
+    handles.append(Line2D([], [], color=LEVEL, marker="o", markersize=4, label="levels"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)

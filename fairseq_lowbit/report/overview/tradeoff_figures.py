@@ -8,24 +8,19 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from fairseq_lowbit.report.drawing import Drawing
 from fairseq_lowbit.report.overview.choice import front, note_on_grey, placed, standing_out
-from fairseq_lowbit.report.overview.columns import (
-    COSTS,
-    DISTILLATION_LOSS,
-    QUALITIES,
-    Column,
-    runtime_reference,
-)
 from fairseq_lowbit.report.style import FAINT, INK, MUTED, add_legend, new_figure, styled
 from fairseq_lowbit.report.subjects import Subject
+from fairseq_lowbit.runs.columns import DISTILLATION_LOSS, QUALITIES, RUNTIME, STORAGE, Column
 
-_AXES = tuple(column for column in COSTS if column.key in ("storage", "runtime"))
+_AXES = (STORAGE, RUNTIME)
+_MARKERS = {True: "D", False: "o"}  # of float and of quantized models
 _FEWEST = 2
 _LOG_RATIO = 1.5
 
 
 def tradeoff_drawings(subjects: Sequence[Subject], colors: Mapping[str, str]) -> list[Drawing]:
-    """A figure for every measured quality and every cost that two models at least are known by; for
-    the validation loss where nothing was measured."""
+    """A figure for every quality and cost that are known of two models or more; of the validation
+    loss if nothing was measured."""
     drawings = _drawings(subjects, colors, QUALITIES)
     return drawings or _drawings(subjects, colors, [DISTILLATION_LOSS])
 
@@ -50,12 +45,11 @@ def _drawing(
     best = front(subjects, cost, quality)
     _draw_front(axes, best, cost, quality)
     for subject in subjects:
-        spread = quality.spread(subject) if quality.spread else None
         axes.errorbar(
-            cost.value(subject),
-            quality.value(subject),
-            spread,
-            fmt="D" if subject.is_float else "o",
+            cost.value(subject.record),
+            quality.value(subject.record),
+            quality.spread(subject.record),
+            fmt=_MARKERS[subject.is_float],
             color=colors[subject.name],
             markeredgecolor=INK if subject in best else "white",
             markeredgewidth=1.1 if subject in best else 0.5,
@@ -64,33 +58,35 @@ def _drawing(
         )
     axes.set(xlabel=cost.axis, ylabel=quality.axis)
     axes.margins(0.08)
-    _set_cost_scale(axes, [cost.value(subject) for subject in subjects])
-    add_legend(figure, _legend(subjects, colors))
-    relative = f" Runtime 1 is {runtime_reference(subjects)}." if cost.key == "runtime" else ""
-    spreads = " Bars: ± one standard deviation." if quality.spread else ""
+    _set_cost_scale(axes, [cost.value(subject.record) for subject in subjects])
+    shown = standing_out(subjects, colors)
+    add_legend(figure, [_mark(s, colors[s.name]) for s in shown])
+    has_spread = any(quality.spread(subject.record) is not None for subject in subjects)
+    spreads = " Bars: ± one standard deviation." if has_spread else ""
     points = ", ".join(
-        f"{s.name}: {quality.text(s)} {quality.unit} at {cost.text(s)} {cost.unit}" for s in best
+        f"{s.name}: {quality.text(s.record)} {quality.unit} at {cost.text(s.record)} {cost.unit}"
+        for s in best
     )
-    notes = f"{relative}{spreads}{note_on_grey(subjects, colors)}"
+    notes = f"{spreads}{note_on_grey(subjects, colors)}"
     return Drawing(
         f"{quality.key}_{cost.key}",
-        f"{quality.name[0].upper()}{quality.name[1:]} and {cost.name}",
-        "Each point is a model, a diamond in float. The line is the Pareto front: nothing is both "
-        f"cheaper and better than what is ringed.{notes}",
+        f"{quality.label[0].upper()}{quality.label[1:]} and {cost.label}",
+        "Each point is a model, a diamond in float. The line is the Pareto front: no model is both "
+        f"cheaper and better than a ringed one.{notes}",
         figure,
         f"On the Pareto front {points}",
     )
 
 
 def _draw_front(axes: Axes, best: Sequence[Subject], cost: Column, quality: Column) -> None:
-    """As a staircase: what a given cost can buy."""
-    costs = [cost.value(subject) for subject in best]
-    qualities = [quality.value(subject) for subject in best]
+    """A staircase: the best quality at each cost."""
+    costs = [cost.value(subject.record) for subject in best]
+    qualities = [quality.value(subject.record) for subject in best]
     axes.plot(costs, qualities, drawstyle="steps-post", color=MUTED, linewidth=1, zorder=1)
 
 
 def _set_cost_scale(axes: Axes, costs: Sequence[float]) -> None:
-    """Logarithmic, with readable ticks, where costs differ by more than some per cent."""
+    """A logarithmic axis with readable ticks, unless the costs are nearly the same."""
     if min(costs) > 0 and max(costs) > _LOG_RATIO * min(costs):
         axes.set_xscale("log")
         ticks = (1, 2, 5) if max(costs) > 10 * min(costs) else (1, 1.5, 2, 3, 4, 5, 7)
@@ -99,15 +95,6 @@ def _set_cost_scale(axes: Axes, costs: Sequence[float]) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _legend(subjects: Sequence[Subject], colors: Mapping[str, str]) -> list[Line2D]:
-    return [
-        Line2D(
-            [],
-            [],
-            linestyle="",
-            marker="D" if subject.is_float else "o",
-            color=colors[subject.name],
-            label=subject.name,
-        )
-        for subject in standing_out(subjects, colors)
-    ]
+def _mark(subject: Subject, color: str) -> Line2D:
+    marker = _MARKERS[subject.is_float]
+    return Line2D([], [], linestyle="", marker=marker, color=color, label=subject.name)

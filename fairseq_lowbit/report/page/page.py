@@ -1,4 +1,4 @@
-"""The page: one HTML file with everything in it, and the figures as files beside."""
+"""The page: one HTML file with everything in it, and the figures as files beside it."""
 
 import base64
 from collections.abc import Sequence
@@ -12,8 +12,9 @@ from fairseq_lowbit import __version__
 from fairseq_lowbit.files import atomic_write
 from fairseq_lowbit.report.drawing import Drawing
 from fairseq_lowbit.report.style import as_bytes
+from fairseq_lowbit.runs.columns import Column
 
-# Above this many bytes a figure of lines is larger, and slower to show, than its pixels.
+# A larger SVG is slower to show than the same figure as PNG.
 _MOST_SVG = 200_000
 _FILES = ("png", "pdf")
 
@@ -23,7 +24,7 @@ class Picture:
     """A figure as it stands on the page.
 
     Attributes:
-        source: all of it, as a data URI.
+        source: the image as a data URI.
         alt: what it shows, in words.
     """
 
@@ -62,20 +63,11 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Head:
-    """Above a column of the comparison."""
-
-    title: str
-    unit: str
-    note: str
-
-
-@dataclass(frozen=True)
 class Line:
     """A row of the comparison.
 
     Attributes:
-        anchor: of the details, None without any.
+        anchor: of the details.
         color: in the figures.
         details: what differs from the others, in small letters.
         status: empty for a finished run.
@@ -83,7 +75,7 @@ class Line:
     """
 
     name: str
-    anchor: str | None
+    anchor: str
     color: str
     precision: str
     details: str
@@ -94,13 +86,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Details:
-    """What a run was, for who wants to know exactly.
+    """What a run was, in full.
 
     Attributes:
         facts: (what, value).
         plan_heads, plan_rows: the resolved precision, the total last; no rows without a plan.
         configuration: YAML; empty if it is not known.
-        is_told_by_another: a fact tells the configuration, so that it need not be printed.
     """
 
     anchor: str
@@ -110,12 +101,11 @@ class Details:
     plan_heads: Sequence[str]
     plan_rows: Sequence[Sequence[str]]
     configuration: str
-    is_told_by_another: bool = False
 
 
 @dataclass(frozen=True)
 class Page:
-    """All that a report says.
+    """The content of a report.
 
     Attributes:
         created: date and time.
@@ -128,7 +118,7 @@ class Page:
     created: str
     summary: str
     problems: Sequence[str]
-    heads: Sequence[Head]
+    columns: Sequence[Column]
     lines: Sequence[Line]
     findings: Sequence[str]
     sections: Sequence[Section]
@@ -139,7 +129,7 @@ class Page:
 
 @dataclass
 class Pictures:
-    """Makes pictures of drawings, and leaves each in a folder as PNG and PDF too."""
+    """Makes pictures of drawings, and writes each into a folder as PNG and PDF too."""
 
     folder: Path
     names: list[str] = field(default_factory=list)
@@ -159,20 +149,15 @@ class Pictures:
         return Picture(drawing.title, drawing.caption, source, drawing.alt or drawing.caption)
 
     def _unused(self, name: str) -> str:
-        """A name for files that no other drawing has; models may be named alike."""
+        """A file name that no other drawing has, since two models may have the same name."""
         numbered = (f"{name}_{number}" for number in count(2))
         free = next(stem for stem in chain([name], numbered) if stem not in self.names)
         self.names.append(free)
         return free
 
 
-def figures_folder(page: Path) -> Path:
-    """Beside the page: ``report.html`` -> ``report_figures``."""
-    return page.with_name(f"{page.stem}_figures")
-
-
 def render(page: Page) -> str:
-    """The HTML. Whatever a user named is escaped."""
+    """The HTML, in which all text of users is escaped."""
     environment = Environment(
         loader=PackageLoader("fairseq_lowbit.report.page", "template"),
         autoescape=True,

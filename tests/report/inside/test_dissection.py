@@ -14,14 +14,14 @@ from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.report.inside import dissection
 from fairseq_lowbit.report.inside.dissection import dissect_all, held_out_utterance
 from fairseq_lowbit.report.subjects import Subject, gather
-from fairseq_lowbit.runs.collection import Entry, records
-from fairseq_lowbit.runs.folder import read_run
+from fairseq_lowbit.runs.collection import Entry, model_records
+from fairseq_lowbit.runs.run import read_run
 from tests.evaluation.conftest import calibrated
 
 
 def subjects_of(*folders: Path) -> list[Subject]:
     entries = [Entry(folder.name, read_run(folder)) for folder in folders]
-    known = gather((record for group in records(entries, "name") for record in group), ())
+    known = gather((record for group in model_records(entries, "name") for record in group), ())
     return [subject for subject in known if subject.record["status"] is not None]
 
 

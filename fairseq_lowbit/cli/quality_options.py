@@ -1,4 +1,4 @@
-"""Measuring the runs that a command was given: its options, and its progress on stderr."""
+"""Measuring the quality of the runs that a command was given: options, and progress on stderr."""
 
 import argparse
 import sys
@@ -10,8 +10,8 @@ from pathlib import Path
 from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.evaluation.quality import SECONDS
 from fairseq_lowbit.runs.collection import Entry
-from fairseq_lowbit.runs.folder import Run
-from fairseq_lowbit.runs.measured import measure_runs, stored_measurement
+from fairseq_lowbit.runs.run import Run
+from fairseq_lowbit.runs.run_quality import measure_quality, stored_quality
 
 
 def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_measuring_arguments(args: argparse.Namespace) -> None:
-    """Raises LowbitError for what was given by hand and is not there, or no amount of audio."""
+    """Raises LowbitError for a path that does not exist, or an impossible amount of audio."""
     require_number("--seconds", args.seconds, 0, excluded=True)
     if args.data and not (args.data / "test.tsv").is_file():
         raise LowbitError(f"--data {args.data} holds no test.tsv")
@@ -35,8 +35,8 @@ def check_measuring_arguments(args: argparse.Namespace) -> None:
 
 
 def with_places(entries: Sequence[Entry], args: argparse.Namespace) -> list[Entry]:
-    """With the data and the teacher of the command line, where they are given; the teacher itself
-    is its own run's model and nobody's student."""
+    """Sets the data and the teacher of the command line, if they are given; the run of that teacher
+    itself gets no teacher."""
     given = {"data": args.data, "teacher": args.teacher}
     given = {key: path for key, path in given.items() if path is not None}
 
@@ -47,21 +47,21 @@ def with_places(entries: Sequence[Entry], args: argparse.Namespace) -> list[Entr
     return [replace(e, run=place(e.run)) if e.run else e for e in entries]
 
 
-def measure(entries: list[Entry], seconds: float, only_known: bool) -> None:
+def measure_entries(entries: list[Entry], seconds: float, only_known: bool) -> None:
     """Replaces entries by measured ones, one by one; what an earlier command measured is kept.
 
     Args:
-        only_known: measure nothing anew.
+        only_known: measure nothing, take only what is stored.
 
     Raises:
-        KeyboardInterrupt: it was interrupted, and has said so.
+        KeyboardInterrupt: after a message that it was interrupted.
     """
     places = {}
     for index, entry in enumerate(entries):
         if entry.run is None or entry.run.updates is None:
             continue
-        known = stored_measurement(entry.run, seconds)
-        entries[index] = replace(entry, measurement=known)
+        known = stored_quality(entry.run, seconds)
+        entries[index] = replace(entry, quality=known)
         if known is None:
             places[entry.run] = index
     if only_known or not places:
@@ -73,9 +73,9 @@ def measure(entries: list[Entry], seconds: float, only_known: bool) -> None:
         print(f"measuring {next(started)} of {len(places)}: {name}", file=sys.stderr, flush=True)
 
     try:
-        for run, result in measure_runs(places, seconds, announce):
+        for run, result in measure_quality(places, seconds, announce):
             index = places[run]
-            known = {"problem" if isinstance(result, str) else "measurement": result}
+            known = {"problem" if isinstance(result, str) else "quality": result}
             entries[index] = replace(entries[index], **known)
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept, the same command goes on", file=sys.stderr)

@@ -1,0 +1,193 @@
+"""The figures that models are compared by, each defined once for every table and drawing.
+
+A model is a record: plain data, see :data:`fairseq_lowbit.runs.collection.FIELDS`. A column finds
+its figure in a record and knows how it is shown.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fairseq_lowbit.profiling.cost import CONVERSION_RATE
+from fairseq_lowbit.profiling.paper import SOURCE
+
+ModelRecord = Mapping[str, Any]
+UNKNOWN = "–"
+# Seconds of audio that costs are counted for.
+COUNTED_SECONDS = 10.0
+_LAST = "; where there is one figure, of the last layer"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of every model.
+
+    Attributes:
+        key: of a record, and of file names.
+        title: head of a table, without the unit.
+        unit: of the figure as it is shown.
+        note: one sentence that defines it.
+        digits: behind the decimal point.
+        factor: from the record's unit to ``unit``.
+        lower_is_better: as of a cost or a loss.
+        name: on the axis of a figure and in sentences; by default the title.
+        loss: if given, the figure compares models of this loss only and is unknown for others.
+    """
+
+    key: str
+    title: str
+    unit: str
+    note: str
+    digits: int
+    factor: float = 1.0
+    lower_is_better: bool = False
+    name: str = ""
+    loss: str | None = None
+
+    @property
+    def head(self) -> str:
+        """Above a column."""
+        return f"{self.title} {self.unit}".strip()
+
+    @property
+    def label(self) -> str:
+        """On an axis or in a sentence."""
+        return self.name or self.title
+
+    @property
+    def axis(self) -> str:
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+    def value(self, record: ModelRecord) -> float | None:
+        """In ``unit``; None where it is not known."""
+        if self.loss not in (None, record.get("loss")):
+            return None
+        return self._scaled(record.get(self.key))
+
+    def spread(self, record: ModelRecord) -> float | None:
+        """The standard deviation in ``unit``; None where there is none."""
+        return self._scaled(record.get(f"{self.key}_std"))
+
+    def layers(self, record: ModelRecord) -> list[float]:
+        """The figure of each layer in ``unit``; empty for a figure of the whole model."""
+        return [self.factor * value for value in record.get(f"{self.key}_layers") or ()]
+
+    def layer_spreads(self, record: ModelRecord) -> list[float | None]:
+        """The standard deviation of each layer's figure in ``unit``; None where there is none."""
+        spreads = record.get(f"{self.key}_std_layers") or [None] * len(self.layers(record))
+        return [self._scaled(value) for value in spreads]
+
+    def merit(self, record: ModelRecord) -> float | None:
+        """The value with its sign chosen so that more is better; None where it is not known."""
+        value = self.value(record)
+        return None if value is None else -value if self.lower_is_better else value
+
+    def text(self, record: ModelRecord) -> str:
+        """A table's cell."""
+        return self._text(self.value(record), self.spread(record))
+
+    def layers_text(self, record: ModelRecord) -> str:
+        """A table's cell with the figure of each layer, where the column has it."""
+        pairs = zip(self.layers(record), self.layer_spreads(record), strict=True)
+        return " ".join(self._text(*pair) for pair in pairs) or self.text(record)
+
+    def _scaled(self, value: float | None) -> float | None:
+        return None if value is None or math.isnan(value) else self.factor * value
+
+    def _text(self, value: float | None, spread: float | None) -> str:
+        if value is None:
+            return UNKNOWN
+        text = f"{value:,.{self.digits}f}"
+        return text if spread is None else f"{text}±{spread:.{self.digits}f}"
+
+
+STORAGE = Column(
+    "storage_mb",
+    "storage",
+    "MB",
+    "bytes of all parameters, each at its own width, 16 bits where it is float; 1 MB is 1,000,000 "
+    "bytes",
+    2,
+    lower_is_better=True,
+)
+FLOPS = Column(
+    "flops",
+    "FLOPs",
+    "G",
+    f"operations with a float operand for {COUNTED_SECONDS:g} s of audio, 2 per "
+    "multiply-accumulate",
+    2,
+    factor=1e-9,
+    lower_is_better=True,
+)
+QUANTOPS = Column(
+    "quantops",
+    "QuantOps",
+    "Gbit",
+    "operations between quantized operands, times the wider one's bits",
+    2,
+    factor=1e-9,
+    lower_is_better=True,
+)
+RUNTIME = Column(
+    "runtime",
+    "runtime",
+    "est.",
+    f"an estimate: (FLOPs + QuantOps / {CONVERSION_RATE:g}) / FLOPs of a float model of the shape "
+    "that most models here have",
+    3,
+    lower_is_better=True,
+)
+VALIDATION_LOSS = Column(
+    "best_loss",
+    "valid. loss",
+    "",
+    "best validation loss; comparable between runs of one loss and one teacher",
+    4,
+    lower_is_better=True,
+    name="validation loss",
+)
+# Ranks models of which no other quality is known.
+DISTILLATION_LOSS = replace(
+    VALIDATION_LOSS, name="validation loss of distillation", loss="distillation"
+)
+MASKED_ACCURACY = Column(
+    "masked_accuracy",
+    "masked acc.",
+    "%",
+    "labels of masked frames that the model predicts, on held-out audio",
+    1,
+    factor=100,
+    name="masked accuracy",
+)
+COSINE = Column(
+    "cosine",
+    "cosine",
+    "",
+    f"mean cosine between the frames of a layer and the teacher's, each centred{_LAST}",
+    3,
+    name="cosine to the teacher",
+)
+SNR = Column(
+    "snr_db",
+    "SNR",
+    "dB",
+    f"signal-to-noise ratio of a layer against the teacher's{_LAST}",
+    1,
+    name="SNR against the teacher",
+)
+WORD_PROBE = Column(
+    "word_probe",
+    "word probe",
+    "%",
+    "words that a linear classifier recognizes by the mean of a frozen layer, on unseen voices"
+    f"{_LAST}; ± is the standard deviation over three subsets of the training words",
+    1,
+    factor=100,
+)
+PAPER_WER = Column(
+    "paper_wer", "paper WER", "%", f"word error rate of {SOURCE}", 2, lower_is_better=True
+)
+COSTS = (STORAGE, FLOPS, QUANTOPS, RUNTIME)
+QUALITIES = (MASKED_ACCURACY, COSINE, SNR, WORD_PROBE)
