@@ -1,6 +1,7 @@
 """Attaching quantizers to a float model's operators by a plan, and calibrating them."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.nn.attention import OPERANDS, SelfAttention
-from fairseq_lowbit.nn.operators import Conv1d, Linear, Operator, PositionalConv1d
+from fairseq_lowbit.nn.operators import Conv1d, Embedding, Linear, Operator, PositionalConv1d
 from fairseq_lowbit.precision import InputKind, Plan, PlanEntry, Precision, Role, Site, resolve_plan
 from fairseq_lowbit.precision.grammar import FLOAT_BITS, LEARNED_SCALE, PLAIN_RANGE
 from fairseq_lowbit.quantization import (
@@ -31,11 +32,15 @@ Batch = TypeVar("Batch")
 def sites(model: nn.Module) -> list[Site]:
     """Everything in ``model`` that a plan can quantize, in model order; meta device too."""
     found, groups = [], _input_groups(model)
+    first_users: dict[object, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, SelfAttention):
             found += [_operand_site(name, module, operand) for operand in OPERANDS]
         elif isinstance(module, Operator):
-            found.append(_operator_site(name, module, groups.get(module, "")))
+            site = _operator_site(name, module, groups.get(module, ""))
+            first = first_users.setdefault(module._parameters.get("weight", module), name)
+            # The plan counts a shared weight once.
+            found.append(site if first == name else replace(site, tied_to=first, weights=0))
     return found
 
 
@@ -61,9 +66,10 @@ def _operand_site(name: str, attention: SelfAttention, operand: str) -> Site:
 
 
 def _operator_site(name: str, module: Operator, input_group: str) -> Site:
-    total = sum(p.numel() for p in module.parameters())
+    total = _float_parameters(module)
     shape = module.weight_shape
-    kind = "linear" if isinstance(module, Linear) else "conv"
+    is_embedding = isinstance(module, Embedding)
+    kind = "linear" if isinstance(module, Linear) else "embedding" if is_embedding else "conv"
     weights = shape.numel()
     return Site(
         name,
@@ -74,39 +80,121 @@ def _operator_site(name: str, module: Operator, input_group: str) -> Site:
         weights=weights,
         others=total - weights,
         channels=shape[0],
-        shifts=1,
+        shifts=0 if is_embedding else 1,
     )
 
 
-def attach(model: nn.Module, precision: Precision) -> Plan:
-    """Resolves ``precision`` for a float ``model`` and puts the planned quantizers into its slots.
+def _float_parameters(module: nn.Module) -> int:
+    """How many values there are to train in the float model."""
+    of_quantizers = {p for _, quantizer in quantizers(module) for p in quantizer.parameters()}
+    return sum(p.numel() for p in module.parameters() if p not in of_quantizers)
+
+
+def planned(model: nn.Module, precision: Precision) -> Plan:
+    """Resolves ``precision`` for ``model``, which stays as it is.
 
     Raises:
-        LowbitError: see :func:`fairseq_lowbit.precision.resolve_plan`.
+        LowbitError: see :func:`fairseq_lowbit.precision.resolve_plan`; or a weight that several
+            modules share is not quantized in the same way by all of them.
     """
     places = sites(model)
     inside = sum(site.weights + site.others for site in places)
-    outside = sum(p.numel() for p in model.parameters()) - inside
-    plan = resolve_plan(precision, places, outside)
-    for entry in plan.entries:
-        if entry.kind == "operand":
-            _attach_operand(model, entry, precision)
-        else:
-            _attach_operator(model.get_submodule(entry.module), entry, precision)
+    plan = resolve_plan(precision, places, _float_parameters(model) - inside)
+    _check_ties(model, places, plan)
+    return plan
+
+
+def attach(model: nn.Module, precision: Precision) -> Plan:
+    """Puts the planned quantizers into the slots of ``model``.
+
+    What was attached before is gone, as if the model were a fresh float one. On an error nothing
+    has changed.
+
+    Raises:
+        LowbitError: see :func:`planned`; or a quantizer that cannot be made.
+    """
+    plan = planned(model, precision)
+    made = [
+        (module, slot, quantizer)
+        for entry in plan.entries
+        for module, slot, quantizer in _made_quantizers(model, entry, precision)
+    ]
+    detach(model)
+    for module, slot, quantizer in made:
+        setattr(module, slot, quantizer)
+    for site in sites(model):
+        if site.tied_to:
+            reader, owner = (model.get_submodule(name) for name in (site.name, site.tied_to))
+            reader.weight_quantizer = owner.weight_quantizer
     for module in model.modules():
-        if isinstance(module, SelfAttention):
+        if isinstance(module, Operator):
+            module.name_groups()
+        elif isinstance(module, SelfAttention):
             _share_input_quantizer(module)
             if precision.length_scaled:
                 module.reference_frames = precision.reference_frames
     return plan
 
 
-def _attach_operator(module: Operator, entry: PlanEntry, precision: Precision) -> None:
+def detach(model: nn.Module) -> None:
+    """Takes every quantizer out; squashed weights become the float ones that they stand for."""
+    for module in model.modules():
+        if isinstance(module, Operator | SelfAttention):
+            module.clear_quantizers()
+
+
+def _check_ties(model: nn.Module, places: list[Site], plan: Plan) -> None:
+    """A weight has one quantizer, so whoever shares it is quantized in the same way or not at all."""
+    entries = {entry.module: entry for entry in plan.entries}
+
+    def decision(name: str) -> tuple:
+        entry = entries[name]
+        method = entry.method if entry.weight_bits < FLOAT_BITS else "none"
+        return method, entry.weight_bits, entry.granularity, entry.group_size
+
+    for site in places:
+        if site.tied_to and decision(site.name) != decision(site.tied_to):
+            raise LowbitError(
+                f"{site.name} and {site.tied_to} share one weight, which precision "
+                f"{plan.precision.name} and its rules quantize with "
+                f"{_bits(entries[site.name])} and {_bits(entries[site.tied_to])}: name both in "
+                "one rule, or leave both float with method none"
+            )
+    held = {entry.module for entry in plan.entries if entry.weight_bits < FLOAT_BITS}
+    weights = {model.get_submodule(name)._parameters.get("weight"): name for name in held}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter in weights and not isinstance(module, Operator):
+                raise LowbitError(
+                    f"the weight of {weights[parameter]} is {name}.{key} too, in a "
+                    f"{type(module).__name__}, which has no quantizer: leave both float with a "
+                    "rule of method none"
+                )
+
+
+def _bits(entry: PlanEntry) -> str:
+    method = "" if entry.method == "none" else f" {entry.method}"
+    return f"{entry.weight_bits} bits{method}"
+
+
+def _made_quantizers(
+    model: nn.Module, entry: PlanEntry, precision: Precision
+) -> Iterator[tuple[nn.Module, str, Quantizer]]:
+    """What ``entry`` puts into which slot of which module."""
+    if entry.kind == "operand":
+        path, operand = entry.module.rsplit(".", 1)
+        attention = model.get_submodule(path)
+        if entry.activation_bits < FLOAT_BITS:
+            frames = precision.reference_frames
+            quantizer = _operand_quantizer(attention, operand, entry, frames)
+            yield attention, f"{operand}_quantizer", quantizer
+        return
+    module = model.get_submodule(entry.module)
     if entry.weight_bits < FLOAT_BITS:
-        module.weight_quantizer = _weight_quantizer(module, entry, precision.squash_std)
-        module.name_groups()
+        quantizer = _weight_quantizer(module, entry, precision.squash_std)
+        yield module, "weight_quantizer", quantizer
     if entry.activation_bits < FLOAT_BITS:
-        module.input_quantizer = _input_quantizer(module, entry)
+        yield module, "input_quantizer", _input_quantizer(module, entry)
 
 
 def _weight_quantizer(module: Operator, entry: PlanEntry, squash_std: float) -> Quantizer:
@@ -154,15 +242,6 @@ def _frame_dim(module: Operator, entry: PlanEntry) -> int | tuple[int, int]:
 
 def _input_channels(module: Conv1d | PositionalConv1d) -> int:
     return len(module.bias) if isinstance(module, PositionalConv1d) else module.in_channels
-
-
-def _attach_operand(model: nn.Module, entry: PlanEntry, precision: Precision) -> None:
-    if entry.activation_bits == FLOAT_BITS:
-        return
-    path, operand = entry.module.rsplit(".", 1)
-    attention = model.get_submodule(path)
-    quantizer = _operand_quantizer(attention, operand, entry, precision.reference_frames)
-    setattr(attention, f"{operand}_quantizer", quantizer)
 
 
 def _operand_quantizer(
@@ -266,7 +345,7 @@ def calibrate(
         for name, quantizer in quantizers(model)
         if isinstance(quantizer, ElasticQuantizer) and not name.endswith("weight_quantizer")
     ]
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     for quantizer in activations:
         quantizer.start_calibration(Calibrator(criterion))
@@ -276,7 +355,8 @@ def calibrate(
     finally:
         for quantizer in activations:
             quantizer.finish_calibration()
-        model.train(was_training)
+        for module, is_training in modes.items():
+            module.training = is_training
     idle = [name for name, quantizer in quantizers(model) if not quantizer.is_calibrated]
     if idle:
         raise RuntimeError(f"calibration never reached {len(idle)} quantizers, first {idle[0]}")
@@ -298,7 +378,7 @@ def _calibrate_weights(model: nn.Module, criterion: Criterion) -> dict[str, floa
             clipped[name] = quantizer.clipped_share(weight)
             # Last, because the stored weight may be the parameter itself.
             for key, value in module.weight_state(unsquashed).items():
-                getattr(module, key).copy_(value)
+                module.get_parameter(key).copy_(value)
     return clipped
 
 

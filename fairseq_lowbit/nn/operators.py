@@ -4,11 +4,14 @@ Each states its role and which values it reads: what a precision plan decides by
 """
 
 import math
+from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fairseq_lowbit.precision import InputKind, Role
 from fairseq_lowbit.quantization import Quantizer, SquashedQuantizer, recomputed
@@ -41,7 +44,35 @@ class Operator(nn.Module):
         times a float weight's, and the loss, not weight decay, keeps their spread."""
         if isinstance(self.weight_quantizer, SquashedQuantizer):
             for name in self.weight_state(self.stored_weight()):
-                getattr(self, name).param_group = SQUASHED_GROUP
+                self.get_parameter(name).param_group = SQUASHED_GROUP
+
+    def clear_quantizers(self) -> None:
+        """Makes it the float operator that it was, with the float weight that a squashed one stands
+        for."""
+        if isinstance(self.weight_quantizer, SquashedQuantizer):
+            weight = self.stored_weight().detach()
+            if self.weight_quantizer.is_calibrated:
+                weight = self.weight_quantizer.target(weight)
+            for name, value in self.weight_state(weight).items():
+                parameter = self.get_parameter(name)
+                parameter.data.copy_(value)
+                del parameter.param_group
+        clear_slots(self, ("weight_quantizer", "input_quantizer"))
+
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str:
+        """Why the float ``module`` cannot become this operator; empty when it can."""
+        if not isinstance(module._parameters.get("weight"), nn.Parameter):
+            return "its weight is no parameter of its own but computed, by pruning for example"
+        return ""
+
+    @classmethod
+    def adopt(cls, module: nn.Module, role: Role, input_kind: InputKind) -> None:
+        """Turns the float ``module`` into this operator. It stays the same object with the same
+        parameters, hooks and state-dict keys; only its class changes."""
+        module.__class__ = cls
+        module.role, module.input_kind = role, input_kind
+        module.weight_quantizer = module.input_quantizer = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -94,9 +125,92 @@ class Conv1d(Operator, nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, in, samples] -> [batch, out, frames]."""
-        x, weight = _quantized(x, self.input_quantizer), _effective_weight(self)
+        x, weight = self.quantized_input(x), _effective_weight(self)
         with recomputed(x, weight):
             return self._conv_forward(x, weight, self.bias)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        return _quantized(x, self.input_quantizer)
+
+
+class WeightNormConv1d(Conv1d):
+    """A convolution under one of torch's two ``weight_norm`` functions, with their parameters.
+
+    Made from a float one only. A frame of zeros stays zero behind a quantizer with a shift: encoders
+    zero what is padded before their positional convolution.
+    """
+
+    gain_name: str
+    direction_name: str
+    norm_dim: int
+
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str:
+        return ""
+
+    @classmethod
+    def adopt(cls, module: nn.Module, role: Role, input_kind: InputKind) -> None:
+        hook = weight_norm_hook(module)
+        if hook is None:
+            names = ("parametrizations.weight.original0", "parametrizations.weight.original1")
+            module.norm_dim = module.parametrizations.weight[0].dim
+        else:
+            # The hook would set ``weight``, which nobody reads any more and no deep copy survives.
+            key, normalization = hook
+            hooks = module._forward_pre_hooks.items()
+            module._forward_pre_hooks = OrderedDict((k, h) for k, h in hooks if k != key)
+            del module.weight
+            names, module.norm_dim = ("weight_g", "weight_v"), normalization.dim
+        module.gain_name, module.direction_name = names
+        super().adopt(module, role, input_kind)
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        return self.get_parameter(self.direction_name).shape
+
+    @property
+    def weight(self) -> Tensor:
+        """gain * direction / |direction|, [out, in/groups, kernel]."""
+        direction = self.get_parameter(self.direction_name)
+        norm = torch.norm_except_dim(direction, 2, self.norm_dim)
+        return direction * (self.get_parameter(self.gain_name) / norm)
+
+    def weight_state(self, weight: Tensor) -> dict[str, Tensor]:
+        norm = torch.norm_except_dim(weight, 2, self.norm_dim)
+        return {self.direction_name: weight, self.gain_name: norm}
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        if self.input_quantizer is None:
+            return x
+        return self.input_quantizer(x).masked_fill((x == 0).all(1, keepdim=True), 0)
+
+
+def weight_norm_hook(module: nn.Module) -> tuple[int, WeightNorm] | None:
+    """Key and hook of ``torch.nn.utils.weight_norm`` on the weight of ``module``; None without."""
+    for key, hook in module._forward_pre_hooks.items():
+        if isinstance(hook, WeightNorm) and hook.name == "weight":
+            return key, hook
+    return None
+
+
+class Embedding(Operator, nn.Embedding):
+    """``nn.Embedding`` with a quantizer slot for its table; its input are indices.
+
+    Made from a float one only.
+    """
+
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str:
+        if module.max_norm is not None or module.sparse:
+            return "its max_norm or sparse gradients need the float table"
+        return super().obstacle(module)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Integers of any shape -> [..., embedding_dim]."""
+        weight = _effective_weight(self)
+        return F.embedding(
+            indices, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq
+        )
 
 
 class PositionalConv1d(Operator):
@@ -150,6 +264,14 @@ class PositionalConv1d(Operator):
         with recomputed(x, weight):
             y = F.conv1d(x, weight, self.bias, padding=self.kernel // 2, groups=self.groups)
         return y[..., : x.shape[-1]]
+
+
+def clear_slots(module: nn.Module, slots: Iterable[str]) -> None:
+    """Empties slots for quantizers, as if there had never been any."""
+    for slot in slots:
+        if slot in module._modules:
+            delattr(module, slot)
+        setattr(module, slot, None)
 
 
 def _quantized(x: Tensor, quantizer: Quantizer | None) -> Tensor:

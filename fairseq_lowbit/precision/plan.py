@@ -115,6 +115,12 @@ def _check_reach(rule: Rule, matched: list[Site], sites: list[Site]) -> None:
             f"precision rule {rule.match!r} matches no module; quantizable modules are "
             f"{_examples(sites)}"
         )
+    if rule.weight_bits is None and rule.method is None and rule.activation_bits is not None:
+        if all(site.kind == "embedding" for site in matched):
+            raise LowbitError(
+                f"precision rule {rule.match!r} reaches embeddings only, whose input are indices: "
+                "give weight_bits"
+            )
     changes_activations = rule.activation_bits is not None or rule.method is not None
     if not changes_activations and all(site.kind == "operand" for site in matched):
         raise LowbitError(
@@ -172,6 +178,8 @@ def _entry(site: Site, preset: Preset, rules: list[Rule]) -> PlanEntry:
         choice = _refined(site, rule, choice)
     if choice.method == "squashed":
         choice = replace(choice, granularity="per_channel")
+    if site.kind == "embedding":  # its input are indices
+        choice = replace(choice, activation_bits=FLOAT_BITS)
     if choice.weight_bits == FLOAT_BITS:
         choice = replace(choice, granularity="-", group_size=None)
     if choice.weight_bits == choice.activation_bits == FLOAT_BITS:
@@ -245,6 +253,8 @@ def _check_complete(
     site: Site, rule: Rule, choice: _Choice, given: tuple[int | None, int | None]
 ) -> None:
     """A rule leaves nothing open for a module that the name leaves float."""
+    if site.kind == "embedding" and given[0] is not None:
+        given = (given[0], FLOAT_BITS)
     was_float = choice.weight_bits == choice.activation_bits == FLOAT_BITS
     missing = [
         key
@@ -275,7 +285,7 @@ def _check_scales(site: Site, rule: Rule, method: Method) -> None:
 
 def _bytes(site: Site, choice: _Choice) -> float:
     total = site.weights * choice.weight_bits / 8 + site.others * FLOAT_BYTES
-    if choice.weight_bits < FLOAT_BITS:
+    if choice.weight_bits < FLOAT_BITS and not site.tied_to:
         total += _scale_bytes(site, choice)
     # The other methods compute the scales of activations from the activations.
     if _learns_input_scale(choice):

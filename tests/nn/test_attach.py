@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.nn import Linear, attach, calibrate, is_calibrated, quantizers, sites
 from fairseq_lowbit.precision import Precision, Rule
@@ -297,3 +298,45 @@ def test_the_plan_stores_what_the_state_dict_holds(name: str, rules: tuple[Rule,
 def test_label_embeddings_are_no_part_of_the_stored_model() -> None:
     own, labelled = (Hubert(TINY, classes, Precision("bitl_w1a1")).plan for classes in (0, 500))
     assert (own.bytes, own.parameters) == (labelled.bytes, labelled.parameters)
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        Precision("float"),
+        Precision("bitl_w4a4", [Rule("*.0.fc1", method="none")]),
+        Precision("bitl_w2a16", [Rule("*.0.fc1", weight_bits=16, activation_bits=4)]),
+        Precision("bitla_w2a2", length_scaled=False),
+    ],
+)
+def test_attaching_again_gives_what_a_fresh_model_gets(precision: Precision) -> None:
+    model = build(Rule("*.fc2", weight_bits=16, activation_bits=3), Rule("*.q_proj", method="none"))
+    fresh = build(name="float")
+    plans = [attach(m, precision) for m in (model, fresh)]
+    assert plans[0] == plans[1]
+    assert repr(model) == repr(fresh)
+    assert list(model.state_dict()) == list(fresh.state_dict())
+    ours, theirs = ([m.encoder.layers[0].self_attn.reference_frames] for m in (model, fresh))
+    assert ours == theirs
+
+
+def test_attaching_again_gives_the_float_weights_of_squashed_ones_back() -> None:
+    model = build(name="sqwq_w8")
+    before = model.encoder.layers[0].fc1.weight.detach().clone()
+    calibrate(model, [waveform()], model_forward(model))
+    squashed = model.encoder.layers[0].fc1.weight
+    assert not torch.allclose(squashed, before, atol=0.1)
+    attach(model, Precision("float"))
+    weight = model.encoder.layers[0].fc1.weight
+    assert weight is squashed
+    # What squashing clipped is gone.
+    assert (weight - before).abs().mean() < 1e-2 * before.abs().mean()
+    assert not hasattr(weight, "param_group")
+
+
+def test_a_refused_precision_changes_nothing() -> None:
+    model = build()
+    before = repr(model)
+    with pytest.raises(LowbitError, match="1 bit of the waveform"):
+        attach(model, Precision("float", [Rule("*.0.0", "absmax", 4, 1)]))
+    assert repr(model) == before
