@@ -144,7 +144,7 @@ def detach(model: nn.Module) -> None:
 
 
 def _check_ties(model: nn.Module, places: list[Site], plan: Plan) -> None:
-    """A weight has one quantizer, so whoever shares it is quantized in the same way or not at all."""
+    """A weight has one quantizer, so all who share it are quantized in one way or not at all."""
     entries = {entry.module: entry for entry in plan.entries}
 
     def decision(name: str) -> tuple:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fairseq_lowbit.nn.operators import Linear, clear_slots
 from fairseq_lowbit.precision import InputKind, Role
-from fairseq_lowbit.quantization import Quantizer, recomputed
+from fairseq_lowbit.quantization import recomputed
 
 OPERANDS = ("query", "key", "value", "probabilities")
 AttentionMap = Literal["probabilities", "scores"]
@@ -115,7 +115,9 @@ class SelfAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return F.scaled_dot_product_attention(query, key, value, mask, dropout)
 
-    def _explicit(self, query, key, value, padding_mask, need, bias) -> tuple[Tensor, Tensor | None]:
+    def _explicit(
+        self, query, key, value, padding_mask, need, bias
+    ) -> tuple[Tensor, Tensor | None]:
         # Scaled before the product: there are fewer queries than scores.
         scores = (query * (self.dim // self.heads) ** -0.5) @ key.transpose(-1, -2)
         scores = scores if bias is None else scores + bias

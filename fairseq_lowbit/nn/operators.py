@@ -136,8 +136,8 @@ class Conv1d(Operator, nn.Conv1d):
 class WeightNormConv1d(Conv1d):
     """A convolution under one of torch's two ``weight_norm`` functions, with their parameters.
 
-    Made from a float one only. A frame of zeros stays zero behind a quantizer with a shift: encoders
-    zero what is padded before their positional convolution.
+    Made from a float one only. A frame of zeros stays zero behind a quantizer with a shift, because
+    encoders zero what is padded before their positional convolution.
     """
 
     gain_name: str

@@ -111,8 +111,8 @@ def quantize(
         raise
     _follow_weights(model)
     if left_float:
-        names = ", ".join(f"{name} ({type(m).__name__})" for name, m in left_float.items())
-        logger.warning("left float, for want of a quantized operator: %s", names)
+        names = ", ".join(f"{name} ({kind})" for name, kind in left_float.items())
+        logger.warning("float, for want of a quantized operator: %s", names)
     return model
 
 
@@ -231,27 +231,22 @@ def _obstacle(module: nn.Module, place: Place) -> str:
 @cache
 def _subclass(operator: type, float_type: type) -> type:
     """An attention that is still of its float type, which hooks and its model may ask for."""
-
-    def reduce(self, protocol):
-        return _instance, (operator, float_type), vars(self)
-
-    name = f"Quantized{float_type.__name__}"
-    return type(name, (operator, float_type), {"__reduce_ex__": reduce, "__module__": __name__})
+    return type(f"Quantized{float_type.__name__}", (operator, float_type), {})
 
 
-def _instance(operator: type, float_type: type) -> nn.Module:
-    """For copies and pickles, which then set its attributes."""
-    kind = _subclass(operator, float_type)
-    return kind.__new__(kind)
-
-
-def _left_float(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules with a weight that has no quantizer slot."""
-    return {
-        name: module
-        for name, module in _visible_modules(model, ())
-        if not isinstance(module, Operator) and _has_weight(module)
-    }
+def _left_float(model: nn.Module) -> dict[str, str]:
+    """Modules with a weight that has no quantizer slot: what they are, by name."""
+    visible = {module for _, module in _visible_modules(model, ())}
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Operator) or not _has_weight(module):
+            continue
+        place, found[name] = _place(module, {}), type(module).__name__
+        if module not in visible:
+            found[name] += " whose owner uses its weight without calling it"
+        elif place is not None:
+            found[name] += f": {_obstacle(module, place)}"
+    return found
 
 
 def _has_weight(module: nn.Module) -> bool:
@@ -263,20 +258,20 @@ def _has_weight(module: nn.Module) -> bool:
 
 
 def _without_idle_exceptions(
-    model: nn.Module, precision: Precision, left_float: Mapping[str, nn.Module]
+    model: nn.Module, precision: Precision, left_float: Mapping[str, str]
 ) -> Precision:
     """Drops the rules with which a user excepts modules that are float anyway.
 
     Raises:
         LowbitError: a rule that would quantize one of ``left_float``.
     """
-    for name, module in left_float.items():
+    for name, kind in left_float.items():
         rules = [rule for rule in precision.rules if fnmatchcase(name, rule.match)]
         if rules and rules[-1].method != "none":
             raise LowbitError(
-                f"precision rule {rules[-1].match!r} reaches {name}, a {type(module).__name__}, "
-                f"which cannot be quantized; what can is {_known()}. Write a narrower pattern, or "
-                f"a rule of method none for {name} behind it"
+                f"precision rule {rules[-1].match!r} reaches {name}, which cannot be quantized "
+                f"({kind}); what can is {_known()}. Write a narrower pattern, or a rule of method "
+                f"none for {name} behind it"
             )
     names = [site.name for site in sites(model)]
 

@@ -115,12 +115,12 @@ def _check_reach(rule: Rule, matched: list[Site], sites: list[Site]) -> None:
             f"precision rule {rule.match!r} matches no module; quantizable modules are "
             f"{_examples(sites)}"
         )
-    if rule.weight_bits is None and rule.method is None and rule.activation_bits is not None:
-        if all(site.kind == "embedding" for site in matched):
-            raise LowbitError(
-                f"precision rule {rule.match!r} reaches embeddings only, whose input are indices: "
-                "give weight_bits"
-            )
+    is_for_inputs = rule.activation_bits is not None and rule.weight_bits is rule.method is None
+    if is_for_inputs and all(site.kind == "embedding" for site in matched):
+        raise LowbitError(
+            f"precision rule {rule.match!r} reaches embeddings only, whose input are indices: give "
+            "weight_bits"
+        )
     changes_activations = rule.activation_bits is not None or rule.method is not None
     if not changes_activations and all(site.kind == "operand" for site in matched):
         raise LowbitError(
