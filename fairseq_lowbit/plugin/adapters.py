@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from fairseq.models.wav2vec.wav2vec2 import TransformerSentenceEncoderLayer
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
@@ -103,7 +104,7 @@ def _encoder(encoder: nn.Module) -> Iterator[tuple[nn.Module, Place]]:
 
 
 def _layer(layer: nn.Module) -> Iterator[tuple[nn.Module, Place]]:
-    if isinstance(layer.self_attn, MultiheadAttention):
+    if isinstance(layer, TransformerSentenceEncoderLayer):
         operator = FairseqSelfAttention
         yield layer.self_attn, Place(Role.ATTENTION_OPERAND, operator=operator)
         function = layer.activation_fn

@@ -115,7 +115,8 @@ def _check_reach(rule: Rule, matched: list[Site], sites: list[Site]) -> None:
             f"precision rule {rule.match!r} matches no module; quantizable modules are "
             f"{_examples(sites)}"
         )
-    is_for_inputs = rule.activation_bits is not None and rule.weight_bits is rule.method is None
+    changes_weights = rule.weight_bits is not None or rule.method is not None
+    is_for_inputs = rule.activation_bits is not None and not changes_weights
     if is_for_inputs and all(site.kind == "embedding" for site in matched):
         raise LowbitError(
             f"precision rule {rule.match!r} reaches embeddings only, whose input are indices: give "
