@@ -2,8 +2,8 @@
 
 Importing the package is light: it loads neither torch, fairseq nor Hydra. Every folder below it is
 one room with one concern, and imports run one way: quantization (numbers and codes), precision
-(which bits where), nn (quantized operators), models, distillation, evaluation, plugin (the only
-room that knows fairseq), cli. ``data`` stands by itself.
+(which bits where), nn (quantized operators), models, distillation, interop (models of other
+libraries), evaluation, plugin (the only room that knows fairseq), cli. ``data`` stands by itself.
 """
 
 import sys

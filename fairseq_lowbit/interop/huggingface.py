@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.nn.attention import SelfAttention
-from fairseq_lowbit.nn.swap import Place, register_adapter
+from fairseq_lowbit.nn.swap import Place, register_adapter, register_opaque
 from fairseq_lowbit.precision import InputKind, Role
 
 _ACTIVATIONS = {
@@ -27,6 +27,7 @@ def register() -> None:
     for name in ("Hubert", "Wav2Vec2", "WavLM"):
         module = f"transformers.models.{name.lower()}.modeling_{name.lower()}"
         register_adapter(f"{module}.{name}PreTrainedModel", _places)
+    register_opaque("transformers.models.wavlm.modeling_wavlm.WavLMAttention")
 
 
 class SpeechAttention(SelfAttention):

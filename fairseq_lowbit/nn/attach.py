@@ -119,7 +119,9 @@ def attach(model: nn.Module, precision: Precision) -> Plan:
         for entry in plan.entries
         for module, slot, quantizer in _made_quantizers(model, entry, precision)
     ]
-    detach(model)
+    for module in model.modules():
+        if isinstance(module, Operator | SelfAttention):
+            module.clear_quantizers()
     for module, slot, quantizer in made:
         setattr(module, slot, quantizer)
     for site in sites(model):
@@ -134,13 +136,6 @@ def attach(model: nn.Module, precision: Precision) -> Plan:
             if precision.length_scaled:
                 module.reference_frames = precision.reference_frames
     return plan
-
-
-def detach(model: nn.Module) -> None:
-    """Takes every quantizer out; squashed weights become the float ones that they stand for."""
-    for module in model.modules():
-        if isinstance(module, Operator | SelfAttention):
-            module.clear_quantizers()
 
 
 def _check_ties(model: nn.Module, places: list[Site], plan: Plan) -> None:
@@ -160,8 +155,11 @@ def _check_ties(model: nn.Module, places: list[Site], plan: Plan) -> None:
                 f"{_bits(entries[site.name])} and {_bits(entries[site.tied_to])}: name both in "
                 "one rule, or leave both float with method none"
             )
-    held = {entry.module for entry in plan.entries if entry.weight_bits < FLOAT_BITS}
-    weights = {model.get_submodule(name)._parameters.get("weight"): name for name in held}
+    weights = {
+        model.get_submodule(entry.module)._parameters.get("weight"): entry.module
+        for entry in plan.entries
+        if entry.weight_bits < FLOAT_BITS
+    }
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter in weights and not isinstance(module, Operator):
