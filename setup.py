@@ -16,7 +16,7 @@ def version() -> str:
 
 INSTALL_REQUIRES = [
     # The maintained distribution of the module `fairseq`. Who has built fairseq from source
-    # installs with --no-deps, see README.md and scripts/setup.sh.
+    # installs with --no-deps, see docs/troubleshooting.md and scripts/setup.sh.
     "fairseq-fixed>=0.12.3.1,<0.13",
     "torch>=2.6",
     "hydra-core>=1.3.2,<1.4",

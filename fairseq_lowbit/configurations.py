@@ -1,5 +1,6 @@
 """This package's configurations outside of training: composing them, and what they ask for."""
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 import fairseq_lowbit
@@ -62,20 +63,35 @@ def compose_config(name: str, overrides: list[str]) -> DictConfig:
 
 
 def rules_overrides(text: str) -> list[str]:
-    """Overrides for rules by the name of a file in ``config/rules``, or for a list of them.
+    """Overrides for rules by the names of files in ``config/rules``, or for a list of rules.
 
     Raises:
         LowbitError: neither of them.
     """
     names = sorted(path.stem for path in (config_dir() / "rules").glob("*.yaml"))
-    if text in names:
-        return [f"rules={text}"]
+    if all(name in names for name in text.split(",")):
+        return [f"rules=[{text}]"]
     if text.strip().startswith("["):
         return [f"model.precision.rules={text}"]
     raise LowbitError(
-        f"rules {text!r}: want {', '.join(names)}, or a list of rules such as "
+        f"rules {text!r}: want names among {', '.join(names)}, or a list of rules such as "
         "[{match: encoder.layers.0.*, weight_bits: 8}]"
     )
+
+
+def fold_rules(config: DictConfig) -> None:
+    """Puts the rules of the chosen files, in order, before those that the configuration lists.
+
+    Args:
+        config: its ``model`` section, which is changed.
+    """
+    precision = config.get("precision")
+    if precision is None or "rule_files" not in precision:
+        return
+    with read_write(config), open_dict(config):
+        files = precision.pop("rule_files") or {}
+        own = precision.get("rules") or []
+        precision.rules = [*(rule for rules in files.values() for rule in rules or []), *own]
 
 
 def model_config(name: str, overrides: list[str]) -> ModelConfig:
@@ -111,6 +127,8 @@ def read_model_config(config: DictConfig) -> ModelConfig:
     Raises:
         LowbitError: an unknown key, or a value of another type.
     """
+    config = copy.deepcopy(config)
+    fold_rules(config)
     given = {key: value for key, value in config.items() if key != "_name"}
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), given))

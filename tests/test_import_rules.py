@@ -1,4 +1,7 @@
-"""The order in which the rooms of the package may import each other."""
+"""The order in which the rooms of the package may import each other.
+
+``python tests/test_import_rules.py`` prints it, for docs/design.md.
+"""
 
 import ast
 import subprocess
@@ -96,6 +99,12 @@ def test_every_room_has_its_place_in_the_order() -> None:
     assert rooms <= set(MAY_IMPORT), f"say in MAY_IMPORT what {rooms - set(MAY_IMPORT)} may import"
 
 
+def test_what_a_room_may_import_its_readers_may_too() -> None:
+    """The picture of the floors leaves out what follows from this."""
+    for room, below in MAY_IMPORT.items():
+        assert all(MAY_IMPORT[other] <= below for other in below), room
+
+
 @pytest.mark.parametrize(
     "source, module",
     [
@@ -137,3 +146,22 @@ def test_importing_is_light(module: str) -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert {"fairseq", "hydra", "torch", "numpy"}.isdisjoint(result.stdout.split())
+
+
+def floors() -> str:
+    """The rooms from the top floor to the ground, and beside each what it builds on directly."""
+    lines = []
+    for room in sorted(MAY_IMPORT, key=lambda room: (-_floor(room), room)):
+        below = MAY_IMPORT[room]
+        direct = below - {far for near in below for far in MAY_IMPORT[near]}
+        arrow = f"  <-  {', '.join(sorted(direct))}" if direct else ""
+        lines.append(f"{_floor(room)}  {room:14}{arrow}".rstrip())
+    return "\n".join(lines)
+
+
+def _floor(room: str) -> int:
+    return 1 + max((_floor(other) for other in MAY_IMPORT[room]), default=-1)
+
+
+if __name__ == "__main__":
+    print(floors())

@@ -9,19 +9,15 @@ from torch import Tensor, nn
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.nn.attention import OPERANDS, SelfAttention
-from fairseq_lowbit.nn.operators import Conv1d, Embedding, Linear, Operator, PositionalConv1d
+from fairseq_lowbit.nn.operators import Embedding, Linear, Operator
 from fairseq_lowbit.precision import InputKind, Plan, PlanEntry, Precision, Role, Site, resolve_plan
-from fairseq_lowbit.precision.grammar import FLOAT_BITS, LEARNED_SCALE, PLAIN_RANGE
 from fairseq_lowbit.quantization import (
     Criterion,
     ElasticQuantizer,
+    Operand,
     Quantizer,
     SquashedQuantizer,
     UniformQuantizer,
-    after_gelu,
-    mid_rise,
-    non_negative,
-    signed,
 )
 from fairseq_lowbit.quantization.calibration import MSE, Calibrator, fit_weight_scale
 from fairseq_lowbit.quantization.quantizer import LearnedQuantizer
@@ -39,8 +35,7 @@ def sites(model: nn.Module) -> list[Site]:
         elif isinstance(module, Operator):
             site = _operator_site(name, module, groups.get(module, ""))
             first = first_users.setdefault(module._parameters.get("weight", module), name)
-            # The plan counts a shared weight once.
-            found.append(site if first == name else replace(site, tied_to=first, weights=0))
+            found.append(site if first == name else replace(site, tied_to=first))
     return found
 
 
@@ -69,11 +64,10 @@ def _operator_site(name: str, module: Operator, input_group: str) -> Site:
     total = _float_parameters(module)
     shape = module.weight_shape
     is_embedding = isinstance(module, Embedding)
-    kind = "linear" if isinstance(module, Linear) else "embedding" if is_embedding else "conv"
     weights = shape.numel()
     return Site(
         name,
-        kind,
+        "linear" if isinstance(module, Linear) else "embedding" if is_embedding else "conv",
         module.role,
         module.input_kind,
         input_group,
@@ -94,71 +88,25 @@ def planned(model: nn.Module, precision: Precision) -> Plan:
     """Resolves ``precision`` for ``model``, which stays as it is.
 
     Raises:
-        LowbitError: see :func:`fairseq_lowbit.precision.resolve_plan`; or a weight that several
-            modules share is not quantized in the same way by all of them.
+        LowbitError: see :func:`fairseq_lowbit.precision.resolve_plan`; an input that has no
+            quantizer of its bits; or a quantized weight that another kind of module uses too.
     """
     places = sites(model)
-    inside = sum(site.weights + site.others for site in places)
+    inside = sum(site.others + (0 if site.tied_to else site.weights) for site in places)
     plan = resolve_plan(precision, places, _float_parameters(model) - inside)
-    _check_ties(model, places, plan)
+    for entry in plan.entries:
+        if entry.input is not None and entry.kind != "operand":
+            _check_range(model.get_submodule(entry.module), entry)
+    _check_other_users(model, plan)
     return plan
 
 
-def attach(model: nn.Module, precision: Precision) -> Plan:
-    """Puts the planned quantizers into the slots of ``model``.
-
-    What was attached before is gone, as if the model were a fresh float one. On an error nothing
-    has changed.
-
-    Raises:
-        LowbitError: see :func:`planned`; or a quantizer that cannot be made.
-    """
-    plan = planned(model, precision)
-    made = [
-        (module, slot, quantizer)
-        for entry in plan.entries
-        for module, slot, quantizer in _made_quantizers(model, entry, precision)
-    ]
-    for module in model.modules():
-        if isinstance(module, Operator | SelfAttention):
-            module.clear_quantizers()
-    for module, slot, quantizer in made:
-        setattr(module, slot, quantizer)
-    for site in sites(model):
-        if site.tied_to:
-            reader, owner = (model.get_submodule(name) for name in (site.name, site.tied_to))
-            reader.weight_quantizer = owner.weight_quantizer
-    for module in model.modules():
-        if isinstance(module, Operator):
-            module.name_groups()
-        elif isinstance(module, SelfAttention):
-            _share_input_quantizer(module)
-            if precision.length_scaled:
-                module.reference_frames = precision.reference_frames
-    return plan
-
-
-def _check_ties(model: nn.Module, places: list[Site], plan: Plan) -> None:
-    """A weight has one quantizer, so all who share it are quantized in one way or not at all."""
-    entries = {entry.module: entry for entry in plan.entries}
-
-    def decision(name: str) -> tuple:
-        entry = entries[name]
-        method = entry.method if entry.weight_bits < FLOAT_BITS else "none"
-        return method, entry.weight_bits, entry.granularity, entry.group_size
-
-    for site in places:
-        if site.tied_to and decision(site.name) != decision(site.tied_to):
-            raise LowbitError(
-                f"{site.name} and {site.tied_to} share one weight, which precision "
-                f"{plan.precision.name} and its rules quantize with "
-                f"{_bits(entries[site.name])} and {_bits(entries[site.tied_to])}: name both in "
-                "one rule, or leave both float with method none"
-            )
+def _check_other_users(model: nn.Module, plan: Plan) -> None:
+    """A quantized weight has no user that would read it as a float one."""
     weights = {
         model.get_submodule(entry.module)._parameters.get("weight"): entry.module
         for entry in plan.entries
-        if entry.weight_bits < FLOAT_BITS
+        if entry.weight is not None
     }
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
@@ -170,103 +118,112 @@ def _check_ties(model: nn.Module, places: list[Site], plan: Plan) -> None:
                 )
 
 
-def _bits(entry: PlanEntry) -> str:
-    method = "" if entry.method == "none" else f" {entry.method}"
-    return f"{entry.weight_bits} bits{method}"
+def attach(model: nn.Module, precision: Precision) -> Plan:
+    """Resolves ``precision`` for ``model`` and puts the planned quantizers into its slots, where
+    they replace those of an earlier precision. On an error nothing has changed.
+
+    Raises:
+        LowbitError: see :func:`planned`.
+    """
+    plan = planned(model, precision)
+    detach(model)
+    for entry in plan.entries:
+        if entry.kind == "operand":
+            _attach_operand(model, entry, precision.reference_frames)
+        else:
+            _attach_operator(model, entry)
+    for site in sites(model):
+        if site.tied_to:
+            reader, owner = (model.get_submodule(name) for name in (site.name, site.tied_to))
+            reader.weight_quantizer = owner.weight_quantizer
+    return plan
 
 
-def _made_quantizers(
-    model: nn.Module, entry: PlanEntry, precision: Precision
-) -> Iterator[tuple[nn.Module, str, Quantizer]]:
-    """What ``entry`` puts into which slot of which module."""
-    if entry.kind == "operand":
-        path, operand = entry.module.rsplit(".", 1)
-        attention = model.get_submodule(path)
-        if entry.activation_bits < FLOAT_BITS:
-            frames = precision.reference_frames
-            quantizer = _operand_quantizer(attention, operand, entry, frames)
-            yield attention, f"{operand}_quantizer", quantizer
-        return
-    module = model.get_submodule(entry.module)
-    if entry.weight_bits < FLOAT_BITS:
-        quantizer = _weight_quantizer(module, entry, precision.squash_std)
-        yield module, "weight_quantizer", quantizer
-    if entry.activation_bits < FLOAT_BITS:
-        yield module, "input_quantizer", _input_quantizer(module, entry)
+def detach(model: nn.Module) -> None:
+    """Empties every slot for a quantizer: the model is float again, with the float weights that
+    squashed ones stand for."""
+    for _, operator in _squashed_operators(model):
+        weight = operator.stored_weight().detach()
+        if operator.weight_quantizer.is_calibrated:
+            weight = operator.weight_quantizer.target(weight)
+        for name, value in operator.weight_state(weight).items():
+            parameter = operator.get_parameter(name)
+            parameter.data.copy_(value)
+            del parameter.param_group
+    for module in model.modules():
+        if isinstance(module, Operator):
+            _empty(module, "weight_quantizer", "input_quantizer")
+        elif isinstance(module, SelfAttention):
+            _empty(module, "input_quantizer", *(f"{operand}_quantizer" for operand in OPERANDS))
+            module.reference_frames = None
 
 
-def _weight_quantizer(module: Operator, entry: PlanEntry, squash_std: float) -> Quantizer:
-    shape = module.weight_shape
-    channels, inputs = shape[0], shape[1:].numel()
-    row_size = {"per_tensor": None, "per_channel": inputs, "per_group": entry.group_size}[
-        entry.granularity
-    ]
-    bits = entry.weight_bits
-    if entry.method == "squashed":
-        return SquashedQuantizer(bits, channels, inputs, squash_std)
-    if entry.method in PLAIN_RANGE:
-        return UniformQuantizer(entry.method, bits, row_size)
-    levels = mid_rise(bits) if entry.method == "stretched" else signed(bits)
-    scales = None if row_size is None else shape.numel() // row_size
-    return ElasticQuantizer(levels, row_size or shape.numel(), scales, row_size)
+def _empty(module: nn.Module, *slots: str) -> None:
+    for slot in slots:
+        # Deleted first: a slot that stayed among the modules would change the order of parameters.
+        if getattr(module, slot) is not None:
+            delattr(module, slot)
+        setattr(module, slot, None)
 
 
-def _input_quantizer(module: Operator, entry: PlanEntry) -> Quantizer:
-    if entry.method in LEARNED_SCALE:
-        levels = (after_gelu if module.input_kind == InputKind.GELU else signed)(
-            entry.activation_bits
+def build_quantizer(
+    operand: Operand, values: int, frame_dim: int | tuple[int, ...] | None = None
+) -> Quantizer:
+    """The quantizer that a description asks for.
+
+    Args:
+        values: N of the LSQ gradient scale: values that share a weight scale, or of one frame.
+        frame_dim: dimension, or dimensions, over which a frame of an activation extends.
+    """
+    if operand.squash_std is not None:
+        return SquashedQuantizer(
+            operand.bits, operand.scales, operand.group_size, operand.squash_std
         )
-        values = module.in_features if isinstance(module, Linear) else _input_channels(module)
-        return ElasticQuantizer(levels, values, shift_shape=())
-    kind = "minmax" if entry.method == "minmax" else "absmax"
-    return UniformQuantizer(kind, entry.activation_bits, frame_dim=_frame_dim(module, entry))
+    if operand.scale != "learned":
+        return UniformQuantizer(operand.scale, operand.bits, operand.group_size, frame_dim)
+    scales = None if operand.group_size is None else operand.scales
+    shift_shape = {0: None, 1: ()}.get(operand.shifts, (operand.shifts,))
+    return ElasticQuantizer(operand.levels, values, scales, operand.group_size, shift_shape)
 
 
-def _frame_dim(module: Operator, entry: PlanEntry) -> int | tuple[int, int]:
-    """Dimensions of the input that share a range: the features of a frame."""
-    if isinstance(module, Linear):
-        return -1
-    if _input_channels(module) > 1:
-        return 1
-    # A single value is its own range: a waveform has one per utterance. Padding is zero there,
-    # which widens no range but would lower a mean.
-    if entry.activation_bits == 1:
+def _attach_operator(model: nn.Module, entry: PlanEntry) -> None:
+    module = model.get_submodule(entry.module)
+    if entry.weight is not None:
+        values = entry.weight.group_size or module.weight_shape.numel()
+        module.weight_quantizer = build_quantizer(entry.weight, values)
+        module.name_groups()
+    if entry.input is None:
+        return
+    holder = model.get_submodule(entry.input_owner) if entry.input_owner else module
+    if holder.input_quantizer is None:
+        holder.input_quantizer = build_quantizer(
+            entry.input, module.input_features, module.frame_dim
+        )
+
+
+def _check_range(module: Operator, entry: PlanEntry) -> None:
+    # The range of a waveform is its utterance's. Padding is zero there, which widens no range but
+    # would lower a mean.
+    if entry.input.is_per_frame and entry.input.bits == 1 and module.input_features == 1:
         raise LowbitError(
             f"precision {entry.rule}: 1 bit of the waveform, the input of {entry.module}, needs a "
             "learned scale: give method elastic, or more activation_bits"
         )
-    return (1, 2)
 
 
-def _input_channels(module: Conv1d | PositionalConv1d) -> int:
-    return len(module.bias) if isinstance(module, PositionalConv1d) else module.in_channels
-
-
-def _operand_quantizer(
-    attention: SelfAttention, operand: str, entry: PlanEntry, reference_frames: int
-) -> Quantizer:
-    bits = entry.activation_bits
-    is_probabilities = operand == "probabilities"
-    if entry.method in PLAIN_RANGE:
-        # Of values that are never negative, min-max with its zero point at 0 is the absmax.
-        kind = "minmax" if is_probabilities else entry.method
-        return UniformQuantizer(kind, bits, frame_dim=-1)
-    if is_probabilities:
+def _attach_operand(model: nn.Module, entry: PlanEntry, reference_frames: int) -> None:
+    if entry.input is None:
+        return
+    path, operand = entry.module.rsplit(".", 1)
+    attention = model.get_submodule(path)
+    values = attention.dim
+    if operand == "probabilities":
         # Values per frame are heads * keys; the reference length stands for the keys, so that
         # the step does not depend on the length of the audio.
         values = attention.heads * reference_frames
-        return ElasticQuantizer(non_negative(bits), values, shift_shape=())
-    return ElasticQuantizer(signed(bits), attention.dim, shift_shape=(attention.dim,))
-
-
-def _share_input_quantizer(attention: SelfAttention) -> None:
-    projections = attention.input_projections
-    inputs = [p.input_quantizer for p in projections]
-    if any(q is None for q in inputs) or len({(type(q), q.levels) for q in inputs}) > 1:
-        return
-    attention.input_quantizer = inputs[0]
-    for projection in projections:
-        projection.input_quantizer = None
+    setattr(attention, f"{operand}_quantizer", build_quantizer(entry.input, values, frame_dim=-1))
+    if entry.input.is_length_scaled:
+        attention.reference_frames = reference_frames
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
@@ -288,9 +245,13 @@ def forget_calibration(model: nn.Module) -> None:
             quantizer.mark_calibrated(False)
 
 
-def squashed_weights(model: nn.Module) -> list[Tensor]:
-    """The unsquashed weights P of every squashed operator, with their graph."""
-    return [operator.stored_weight() for _, operator in _squashed_operators(model)]
+def squashed_weights(model: nn.Module) -> list[tuple[Tensor, float]]:
+    """The unsquashed weight P of every squashed operator, with its graph, and the standard
+    deviation that it is held to."""
+    return [
+        (operator.stored_weight(), operator.weight_quantizer.target_std)
+        for _, operator in _squashed_operators(model)
+    ]
 
 
 def float_state(model: nn.Module) -> dict[str, Tensor]:
@@ -368,7 +329,7 @@ def _calibrate_weights(model: nn.Module, criterion: Criterion) -> dict[str, floa
         if isinstance(quantizer, ElasticQuantizer):
             weight = module.stored_weight()
             quantizer.set_scale(
-                fit_weight_scale(weight, quantizer.levels, quantizer.row_size, criterion)
+                fit_weight_scale(weight, quantizer.levels, quantizer.group_size, criterion)
             )
         elif isinstance(quantizer, SquashedQuantizer) and not quantizer.is_calibrated:
             weight = module.stored_weight()

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fairseq_lowbit.nn.operators import Linear, clear_slots
+from fairseq_lowbit.nn.operators import Linear
 from fairseq_lowbit.precision import InputKind, Role
-from fairseq_lowbit.quantization import recomputed
+from fairseq_lowbit.quantization import Quantizer, recomputed
 
 OPERANDS = ("query", "key", "value", "probabilities")
 AttentionMap = Literal["probabilities", "scores"]
@@ -43,12 +43,13 @@ class SelfAttention(nn.Module):
         self.v_proj = Linear(dim, dim)
         self.q_proj = Linear(dim, dim)
         self.out_proj = Linear(dim, dim)
-        self.clear_quantizers()
+        self._add_slots()
 
-    def clear_quantizers(self) -> None:
-        """Makes the attention itself float; its projections stay as they are."""
+    def _add_slots(self) -> None:
         self.reference_frames: int | None = None
-        clear_slots(self, ("input_quantizer", *(f"{operand}_quantizer" for operand in OPERANDS)))
+        self.input_quantizer: Quantizer | None = None
+        for operand in OPERANDS:
+            setattr(self, f"{operand}_quantizer", None)
 
     @classmethod
     def obstacle(cls, module: nn.Module) -> str:
@@ -65,7 +66,7 @@ class SelfAttention(nn.Module):
         :meth:`fairseq_lowbit.nn.operators.Operator.adopt`."""
         module.__class__ = cls
         module.dim, module.heads = module.embed_dim, module.num_heads
-        module.clear_quantizers()
+        module._add_slots()
 
     @property
     def input_projections(self) -> tuple[Linear, Linear, Linear]:

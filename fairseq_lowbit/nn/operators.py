@@ -4,8 +4,7 @@ Each states its role and which values it reads: what a precision plan decides by
 """
 
 import math
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from fairseq_lowbit.precision import InputKind, Role
 from fairseq_lowbit.quantization import Quantizer, SquashedQuantizer, recomputed
+from fairseq_lowbit.quantization.quantizer import keep_dtype
 from fairseq_lowbit.quantization.squashed import SQUASHED_GROUP
 
 
@@ -31,33 +31,48 @@ class Operator(nn.Module):
         """Of :meth:`stored_weight`."""
         return self.weight.shape
 
+    @property
+    def input_features(self) -> int:
+        """Values of one frame of the input."""
+        raise NotImplementedError
+
+    @property
+    def frame_dim(self) -> int | tuple[int, int]:
+        """Dimensions of the input over which a frame extends. A single value is its own range, so
+        a waveform has one per utterance."""
+        return 1 if self.input_features > 1 else (1, 2)
+
     def stored_weight(self) -> Tensor:
         """What the weight quantizer encodes, output channels first."""
         return self.weight
+
+    @property
+    def weight_parameters(self) -> tuple[nn.Parameter, ...]:
+        """What :meth:`stored_weight` is computed from."""
+        return (self.weight,)
 
     def weight_state(self, weight: Tensor) -> dict[str, Tensor]:
         """The parameters with which :meth:`stored_weight` is ``weight``."""
         return {"weight": weight}
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Operator":
+        """A weight that is quantized stays fp32 under ``.half()`` and ``.bfloat16()``: its codes
+        are those of the stored weight whatever the model computes in. The device is followed."""
+        if self.weight_quantizer is None:
+            return super()._apply(fn, recurse)
+        kept = {id(t) for p in self.weight_parameters for t in (p, p.grad)}
+
+        def convert(tensor: Tensor) -> Tensor:
+            return keep_dtype(fn, tensor) if id(tensor) in kept else fn(tensor)
+
+        return super()._apply(convert, recurse)
+
     def name_groups(self) -> None:
         """Puts what is squashed into a group of its own in the optimizer: its values are tens of
         times a float weight's, and the loss, not weight decay, keeps their spread."""
         if isinstance(self.weight_quantizer, SquashedQuantizer):
-            for name in self.weight_state(self.stored_weight()):
-                self.get_parameter(name).param_group = SQUASHED_GROUP
-
-    def clear_quantizers(self) -> None:
-        """Makes it the float operator that it was, with the float weight that a squashed one stands
-        for."""
-        if isinstance(self.weight_quantizer, SquashedQuantizer):
-            weight = self.stored_weight().detach()
-            if self.weight_quantizer.is_calibrated:
-                weight = self.weight_quantizer.target(weight)
-            for name, value in self.weight_state(weight).items():
-                parameter = self.get_parameter(name)
-                parameter.data.copy_(value)
-                del parameter.param_group
-        clear_slots(self, ("weight_quantizer", "input_quantizer"))
+            for parameter in self.weight_parameters:
+                parameter.param_group = SQUASHED_GROUP
 
     @classmethod
     def obstacle(cls, module: nn.Module) -> str:
@@ -102,9 +117,18 @@ class Linear(Operator, nn.Linear):
         self.role, self.input_kind = role, input_kind
         self.weight_quantizer = self.input_quantizer = None
 
+    @property
+    def input_features(self) -> int:
+        return self.in_features
+
+    @property
+    def frame_dim(self) -> int:
+        return -1
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        x, weight = _quantized(x, self.input_quantizer), _effective_weight(self)
+        x = _quantized(x, self.input_quantizer)
+        weight = _effective_weight(self, x.dtype)
         with recomputed(x, weight):
             return F.linear(x, weight, self.bias)
 
@@ -123,9 +147,14 @@ class Conv1d(Operator, nn.Conv1d):
         self.role, self.input_kind = role, input_kind
         self.weight_quantizer = self.input_quantizer = None
 
+    @property
+    def input_features(self) -> int:
+        return self.in_channels
+
     def forward(self, x: Tensor) -> Tensor:
         """[batch, in, samples] -> [batch, out, frames]."""
-        x, weight = self.quantized_input(x), _effective_weight(self)
+        x = self.quantized_input(x)
+        weight = _effective_weight(self, x.dtype)
         with recomputed(x, weight):
             return self._conv_forward(x, weight, self.bias)
 
@@ -157,9 +186,7 @@ class WeightNormConv1d(Conv1d):
         else:
             # The hook would set ``weight``, which nobody reads any more and no deep copy survives.
             key, normalization = hook
-            hooks = module._forward_pre_hooks.items()
-            module._forward_pre_hooks = OrderedDict((k, h) for k, h in hooks if k != key)
-            del module.weight
+            del module._forward_pre_hooks[key], module.weight
             names, module.norm_dim = ("weight_g", "weight_v"), normalization.dim
         module.gain_name, module.direction_name = names
         super().adopt(module, role, input_kind)
@@ -169,11 +196,14 @@ class WeightNormConv1d(Conv1d):
         return self.get_parameter(self.direction_name).shape
 
     @property
+    def weight_parameters(self) -> tuple[nn.Parameter, ...]:
+        return self.get_parameter(self.direction_name), self.get_parameter(self.gain_name)
+
+    @property
     def weight(self) -> Tensor:
         """gain * direction / |direction|, [out, in/groups, kernel]."""
-        direction = self.get_parameter(self.direction_name)
-        norm = torch.norm_except_dim(direction, 2, self.norm_dim)
-        return direction * (self.get_parameter(self.gain_name) / norm)
+        direction, gain = self.weight_parameters
+        return direction * (gain / torch.norm_except_dim(direction, 2, self.norm_dim))
 
     def weight_state(self, weight: Tensor) -> dict[str, Tensor]:
         norm = torch.norm_except_dim(weight, 2, self.norm_dim)
@@ -194,7 +224,7 @@ def weight_norm_hook(module: nn.Module) -> tuple[int, WeightNorm] | None:
 
 
 class Embedding(Operator, nn.Embedding):
-    """``nn.Embedding`` with a quantizer slot for its table; its input are indices.
+    """``nn.Embedding`` with a quantizer slot for its table; its inputs are indices.
 
     Made from a float one only.
     """
@@ -205,9 +235,19 @@ class Embedding(Operator, nn.Embedding):
             return "its max_norm or sparse gradients need the float table"
         return super().obstacle(module)
 
+    @classmethod
+    def adopt(cls, module: nn.Module, role: Role, input_kind: InputKind) -> None:
+        super().adopt(module, role, input_kind)
+        # Follows the dtype of the model, as a quantized table does not.
+        module.register_buffer("dtype_holder", module.weight.new_empty(0), persistent=False)
+
+    @property
+    def input_features(self) -> int:
+        return 1
+
     def forward(self, indices: Tensor) -> Tensor:
         """Integers of any shape -> [..., embedding_dim]."""
-        weight = _effective_weight(self)
+        weight = _effective_weight(self, self.dtype_holder.dtype)
         return F.embedding(
             indices, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq
         )
@@ -243,6 +283,14 @@ class PositionalConv1d(Operator):
     def weight_shape(self) -> torch.Size:
         return self.weight_v.shape
 
+    @property
+    def weight_parameters(self) -> tuple[nn.Parameter, ...]:
+        return self.weight_v, self.weight_g
+
+    @property
+    def input_features(self) -> int:
+        return len(self.bias)
+
     def stored_weight(self) -> Tensor:
         """g * v / |v|, [channels, channels/groups, kernel]."""
         return self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
@@ -260,23 +308,18 @@ class PositionalConv1d(Operator):
         x = _quantized(x, self.input_quantizer)
         if padding_mask is not None:
             x = x.masked_fill(padding_mask[:, None], 0)
-        weight = _effective_weight(self)
+        weight = _effective_weight(self, x.dtype)
         with recomputed(x, weight):
             y = F.conv1d(x, weight, self.bias, padding=self.kernel // 2, groups=self.groups)
         return y[..., : x.shape[-1]]
-
-
-def clear_slots(module: nn.Module, slots: Iterable[str]) -> None:
-    """Empties slots for quantizers, as if there had never been any."""
-    for slot in slots:
-        if slot in module._modules:
-            delattr(module, slot)
-        setattr(module, slot, None)
 
 
 def _quantized(x: Tensor, quantizer: Quantizer | None) -> Tensor:
     return x if quantizer is None else quantizer(x)
 
 
-def _effective_weight(operator: Operator) -> Tensor:
-    return _quantized(operator.stored_weight(), operator.weight_quantizer)
+def _effective_weight(operator: Operator, dtype: torch.dtype) -> Tensor:
+    """The weight that the operator computes with, in the dtype of its input."""
+    if operator.weight_quantizer is None:
+        return operator.stored_weight()
+    return operator.weight_quantizer(operator.stored_weight(), dtype=dtype)

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.nn.attach import attach, planned, sites
+from fairseq_lowbit.nn.attach import attach, sites
 from fairseq_lowbit.nn.attention import SelfAttention
 from fairseq_lowbit.nn.operators import (
     Conv1d,
@@ -93,21 +93,15 @@ def quantize(
     if not isinstance(model, nn.Module):
         raise LowbitError(f"quantize takes a torch module, not a {type(model).__name__}")
     precision = _with_rules(precision, rules)
-    before: dict[nn.Module, tuple[type, dict]] = {}
+    before: list[_Snapshot] = []
     try:
         _swap(model, before)
         left_float = _left_float(model)
         precision = _without_idle_exceptions(model, precision, left_float)
-        plan = planned(model, precision)
-        if precision.name != "float" and not any(entry.is_quantized for entry in plan.entries):
-            raise LowbitError(
-                f"precision {precision.name} reaches nothing in {type(model).__name__}, where it "
-                f"leaves {plan.entries[0].module} and the like float: give rules"
-            )
         model.plan = attach(model, precision)
     except BaseException:
-        for module, (float_type, attributes) in before.items():
-            module.__class__, module.__dict__ = float_type, attributes
+        for module in before:
+            module.restore()
         raise
     _follow_weights(model)
     if left_float:
@@ -128,10 +122,28 @@ def _with_rules(precision: str | Precision, rules: Iterable[Rule | Mapping[str, 
     return replace(precision, rules=[*precision.rules, *rules])
 
 
-def _swap(model: nn.Module, before: dict[nn.Module, tuple[type, dict]]) -> None:
+class _Snapshot:
+    """What a module was, to restore it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.type, self.attributes = module, type(module), vars(module).copy()
+        values = self.attributes.values()
+        # Handles of hooks refer to these containers, so they stay the same objects.
+        self.containers = [
+            (value, value.copy()) for value in values if isinstance(value, dict | set)
+        ]
+
+    def restore(self) -> None:
+        self.module.__class__, self.module.__dict__ = self.type, self.attributes
+        for container, content in self.containers:
+            container.clear()
+            container.update(content)
+
+
+def _swap(model: nn.Module, before: list[_Snapshot]) -> None:
     """Turns whatever can be quantized into its operator; ``before`` gets what it was."""
     for module, place in _swappable(model):
-        before[module] = type(module), vars(module).copy()
+        before.append(_Snapshot(module))
         operator = place.operator
         if issubclass(operator, SelfAttention):
             operator = _subclass(operator, type(module))
@@ -148,7 +160,7 @@ def _swap(model: nn.Module, before: dict[nn.Module, tuple[type, dict]]) -> None:
     for module in model.modules():
         for kind, (switch, off) in fused.items():
             if isinstance(module, kind):
-                before[module] = type(module), vars(module).copy()
+                before.append(_Snapshot(module))
                 setattr(module, switch, off)
 
 

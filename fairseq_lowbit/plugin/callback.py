@@ -23,11 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 import fairseq_lowbit
+from fairseq_lowbit.configurations import fold_rules
 from fairseq_lowbit.errors import LowbitError, describe_config_error
 from fairseq_lowbit.files import writing
 from fairseq_lowbit.models import read_checkpoint, updates_of
 from fairseq_lowbit.plugin import register
-from fairseq_lowbit.plugin.continuing import OtherRun, refuse_other_run
+from fairseq_lowbit.plugin.continuing import OtherRun, adopt_stored_form, refuse_other_run
 from fairseq_lowbit.plugin.processes import SharedError, gather, is_first, rank, together
 from fairseq_lowbit.plugin.run_files import print_summary
 from fairseq_lowbit.plugin.stages import Schedule, Stage, stage_configs, stops_early
@@ -193,6 +194,7 @@ def train_in_stages(config: DictConfig) -> None:
     schedule = Schedule.from_config(config)
     if not schedule.stages:
         schedule.refuse_other_stages()
+        fold_rules(config.model)
         _train_to_end(config)
         return
     configs = stage_configs(config, schedule)
@@ -218,6 +220,9 @@ def _train_to_end(config: DictConfig, stage: Stage | None = None) -> bool:
     Raises:
         SharedError: no word of its end could be left.
     """
+    last = Path(config.checkpoint.save_dir) / LAST_CHECKPOINT
+    if last.is_file():
+        adopt_stored_form(config, read_checkpoint(last, mmap=True))
     if config.common.log_file:
         with writing(config.common.log_file), open(config.common.log_file, "a"):
             pass

@@ -14,6 +14,7 @@ from fairseq.dataclass.initialize import add_defaults
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from fairseq_lowbit.configurations import fold_rules
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import read_checkpoint, updates_of
 from fairseq_lowbit.plugin.stages import OWN_DIR, Schedule, read_stages, stage_configs
@@ -105,7 +106,9 @@ def _stages(config: DictConfig, folder: Path) -> Iterator[tuple[DictConfig, Path
             schedule.refuse_other_stages()
         except LowbitError as mistake:
             raise OtherRun(mistake) from None
-        yield copy.deepcopy(config), folder
+        own = copy.deepcopy(config)
+        fold_rules(own.model)
+        yield own, folder
         return
     for index, own in enumerate(stage_configs(config, schedule)):
         yield own, schedule.checkpoint(index).parent
@@ -115,6 +118,7 @@ def _changes(config: DictConfig, folder: Path, is_last: bool) -> list[Change]:
     """What has changed and may; raises OtherRun for what may not."""
     try:
         state = read_checkpoint(folder / LAST_CHECKPOINT, mmap=True)
+        adopt_stored_form(config, state)
         own = _settings(config)
     except (LowbitError, OmegaConfBaseException):
         return []  # none yet, or the run itself will say what is wrong with it
@@ -128,6 +132,24 @@ def _changes(config: DictConfig, folder: Path, is_last: bool) -> list[Change]:
         kind = "a finished run" if is_done else "a run"
         raise OtherRun(f"{folder} holds {kind} with {named}{more}: give it as it was, or {OWN_DIR}")
     return changes if is_last else []
+
+
+def adopt_stored_form(config: DictConfig, state: dict[str, Any]) -> None:
+    """A run that an earlier version began goes on in its form: defaults that have changed since are
+    those that it was begun with.
+
+    Args:
+        config: of the run, which is changed.
+        state: of its last checkpoint.
+    """
+    stored = state["cfg"]["model"].get("precision") or {}
+    if "rules_decide" in stored or "precision" not in config.model:
+        return
+    with read_write(config), open_dict(config):
+        precision = config.model.precision
+        precision.rules_decide = "modules"
+        if precision.get("squash_std") is None:
+            precision.squash_std = stored.get("squash_std")
 
 
 def _settings(config: DictConfig) -> dict[str, Any]:

@@ -67,12 +67,8 @@ class _FrameCriterion(FairseqCriterion):
 
     def squash_terms(self) -> dict[str, Tensor]:
         """The weighted regulariser of squashed weights; empty for a model without any."""
-        model = self.task.model
-        weights = squashed_weights(model)
-        if not weights:
-            return {}
-        penalty = squash_penalty(weights, model.plan.precision.squash_std)
-        return {"squash": self.squash_weight * penalty}
+        weights = squashed_weights(self.task.model)
+        return {"squash": self.squash_weight * squash_penalty(weights)} if weights else {}
 
     @staticmethod
     def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:

@@ -40,8 +40,8 @@ class RunFiles:
         if not path.is_file() or not (self.folder / LAST_CHECKPOINT).is_file():
             return
         stored, own = json.loads(path.read_text()), plan.to_mapping()
-        # What an earlier version did not know yet has its default.
-        stored["precision"] = Precision().to_mapping() | stored["precision"]
+        # What an earlier version did not know yet.
+        stored["precision"] = Precision.from_mapping(stored["precision"]).to_mapping()
         if stored["precision"] != own["precision"]:
             kinds = [
                 f"precision {p['name']} with {len(p['rules'])} rules"

@@ -14,7 +14,7 @@ from typing import Any, Optional
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from fairseq_lowbit.configurations import meta_model, read_model_config
+from fairseq_lowbit.configurations import fold_rules, meta_model, read_model_config
 from fairseq_lowbit.errors import LowbitError, describe_config_error
 from fairseq_lowbit.precision import parse_precision
 from fairseq_lowbit.runs.folder import FINISHED_FILE, LAST_CHECKPOINT
@@ -246,6 +246,7 @@ def stage_configs(config: DictConfig, schedule: Schedule) -> list[DictConfig]:
 def _stage_config(config: DictConfig, schedule: Schedule, index: int) -> DictConfig:
     stage = schedule.stages[index]
     own = copy.deepcopy(config)
+    fold_rules(own.model)
     with read_write(own), open_dict(own):
         own.model.precision.name = stage.precision
         own.optimization.max_update = updates_of(stage, config)

@@ -10,7 +10,7 @@ import torch
 from fairseq.data.iterators import EpochBatchIterator
 from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
-from omegaconf import II
+from omegaconf import II, OmegaConf, open_dict
 
 from fairseq_lowbit.data.calibration_audio import CalibrationAudio
 from fairseq_lowbit.data.label_file import LabelFile, count_classes, read_dictionary
@@ -33,6 +33,7 @@ from fairseq_lowbit.plugin.processes import (
 )
 from fairseq_lowbit.plugin.run_files import RunFiles
 from fairseq_lowbit.plugin.stages import Stage
+from fairseq_lowbit.precision import Precision
 from fairseq_lowbit.quantization import Criterion
 
 logger = logging.getLogger(__name__)
@@ -169,6 +170,11 @@ class _SpeechTask(FairseqTask):
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Hubert:
         if not from_checkpoint:
             return self._build_for_training(cfg)
+        if cfg.get("precision"):
+            # Before fairseq fills in the defaults of this version.
+            precision = Precision.from_mapping(OmegaConf.to_container(cfg.precision))
+            with open_dict(cfg):
+                cfg.precision = precision.to_mapping()
         self.model = super().build_model(cfg, from_checkpoint)
         return self.model
 

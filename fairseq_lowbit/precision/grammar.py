@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.precision.sites import Role
 
 FLOAT_BITS = 16
 SQUASHED_ACTIVATION_BITS = 8
@@ -42,6 +43,12 @@ class Preset:
     weight_bits: int
     activation_bits: int
     attention_bits: int
+
+    @property
+    def roles(self) -> frozenset[Role]:
+        """What the name reaches; everything else is left to rules."""
+        roles = {Role.ENCODER_LINEAR} if self.name != "float" else set()
+        return frozenset(roles | {Role.ATTENTION_OPERAND} if self.attention_bits < 16 else roles)
 
 
 def check_bits(value: object, where: str) -> int:

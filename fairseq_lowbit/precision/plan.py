@@ -1,10 +1,8 @@
 """The resolved plan: for every weighted module and attention operand, its bits and its bytes."""
 
-import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from fairseq_lowbit.errors import LowbitError
@@ -17,12 +15,22 @@ from fairseq_lowbit.precision.grammar import (
     Preset,
     parse_precision,
 )
+from fairseq_lowbit.precision.merging import Decision, check_reach, deciding, merge, name_of
 from fairseq_lowbit.precision.rules import Precision, Rule
-from fairseq_lowbit.precision.sites import Role, Site, SiteKind
+from fairseq_lowbit.precision.sites import InputKind, Site, SiteKind
+from fairseq_lowbit.precision.storage import FLOAT_BYTES, quantizer_bytes, weight_bytes
+from fairseq_lowbit.quantization import LevelSet, Operand, mid_rise, non_negative, signed
+from fairseq_lowbit.quantization.squashed import default_squash_std
 
-FLOAT_BYTES = FLOAT_BITS // 8
-SCALAR_BYTES = 4
-ZERO_POINT_BYTES = 1
+# Inputs with a small negative lobe or none: up to so many bits the levels are best spent on the
+# positive side alone (docs/numerics.md has the errors).
+_NON_NEGATIVE_BITS = {
+    InputKind.ANY: 0,
+    InputKind.SILU: 3,
+    InputKind.GELU: 4,
+    InputKind.RELU: 8,
+    InputKind.PROBABILITIES: 8,
+}
 
 
 @dataclass(frozen=True)
@@ -35,9 +43,13 @@ class PlanEntry:
         weight_bits, activation_bits: 1 to 8, or 16 for float.
         granularity: what shares a weight scale, ``-`` for a float weight.
         group_size: of ``per_group``.
-        parameters: trained with the float model.
-        bytes: everything stored for the module: weight at its width, bias, shifts, scales. What q,
-            k and v projection of an attention share is stored with the first of them.
+        parameters: trained with the float model; those of a tied weight count where it is first.
+        bytes: everything stored for the module: weight at its width, bias, shifts, scales. What
+            sites of one input group share is stored with the first of them.
+        weight, input: descriptions of the quantized operands; None for a float one. An operand of
+            attention has an input only.
+        input_owner: the module that holds the input quantizer which sites of one input group
+            share; empty for an input quantizer of the module's own.
     """
 
     module: str
@@ -50,6 +62,9 @@ class PlanEntry:
     group_size: int | None
     parameters: int
     bytes: float
+    weight: Operand | None = None
+    input: Operand | None = None
+    input_owner: str = ""
 
     @property
     def is_quantized(self) -> bool:
@@ -87,78 +102,91 @@ class Plan:
         }
 
 
+def input_levels(kind: InputKind, bits: int) -> LevelSet:
+    """The level set of least error for an input of so many bits."""
+    return non_negative(bits) if bits <= _NON_NEGATIVE_BITS[kind] else signed(bits)
+
+
 def resolve_plan(precision: Precision, sites: Iterable[Site], other_parameters: int) -> Plan:
     """Applies the name and the rules to a model's sites.
 
     Raises:
-        LowbitError: an unknown name, a contradictory rule, a rule that matches nothing or has no
-            effect, or bits left open for a module that the name leaves float.
+        LowbitError: an unknown name, or one that reaches nothing; a contradictory rule, a rule that
+            matches nothing or has no effect, bits left open for a module that the name leaves
+            float, or a tied weight that is reached by one of its names only.
     """
     preset = parse_precision(precision.name)
-    if precision.reference_frames < 1:
-        raise LowbitError(f"precision.reference_frames is {precision.reference_frames}; want >= 1")
-    if not 0 < precision.squash_std < math.inf:
-        raise LowbitError(f"precision.squash_std is {precision.squash_std}; want more than 0")
+    precision.check()
     sites = list(sites)
+    if preset.roles and not any(site.role in preset.roles for site in sites):
+        roles = " or ".join(sorted(preset.roles))
+        raise LowbitError(
+            f"precision {precision.name!r} reaches nothing: this model has no {roles} that could "
+            f"be quantized. It has {_examples(sites) or 'no such module at all'}"
+        )
     for rule in precision.rules:
-        rule.check()
-        _check_reach(rule, [s for s in sites if fnmatchcase(s.name, rule.match)], sites)
-    entries = _with_shared_inputs([_entry(site, preset, precision.rules) for site in sites], sites)
+        check_reach(rule, sites, _examples(sites))
+    decisions = [merge(precision, site, site.role in preset.roles) for site in sites]
+    choices = [
+        _choice(site, preset, decision, precision)
+        for site, decision in zip(sites, decisions, strict=True)
+    ]
+    _check_ties(sites, choices)
+    entries = _with_shared_inputs(
+        [
+            _entry(site, choice, _decided_by(decision, precision), precision)
+            for site, choice, decision in zip(sites, choices, decisions, strict=True)
+        ],
+        sites,
+    )
     for index in range(len(precision.rules)):
-        _check_effect(precision.rules, index, entries)
+        _check_effect(precision.rules, index, decisions, entries)
     return Plan(precision, entries, other_parameters)
 
 
-def _check_reach(rule: Rule, matched: list[Site], sites: list[Site]) -> None:
-    if not matched:
-        raise LowbitError(
-            f"precision rule {rule.match!r} matches no module; quantizable modules are "
-            f"{_examples(sites)}"
-        )
-    changes_weights = rule.weight_bits is not None or rule.method is not None
-    is_for_inputs = rule.activation_bits is not None and not changes_weights
-    if is_for_inputs and all(site.kind == "embedding" for site in matched):
-        raise LowbitError(
-            f"precision rule {rule.match!r} reaches embeddings only, whose input are indices: give "
-            "weight_bits"
-        )
-    changes_activations = rule.activation_bits is not None or rule.method is not None
-    if not changes_activations and all(site.kind == "operand" for site in matched):
-        raise LowbitError(
-            f"precision rule {rule.match!r} reaches attention operands only, which have no "
-            "weights: give activation_bits"
-        )
+def _decided_by(decision: Decision, precision: Precision) -> str:
+    return name_of(decision, precision.rules) if decision.values else precision.name
 
 
-def _check_effect(rules: list[Rule], index: int, entries: Iterable[PlanEntry]) -> None:
+def _check_effect(
+    rules: Sequence[Rule],
+    index: int,
+    decisions: Sequence[Decision],
+    entries: Sequence[PlanEntry],
+) -> None:
     """A rule may repeat what the name says anyway, but not come to nothing."""
     rule = rules[index]
     if any(later.match == rule.match for later in rules[index + 1 :]):
         return  # replaced on purpose, as an experiment adds to its base
-    where = f"precision rule {rule.match!r}"
-    reached = [entry for entry in entries if fnmatchcase(entry.module, rule.match)]
-    decided = [e for e in reached if not _is_reached(e, rules[index + 1 :])]
+    where, settings = f"precision rule {rule.match!r}", rule.settings()
+    decided = [entries[number] for number in deciding(index, decisions)]
+    if not settings and not decided:
+        raise LowbitError(
+            f"{where} sets nothing: give method, weight_bits, activation_bits or granularity. "
+            "Without any it takes back what earlier rules say, and there is no such rule"
+        )
     if not decided:
         raise LowbitError(
-            f"{where}: later rules decide about every module it reaches; the last match wins, so "
-            "write the broader rule first"
+            f"{where}: later rules decide about every module it reaches; the last rule that sets "
+            "a field decides it, so write the broader rule first"
         )
-    settings = {key for key, value in asdict(rule).items() if value is not None} - {"match"}
-    # Behind another rule, one without settings takes modules back to the precision's name.
-    if not settings and not any(_is_reached(e, rules[:index]) for e in decided):
-        raise LowbitError(
-            f"{where} sets nothing: give method, weight_bits, activation_bits or granularity"
-        )
-    is_scales_only = settings and settings <= {"granularity", "group_size"}
-    if is_scales_only and all(entry.weight_bits == FLOAT_BITS for entry in decided):
-        raise LowbitError(
+    if settings and settings.keys() <= {"granularity", "group_size"}:
+        _require(
+            any(entry.weight is not None for entry in decided),
             f"{where}: granularity {rule.granularity} has no effect on {decided[0].module}, whose "
-            "weight is float: give weight_bits and activation_bits too"
+            "weight is float: give weight_bits and activation_bits too",
+        )
+    if "squash_std" in settings:
+        _require(
+            any(entry.method == "squashed" for entry in decided),
+            f"{where}: squash_std has no effect on {decided[0].module}, whose method is "
+            f"{decided[0].method}: it belongs to method squashed",
         )
 
 
-def _is_reached(entry: PlanEntry, rules: Iterable[Rule]) -> bool:
-    return any(fnmatchcase(entry.module, rule.match) for rule in rules)
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise LowbitError(message)
 
 
 @dataclass(frozen=True)
@@ -170,39 +198,32 @@ class _Choice:
     activation_bits: int
     granularity: str = "per_tensor"
     group_size: int | None = None
+    squash_std: float | None = None
 
 
-def _entry(site: Site, preset: Preset, rules: list[Rule]) -> PlanEntry:
-    rule = next((r for r in reversed(rules) if fnmatchcase(site.name, r.match)), None)
+def _choice(site: Site, preset: Preset, decision: Decision, precision: Precision) -> _Choice:
     choice = _preset_choice(site, preset)
-    if rule is not None:
-        choice = _refined(site, rule, choice)
-    if choice.method == "squashed":
-        choice = replace(choice, granularity="per_channel")
-    if site.kind == "embedding":  # its input are indices
-        choice = replace(choice, activation_bits=FLOAT_BITS)
+    if decision.values:
+        where = f"precision {name_of(decision, precision.rules)}"
+        choice = _refined(site, decision.merged(), where, choice)
     if choice.weight_bits == FLOAT_BITS:
-        choice = replace(choice, granularity="-", group_size=None)
+        choice = replace(choice, granularity="-", group_size=None, squash_std=None)
+    elif choice.method == "squashed":
+        std = choice.squash_std or precision.squash_std or default_squash_std(choice.weight_bits)
+        choice = replace(choice, granularity="per_channel", squash_std=std)
     if choice.weight_bits == choice.activation_bits == FLOAT_BITS:
         choice = replace(choice, method="none")
-    return PlanEntry(
-        module=site.name,
-        kind=site.kind,
-        rule=f"rule {rule.match}" if rule is not None else preset.name,
-        **asdict(choice),
-        parameters=site.weights + site.others,
-        bytes=_bytes(site, choice),
-    )
+    return choice
 
 
 def _preset_choice(site: Site, preset: Preset) -> _Choice:
+    is_reached = site.role in preset.roles
     if site.kind == "operand":
-        return _Choice(_operand_method(preset.method), FLOAT_BITS, preset.attention_bits)
-    weight_bits = activation_bits = FLOAT_BITS
-    if site.role == Role.ENCODER_LINEAR:
-        weight_bits, activation_bits = preset.weight_bits, preset.activation_bits
+        bits = preset.attention_bits if is_reached else FLOAT_BITS
+        return _Choice(_operand_method(preset.method), FLOAT_BITS, bits)
+    bits = (preset.weight_bits, preset.activation_bits) if is_reached else (FLOAT_BITS, FLOAT_BITS)
     granularity = "per_channel" if preset.method in PLAIN_RANGE else "per_tensor"
-    return _Choice(preset.method, weight_bits, activation_bits, granularity)
+    return _Choice(preset.method, *bits, granularity)
 
 
 def _operand_method(method: Method) -> Method:
@@ -210,40 +231,43 @@ def _operand_method(method: Method) -> Method:
     return "elastic" if method in ("stretched", "squashed") else method
 
 
-def _refined(site: Site, rule: Rule, choice: _Choice) -> _Choice:
+def _refined(site: Site, rule: Rule, where: str, choice: _Choice) -> _Choice:
+    """The choice of the name with what the rules say together.
+
+    Args:
+        where: names the rules, for messages.
+    """
     if rule.method == "none":
         return replace(choice, weight_bits=FLOAT_BITS, activation_bits=FLOAT_BITS)
     if site.kind == "operand":
-        return _refined_operand(site, rule, choice)
+        return _refined_operand(site, rule, where, choice)
     method = rule.method or choice.method
     weight_bits, activation_bits = rule.weight_bits, rule.activation_bits
     if activation_bits is None and method == "squashed" and (weight_bits or rule.method):
         activation_bits = SQUASHED_ACTIVATION_BITS
-    _check_complete(site, rule, choice, (weight_bits, activation_bits))
+    if site.kind == "embedding":
+        activation_bits = FLOAT_BITS  # its inputs are indices
+    _check_complete(site, rule, where, choice, (weight_bits, activation_bits))
     weight_bits = weight_bits or choice.weight_bits
     if weight_bits < FLOAT_BITS:
-        _check_scales(site, rule, method)
+        _check_scales(site, rule, where, method)
     return _Choice(
         method,
         weight_bits,
         activation_bits or choice.activation_bits,
         rule.granularity or choice.granularity,
         rule.group_size,
+        rule.squash_std,
     )
 
 
-def _refined_operand(site: Site, rule: Rule, choice: _Choice) -> _Choice:
-    if choice.activation_bits == FLOAT_BITS:
-        # A rule for a whole layer does not turn BiT-L into BiT-LA: operands that the name leaves
-        # float are quantized by a rule that names them.
-        last = rule.match.rsplit(".", 1)[-1]
-        if last == "*" or not fnmatchcase(site.name.rsplit(".", 1)[1], last):
-            return choice
-        if rule.method is not None and rule.activation_bits is None:
+def _refined_operand(site: Site, rule: Rule, where: str, choice: _Choice) -> _Choice:
+    if choice.activation_bits == FLOAT_BITS and rule.activation_bits is None:
+        if rule.method is not None:
             raise LowbitError(
-                f"precision rule {rule.match!r} gives no activation_bits for {site.name}, which is "
-                "float by default"
+                f"{where} gives no activation_bits for {site.name}, which is float by default"
             )
+        return choice
     method = _operand_method(rule.method or choice.method)
     return replace(
         choice, method=method, activation_bits=rule.activation_bits or choice.activation_bits
@@ -251,11 +275,9 @@ def _refined_operand(site: Site, rule: Rule, choice: _Choice) -> _Choice:
 
 
 def _check_complete(
-    site: Site, rule: Rule, choice: _Choice, given: tuple[int | None, int | None]
+    site: Site, rule: Rule, where: str, choice: _Choice, given: tuple[int | None, int | None]
 ) -> None:
-    """A rule leaves nothing open for a module that the name leaves float."""
-    if site.kind == "embedding" and given[0] is not None:
-        given = (given[0], FLOAT_BITS)
+    """Rules leave nothing open for a module that the name leaves float."""
     was_float = choice.weight_bits == choice.activation_bits == FLOAT_BITS
     missing = [
         key
@@ -263,14 +285,13 @@ def _check_complete(
         if bits is None
     ]
     if was_float and (len(missing) == 1 or (missing and rule.method is not None)):
+        both = "" if site.kind == "embedding" else ": give both (16 for float)"
         raise LowbitError(
-            f"precision rule {rule.match!r} gives no {missing[0]} for {site.name}, which is float "
-            "by default: give both (16 for float)"
+            f"{where} gives no {missing[0]} for {site.name}, which is float by default{both}"
         )
 
 
-def _check_scales(site: Site, rule: Rule, method: Method) -> None:
-    where = f"precision rule {rule.match!r}"
+def _check_scales(site: Site, rule: Rule, where: str, method: Method) -> None:
     if method == "squashed" and rule.granularity not in (None, "per_channel"):
         raise LowbitError(
             f"{where}: the squashed weight of {site.name} has one gain per channel, so drop "
@@ -284,46 +305,104 @@ def _check_scales(site: Site, rule: Rule, method: Method) -> None:
         )
 
 
-def _bytes(site: Site, choice: _Choice) -> float:
-    total = site.weights * choice.weight_bits / 8 + site.others * FLOAT_BYTES
-    if choice.weight_bits < FLOAT_BITS and not site.tied_to:
-        total += _scale_bytes(site, choice)
-    # The other methods compute the scales of activations from the activations.
-    if _learns_input_scale(choice):
-        shift_bytes = SCALAR_BYTES if site.shifts == 1 else site.shifts * FLOAT_BYTES
-        total += SCALAR_BYTES + shift_bytes
-    return total
+def _check_ties(sites: Sequence[Site], choices: Sequence[_Choice]) -> None:
+    """A weight that two modules share has one quantizer."""
+    by_name = {site.name: choice for site, choice in zip(sites, choices, strict=True)}
+    for site in sites:
+        if not site.tied_to:
+            continue
+        first, second = (_weight_choice(by_name[name]) for name in (site.tied_to, site.name))
+        if first != second:
+            raise LowbitError(
+                f"{site.tied_to} and {site.name} share one weight, but the precision gives it "
+                f"{first.weight_bits} bits ({first.method}) by the first name and "
+                f"{second.weight_bits} bits ({second.method}) by the second: write a rule that "
+                "matches both"
+            )
 
 
-def _learns_input_scale(choice: _Choice | PlanEntry) -> bool:
-    return choice.activation_bits < FLOAT_BITS and choice.method in LEARNED_SCALE
+def _weight_choice(choice: _Choice) -> _Choice:
+    method = choice.method if choice.weight_bits < FLOAT_BITS else "none"
+    return replace(choice, method=method, activation_bits=FLOAT_BITS)
 
 
-def _with_shared_inputs(entries: list[PlanEntry], sites: list[Site]) -> tuple[PlanEntry, ...]:
-    """Sites of one input group read the same values: with learned scales of the same bits they have
-    one input quantizer, whose scale and shift are stored once."""
-    entries = list(entries)
+def _entry(site: Site, choice: _Choice, rule: str, precision: Precision) -> PlanEntry:
+    weight, read = _weight_operand(site, choice), _input_operand(site, choice, precision)
+    own_weights = 0 if site.tied_to else site.weights
+    stored = quantizer_bytes(read) + site.others * FLOAT_BYTES
+    if own_weights:
+        stored += weight_bytes(own_weights, weight)
+    return PlanEntry(
+        module=site.name,
+        kind=site.kind,
+        rule=rule,
+        method=choice.method,
+        weight_bits=choice.weight_bits,
+        activation_bits=choice.activation_bits,
+        granularity=choice.granularity,
+        group_size=choice.group_size,
+        parameters=own_weights + site.others,
+        bytes=stored,
+        weight=weight,
+        input=read,
+    )
+
+
+def _weight_operand(site: Site, choice: _Choice) -> Operand | None:
+    if choice.weight_bits == FLOAT_BITS:
+        return None
+    bits, method = choice.weight_bits, choice.method
+    group_size = {
+        "per_tensor": None,
+        "per_channel": site.weights // site.channels,
+        "per_group": choice.group_size,
+    }[choice.granularity]
+    scales = 1 if group_size is None else site.weights // group_size
+    if method in PLAIN_RANGE:
+        levels = signed(bits) if method == "absmax" else non_negative(bits)
+        return Operand(levels, method, scales, group_size)
+    levels = signed(bits) if method == "elastic" else mid_rise(bits)
+    return Operand(levels, "learned", scales, group_size, squash_std=choice.squash_std)
+
+
+def _input_operand(site: Site, choice: _Choice, precision: Precision) -> Operand | None:
+    if choice.activation_bits == FLOAT_BITS:
+        return None
+    bits, is_probabilities = choice.activation_bits, site.input_kind == InputKind.PROBABILITIES
+    if choice.method in LEARNED_SCALE:
+        return Operand(
+            input_levels(site.input_kind, bits),
+            shifts=site.shifts,
+            is_length_scaled=is_probabilities and precision.length_scaled,
+        )
+    # Of values that are never negative, min-max with its zero point at 0 is the absmax.
+    if choice.method == "minmax" or is_probabilities:
+        return Operand(non_negative(bits), "minmax", scales=0, is_per_frame=True)
+    return Operand(signed(bits), "absmax", scales=0, is_per_frame=True)
+
+
+def _with_shared_inputs(
+    entries: Sequence[PlanEntry], sites: Sequence[Site]
+) -> tuple[PlanEntry, ...]:
+    """Sites of one input group read the same values: quantized alike, they have one input
+    quantizer, whose scale and shift are stored once."""
+    found = list(entries)
     readers: dict[str, list[int]] = {}
     for index, site in enumerate(sites):
         if site.input_group:
             readers.setdefault(site.input_group, []).append(index)
     for members in readers.values():
-        bits = {entries[i].activation_bits for i in members}
-        if len(bits) == 1 and all(_learns_input_scale(entries[i]) for i in members):
-            for i in members[1:]:
-                entries[i] = replace(entries[i], bytes=entries[i].bytes - 2 * SCALAR_BYTES)
-    return tuple(entries)
+        operands = {found[index].input for index in members}
+        if len(operands) > 1 or None in operands:
+            continue
+        group = sites[members[0]].input_group
+        shared = quantizer_bytes(found[members[0]].input)
+        for index in members:
+            own = found[index].bytes - (shared if index != members[0] else 0)
+            found[index] = replace(found[index], bytes=own, input_owner=group)
+    return tuple(found)
 
 
-def _scale_bytes(site: Site, choice: _Choice) -> int:
-    """Scales, and zero points at a byte each."""
-    zero_point = ZERO_POINT_BYTES if choice.method == "minmax" else 0
-    if choice.granularity == "per_tensor":
-        return SCALAR_BYTES + zero_point
-    groups = site.weights // choice.group_size if choice.group_size else site.channels
-    return groups * (FLOAT_BYTES + zero_point)
-
-
-def _examples(sites: list[Site]) -> str:
+def _examples(sites: Iterable[Site]) -> str:
     """Module names with their layer numbers folded into *, each once."""
     return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", site.name) for site in sites))

@@ -9,7 +9,8 @@ from typing import TypeVar
 from rich.table import Table
 
 from fairseq_lowbit.precision.grammar import FLOAT_BITS
-from fairseq_lowbit.precision.plan import FLOAT_BYTES, Plan, PlanEntry
+from fairseq_lowbit.precision.plan import Plan, PlanEntry
+from fairseq_lowbit.precision.storage import FLOAT_BYTES
 
 PLAN_HEADS = ("module", "decided by", "method", "weight", "activation", "parameters", "kB")
 Item = TypeVar("Item")
@@ -87,7 +88,7 @@ def fold_layers(
 
 def _decision(entry: PlanEntry) -> PlanEntry:
     """What two entries have to share to be told in one row."""
-    return replace(entry, module="", parameters=0, bytes=0)
+    return replace(entry, module="", parameters=0, bytes=0, input_owner="")
 
 
 def _range_name(names: list[str]) -> str:

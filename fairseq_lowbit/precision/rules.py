@@ -1,5 +1,6 @@
 """The declarative precision: a name for the default and an ordered list of rules that refine it."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
@@ -12,8 +13,11 @@ GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 
 @dataclass
 class Rule:
-    """One refinement. The last rule whose pattern matches a module decides about it; what that
-    rule leaves out (null) comes from the precision's name.
+    """One refinement of a precision's name.
+
+    All rules whose pattern matches a module count: the last one that sets a field decides that
+    field, and what none of them sets comes from the name. Method ``none`` decides the whole module,
+    and a rule that sets nothing takes a module back to the name.
 
     Attention operands (``<attention>.query`` and so on) that the name leaves float are reached only
     by a pattern whose last part matches their name and is not a bare ``*``.
@@ -27,6 +31,7 @@ class Rule:
         granularity: what shares a weight scale: ``per_tensor``, ``per_channel`` (output channel)
             or ``per_group``.
         group_size: weights of one group, along an output channel's inputs; divides their number.
+        squash_std: standard deviation of the unsquashed weights of ``squashed`` modules.
     """
 
     match: str = ""
@@ -35,6 +40,13 @@ class Rule:
     activation_bits: int | None = None
     granularity: str | None = None
     group_size: int | None = None
+    squash_std: float | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that it sets. What shares a scale is one setting of two fields."""
+        given = {key: value for key, value in asdict(self).items() if value is not None}
+        del given["match"]
+        return given | {"group_size": self.group_size} if self.granularity else given
 
     def check(self) -> None:
         """Raises LowbitError when the rule contradicts itself."""
@@ -51,6 +63,7 @@ class Rule:
             if self.method == "none":
                 raise LowbitError(f"{where}: method none leaves the module float, so drop {key}")
         self._check_granularity(where)
+        check_squash_std(self.squash_std, where)
 
     def _check_granularity(self, where: str) -> None:
         if (self.granularity == "per_group") != (self.group_size is not None):
@@ -65,26 +78,48 @@ class Precision:
 
     Attributes:
         name: default by name, see :func:`fairseq_lowbit.precision.parse_precision`.
-        rules: refinements in order, the last match wins.
+        rules: refinements in order, see :class:`Rule`.
         length_scaled: scale the probability quantizers with reference_frames / valid frames.
         reference_frames: length in frames for which their scale is stored.
         squash_std: standard deviation of the unsquashed weights of ``squashed`` modules, which a
-            student starts from and the loss term holds it to.
+            student starts from and the loss term holds it to; None for the default of their width.
+        rules_decide: ``fields``, or ``modules`` as before version 0.2, where the last rule that
+            matches a module decided all of its fields.
     """
 
     name: str = "float"
     rules: list[Rule] = field(default_factory=list)
     length_scaled: bool = True
     reference_frames: int = 500
-    squash_std: float = 0.84
+    squash_std: float | None = None
+    rules_decide: str = "fields"
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> "Precision":
-        """Back from plain data, for example a checkpoint's configuration; unknown keys raise."""
-        return cls(**{**values, "rules": [Rule(**rule) for rule in values.get("rules") or []]})
+        """Back from plain data, for example a checkpoint's configuration; unknown keys raise.
+
+        What was written before version 0.2 does not know ``rules_decide``.
+        """
+        rules = [Rule(**rule) for rule in values.get("rules") or []]
+        return cls(**{"rules_decide": "modules", **values, "rules": rules})
 
     def to_mapping(self) -> dict[str, Any]:
         return asdict(self)
+
+    def check(self) -> None:
+        """Raises LowbitError for a value that makes no sense."""
+        if self.reference_frames < 1:
+            raise LowbitError(f"precision.reference_frames is {self.reference_frames}; want >= 1")
+        check_squash_std(self.squash_std, "precision")
+        _check_choice(self.rules_decide, ("fields", "modules"), "precision.rules_decide")
+        for rule in self.rules:
+            rule.check()
+
+
+def check_squash_std(value: float | None, where: str) -> None:
+    """Raises LowbitError for a standard deviation that is not a positive number."""
+    if value is not None and not 0 < value < math.inf:
+        raise LowbitError(f"{where}: squash_std is {value}; want more than 0")
 
 
 def _check_choice(value: str | None, allowed: tuple[str, ...], where: str) -> None:

@@ -19,7 +19,7 @@ from fairseq_lowbit.models.extractor import output_lengths
 from fairseq_lowbit.nn import Conv1d, Linear, PositionalConv1d, SelfAttention
 from fairseq_lowbit.precision import PlanEntry
 from fairseq_lowbit.precision.grammar import FLOAT_BITS
-from fairseq_lowbit.precision.plan import FLOAT_BYTES
+from fairseq_lowbit.precision.storage import FLOAT_BYTES
 
 SAMPLE_RATE = 16_000
 ACTIVATION_BYTES = 4

@@ -3,7 +3,8 @@
 from fairseq_lowbit.quantization.calibration import Criterion
 from fairseq_lowbit.quantization.codes import Codes
 from fairseq_lowbit.quantization.elastic import ElasticQuantizer
-from fairseq_lowbit.quantization.levels import LevelSet, after_gelu, mid_rise, non_negative, signed
+from fairseq_lowbit.quantization.levels import LevelSet, mid_rise, non_negative, signed
+from fairseq_lowbit.quantization.operand import Operand
 from fairseq_lowbit.quantization.quantizer import Quantizer, UncalibratedError
 from fairseq_lowbit.quantization.recompute import recomputed
 from fairseq_lowbit.quantization.squashed import SquashedQuantizer, squash_penalty
@@ -14,11 +15,11 @@ __all__ = [
     "Criterion",
     "ElasticQuantizer",
     "LevelSet",
+    "Operand",
     "Quantizer",
     "SquashedQuantizer",
     "UncalibratedError",
     "UniformQuantizer",
-    "after_gelu",
     "mid_rise",
     "non_negative",
     "recomputed",

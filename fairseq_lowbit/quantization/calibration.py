@@ -96,15 +96,15 @@ def fit_scale(
         optimum. An all-zero row gets shift 0 and scale 1, which any other would do as well as, but
         the smallest one where zero is no level.
     """
-    if levels.kind == "sign":
+    if levels.is_sign:
         return values.abs().mean(1).clamp_min(SMALLEST_SCALE), None
-    peak = _peak(values, criterion) / levels.value(values.new_tensor(levels.hi))
+    peak = _peak(values, criterion) / levels.highest
     is_zero = peak == 0
     scale = torch.where(is_zero, 1.0, peak)
     offset = torch.zeros_like(scale)
     if criterion.name == "mse":
         scale, offset = _least_error(values, levels, scale, with_shift)
-    any_scale = SMALLEST_SCALE if levels.kind == "mid_rise" else 1.0
+    any_scale = 1.0 if levels.has_zero else SMALLEST_SCALE
     scale, shift = torch.where(is_zero, any_scale, scale), torch.where(is_zero, 0.0, offset * scale)
     return scale, shift if with_shift else None
 
@@ -160,13 +160,13 @@ def _search(
 
 
 def fit_weight_scale(
-    weight: Tensor, levels: LevelSet, row_size: int | None, criterion: Criterion = MSE
+    weight: Tensor, levels: LevelSet, group_size: int | None, criterion: Criterion = MSE
 ) -> Tensor:
-    """Scale () of a weight, or with ``row_size`` [rows, 1] of its rows."""
+    """Scale () of a weight, or with ``group_size`` [rows, 1] of its rows."""
     weight = weight.detach().float()
-    if row_size is not None:
-        return fit_scale(weight.reshape(-1, row_size), levels, criterion=criterion)[0][:, None]
+    if group_size is not None:
+        return fit_scale(weight.reshape(-1, group_size), levels, criterion=criterion)[0][:, None]
     # Neither a mean nor a maximum needs a grid, so they need no sample either.
-    is_exact = levels.kind == "sign" or criterion.name == "absmax"
+    is_exact = levels.is_sign or criterion.name == "absmax"
     values = weight.reshape(-1) if is_exact else thin(weight, _WEIGHT_SAMPLE)
     return fit_scale(values[None], levels, criterion=criterion)[0].reshape(())

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fairseq_lowbit.quantization.formulas import decode_
 from fairseq_lowbit.quantization.levels import LevelSet
 
 
@@ -36,7 +37,8 @@ class Codes:
     def decoded_range(self) -> tuple[Tensor, Tensor]:
         """What the lowest and the highest code stand for, each broadcastable to ``integers``."""
         lowest, highest = (
-            self._decode(self.scale.new_tensor(code)) for code in (self.levels.lo, self.levels.hi)
+            self._decode(torch.full_like(self.scale, code))
+            for code in (self.levels.lo, self.levels.hi)
         )
         return lowest, highest
 
@@ -44,7 +46,7 @@ class Codes:
         """Where ``values`` (of ``shape``) lie more than half a step beyond the outermost levels;
         bool, of the shape of ``integers``."""
         lowest, highest = self.decoded_range
-        margin = self.scale * self.levels.step / 2
+        margin = self.scale * self.levels.spacing / 2
         values = values.reshape(self.integers.shape)
         return (values < lowest - margin) | (values > highest + margin)
 
@@ -57,5 +59,4 @@ class Codes:
         return torch.bincount(indices, minlength=self.levels.size)
 
     def _decode(self, codes: Tensor) -> Tensor:
-        level = self.levels.value(codes)
-        return self.scale * (level if self.zero_point is None else level - self.zero_point)
+        return decode_(self.levels, codes, self.scale, self.zero_point)

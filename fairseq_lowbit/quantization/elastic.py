@@ -4,27 +4,24 @@ u = (x - shift)/scale in fp32, by division; decode = scale * level(code). Gradie
 """
 
 import math
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fairseq_lowbit.quantization.blocks import blocks
+from fairseq_lowbit.quantization import formulas
 from fairseq_lowbit.quantization.calibration import Calibrator
-from fairseq_lowbit.quantization.codes import Codes
+from fairseq_lowbit.quantization.execution import run
 from fairseq_lowbit.quantization.levels import LevelSet
-from fairseq_lowbit.quantization.quantizer import SCALE_GROUP, SHIFT_GROUP, LearnedQuantizer
+from fairseq_lowbit.quantization.quantizer import (
+    SCALE_GROUP,
+    SHIFT_GROUP,
+    Affine,
+    LearnedQuantizer,
+)
 from fairseq_lowbit.quantization.recompute import Recomputable
 
 SCALE_FLOOR = 1e-5
-
-
-def _normalize(x: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """u = (x - shift)/scale, fp32, in ``out`` or a new tensor."""
-    x = x.float()
-    if shift is None:
-        return torch.div(x, scale, out=out)
-    return torch.sub(x, shift, out=out).div_(scale)
 
 
 class _FakeQuantize(Recomputable):
@@ -34,10 +31,10 @@ class _FakeQuantize(Recomputable):
     """
 
     @staticmethod
-    def forward(ctx, x, scale, shift, quantizer: "ElasticQuantizer"):
+    def forward(ctx, x, scale, shift, quantizer: "ElasticQuantizer", dtype: torch.dtype | None):
         ctx.save_for_backward(x, scale, shift)
-        ctx.quantizer, ctx.recompute = quantizer, quantizer.decode
-        return quantizer.decode(x, scale, shift)
+        ctx.quantizer, ctx.recompute = quantizer, partial(quantizer.decode, dtype=dtype)
+        return ctx.recompute(x, scale, shift)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -49,46 +46,12 @@ class _FakeQuantize(Recomputable):
             torch.zeros_like(parameter) if needed and parameter is not None else None
             for parameter, needed in zip((scale, shift), ctx.needs_input_grad[1:3], strict=True)
         )
-        for part in blocks(rows, grad_rows, scale, shift, grad_x, grad_scale, grad_shift):
-            _add_gradients(quantizer.levels, *part)
+        tensors = (rows, grad_rows, scale, shift, grad_x, grad_scale, grad_shift)
+        run(formulas.add_gradients, quantizer.levels, *tensors)
         for gradient in (grad_scale, grad_shift):
             if gradient is not None:
                 gradient.mul_(quantizer.gradient_scale)
-        return grad_x.view_as(x).to(x.dtype), grad_scale, grad_shift, None
-
-
-def _add_gradients(
-    levels: LevelSet,
-    x: Tensor,
-    grad_output: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    grad_x: Tensor,
-    grad_scale: Tensor | None,
-    grad_shift: Tensor | None,
-) -> None:
-    """Fills in ``grad_x`` and adds to the others, before their factor 1/sqrt(N * Qp)."""
-    grad = grad_output.float().contiguous()
-    u = _normalize(x, scale, shift)
-    # hardtanh stops the gradient at the ends of its range, too.
-    lowest, highest = levels.clip_range
-    beyond = _next_float(lowest, -math.inf), _next_float(highest, math.inf)
-    torch.ops.aten.hardtanh_backward.grad_input(grad, u, *beyond, grad_input=grad_x)
-    if grad_shift is not None:
-        grad_shift.sub_(grad_x.sum_to_size(grad_shift.shape))
-    if grad_scale is None:
-        return
-    if levels.kind == "sign":
-        slope = levels.encode(u, u).mul_(grad)
-    else:
-        slope = levels.value_(levels.encode(u)).mul_(grad)
-        # Clamped first: infinity times 0 would be nan.
-        slope.addcmul_(u.clamp_(lowest, highest), grad_x, value=-1)
-    grad_scale.add_(slope.sum_to_size(grad_scale.shape))
-
-
-def _next_float(value: int, towards: float) -> float:
-    return float(np.nextafter(np.float32(value), np.float32(towards)))
+        return grad_x.view_as(x).to(x.dtype), grad_scale, grad_shift, None, None
 
 
 class ElasticQuantizer(LearnedQuantizer):
@@ -99,13 +62,14 @@ class ElasticQuantizer(LearnedQuantizer):
         gradient_values: N of the LSQ gradient scale 1/sqrt(N * Qp): values per frame for an
             activation, values per scale for a weight.
         scales: number of scales of a weight; None for a single one.
-        row_size: values that share a scale, where there are several.
+        group_size: values that share a scale, where there are several.
         shift_shape: None without shift, () per tensor, (features,) per channel.
 
     Parameters: ``log_scale`` () or [scales, 1] and ``relative_shift``, in units of the scale, so
     that a learning rate means the same for small values, such as probabilities, as for large ones.
 
-    >>> quantizer = ElasticQuantizer(LevelSet("signed", 2), gradient_values=4)
+    >>> from fairseq_lowbit.quantization import signed
+    >>> quantizer = ElasticQuantizer(signed(2), gradient_values=4)
     >>> quantizer.set_scale(torch.tensor(0.5))
     >>> quantizer(torch.tensor([-3.0, -0.2, 0.3, 0.9]))
     tensor([-1.0000, -0.0000,  0.5000,  0.5000], grad_fn=<_FakeQuantizeBackward>)
@@ -116,10 +80,10 @@ class ElasticQuantizer(LearnedQuantizer):
         levels: LevelSet,
         gradient_values: int,
         scales: int | None = None,
-        row_size: int | None = None,
+        group_size: int | None = None,
         shift_shape: tuple[int, ...] | None = None,
     ) -> None:
-        super().__init__(levels, row_size)
+        super().__init__(levels, group_size)
         self.gradient_scale = 1.0 / math.sqrt(gradient_values * levels.gradient_divisor)
         shape = () if scales is None else (scales, 1)
         self.log_scale = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
@@ -147,29 +111,22 @@ class ElasticQuantizer(LearnedQuantizer):
         shift = self.relative_shift
         return self.log_scale.dim() == 0 and (shift is None or shift.dim() == 0)
 
-    def forward(self, x: Tensor, length_ratio: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, length_ratio: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """See :meth:`Quantizer.forward`; scale and shift are multiplied by ``length_ratio``
         (attention probabilities shrink as 1/length)."""
         if self._calibrator is not None:
             self._calibrate_on(x if length_ratio is None else x / length_ratio)
-        scale, shift = self._parameters_for(length_ratio)
-        return _FakeQuantize.apply(x, scale, shift, self)
+        scale, shift, _ = self.affine(x, length_ratio)
+        return _FakeQuantize.apply(x, scale, shift, self, dtype)
 
-    @torch.no_grad()
-    def decode(self, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-        """Decoded codes of ``x`` under these parameters, in its shape and dtype, without graph."""
-        rows = self.rows(x)
-        decoded = torch.empty_like(rows, dtype=torch.float32)
-        for part, alpha, beta, out in blocks(rows, scale, shift, decoded):
-            code = self.levels.encode(_normalize(part, alpha, beta, out), out)
-            self.levels.value_(code).mul_(alpha)
-        return decoded.view_as(x).to(x.dtype)
-
-    def codes(self, x: Tensor, length_ratio: Tensor | None = None) -> Codes:
-        with torch.no_grad():
-            scale, shift = self._parameters_for(length_ratio)
-            integers = self.levels.encode(_normalize(self.rows(x), scale, shift))
-        return Codes(integers.to(torch.int16), scale, self.levels, x.shape)
+    def affine(self, rows: Tensor, length_ratio: Tensor | None = None) -> Affine:
+        self.check_calibrated()
+        if length_ratio is None:
+            return Affine(self.scale, self.shift)
+        shift = None if self.relative_shift is None else self.shift * length_ratio
+        return Affine(self.scale * length_ratio, shift)
 
     def share_at_floor(self) -> float:
         return float((self.scale < 1.01 * SCALE_FLOOR).float().mean())
@@ -199,13 +156,6 @@ class ElasticQuantizer(LearnedQuantizer):
         if self.relative_shift is not None:
             self.relative_shift.param_group = SHIFT_GROUP
 
-    def _parameters_for(self, length_ratio: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        self.check_calibrated()
-        if length_ratio is None:
-            return self.scale, self.shift
-        shift = None if self.relative_shift is None else self.shift * length_ratio
-        return self.scale * length_ratio, shift
-
     def _calibrate_on(self, x: Tensor) -> None:
-        with_shift = self.levels.kind == "non_negative" and self.relative_shift is not None
+        with_shift = self.levels.lowest == 0 and self.relative_shift is not None
         self.set_scale(*self._calibrator.fit(x, self.levels, with_shift))

@@ -5,7 +5,6 @@ The tables of ``docs/numerics.md``; training, calibration, counting and kernels 
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,16 +13,22 @@ from fairseq_lowbit.errors import LowbitError
 
 # Of nothing but zeros: with it they are decoded as zero by a set that lacks that level too.
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-_GELU_NON_NEGATIVE_BITS = 4
 
 
 @dataclass(frozen=True)
 class LevelSet:
-    """A set of 2**bits levels with consecutive integer codes.
+    """Evenly spaced levels: code k stands for ``step * k + offset``, in units of the scale.
 
-    ``sign`` is {-1, +1} (1 bit only), ``signed`` is two's complement, ``non_negative`` starts at 0;
-    in these a code is its own level. ``mid_rise`` has the codes 0 .. 2**bits - 1 for the levels
-    (2 code + 1)/2**bits - 1, which fill [-1, 1] evenly and leave out zero.
+    Attributes:
+        name: for people to read; nothing is decided by it.
+        bits: 1 to 8, what a stored code takes.
+        lo, hi: the lowest and the highest code.
+        stride: distance of two neighbouring codes.
+        step, offset: of the levels, both powers of two or sums of two of them, so that a level is
+            exact in fp32.
+        ties_up: a value half-way between two levels takes the upper one instead of the even code.
+            A set of two levels has one threshold, half-way, and always does.
+        clip_margin: how far beyond the outermost levels a gradient still passes.
 
     >>> signed(1).encode(torch.tensor([-0.2, 0.0, 3.0]))
     tensor([-1.,  1.,  1.])
@@ -31,85 +36,94 @@ class LevelSet:
     tensor([0., 0., 2., 3.])
     >>> mid_rise(2).value(mid_rise(2).encode(torch.tensor([-2.0, -0.1, 0.1, 0.9])))
     tensor([-0.7500, -0.2500,  0.2500,  0.7500])
+    >>> ternary = LevelSet("ternary", bits=2, lo=-1, hi=1)
+    >>> ternary.encode(torch.tensor([-0.7, 0.2, 4.0]))
+    tensor([-1.,  0.,  1.])
     """
 
-    kind: Literal["sign", "signed", "non_negative", "mid_rise"]
+    name: str
     bits: int
+    lo: int
+    hi: int
+    stride: int = 1
+    step: float = 1.0
+    offset: float = 0.0
+    ties_up: bool = False
+    clip_margin: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
             raise LowbitError(f"{self.bits} bits: quantizers have 1 to 8 bits")
-        if self.kind in ("sign", "signed") and (self.kind == "sign") != (self.bits == 1):
-            raise LowbitError(
-                f"level set {self.kind!r} with {self.bits} bits: sign is the 1-bit signed set"
-            )
-
-    @property
-    def lo(self) -> int:
-        """Lowest code."""
-        if self.kind == "sign":
-            return -1
-        return -(2 ** (self.bits - 1)) if self.kind == "signed" else 0
-
-    @property
-    def hi(self) -> int:
-        """Highest code."""
-        if self.kind == "sign":
-            return 1
-        return 2 ** (self.bits - 1) - 1 if self.kind == "signed" else 2**self.bits - 1
-
-    @property
-    def clip_range(self) -> tuple[int, int]:
-        """Both ends of the range of u outside of which no gradient passes."""
-        return (-1, 1) if self.kind == "mid_rise" else (self.lo, self.hi)
-
-    @property
-    def step(self) -> float:
-        """Distance of two neighbouring levels."""
-        if self.kind == "sign":
-            return 2.0
-        return 2.0 ** (1 - self.bits) if self.kind == "mid_rise" else 1.0
+        if not 2 <= self.size <= 2**self.bits:
+            raise LowbitError(f"level set {self.name!r}: {self.size} levels in {self.bits} bits")
 
     @property
     def size(self) -> int:
-        """Number of levels, 2 ** bits."""
-        return 2**self.bits
+        """Number of levels."""
+        return (self.hi - self.lo) // self.stride + 1
 
     @property
     def codes(self) -> range:
         """Every code, ascending."""
-        return range(self.lo, self.hi + 1, 2 if self.kind == "sign" else 1)
+        return range(self.lo, self.hi + 1, self.stride)
 
     @property
-    def gradient_divisor(self) -> int:
-        """Qp of the LSQ gradient scale: steps from 0 to the upper end of the clipping range, and 1
-        for the sign set, whose step is its only level."""
-        if self.kind == "mid_rise":
-            return 2 ** (self.bits - 1)
-        return 1 if self.kind == "sign" else self.hi
+    def spacing(self) -> float:
+        """Distance of two neighbouring levels."""
+        return self.step * self.stride
+
+    @property
+    def lowest(self) -> float:
+        """The level of the lowest code."""
+        return self.step * self.lo + self.offset
+
+    @property
+    def highest(self) -> float:
+        """The level of the highest code."""
+        return self.step * self.hi + self.offset
+
+    @property
+    def has_zero(self) -> bool:
+        return any(self.step * code + self.offset == 0 for code in self.codes)
+
+    @property
+    def is_sign(self) -> bool:
+        """Whether it is {-1, +1}, whose best scale is the mean magnitude."""
+        return self.size == 2 and (self.lowest, self.highest) == (-1, 1)
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """Both ends of the range of u outside of which no gradient passes."""
+        return self.lowest - self.clip_margin, self.highest + self.clip_margin
+
+    @property
+    def gradient_divisor(self) -> float:
+        """Qp of the LSQ gradient scale: steps from 0 to the upper end of the clipping range."""
+        return self.clip_range[1] / self.step
 
     @torch.no_grad()
     def encode(self, u: Tensor, out: Tensor | None = None) -> Tensor:
         """Normalised values u = (x - shift)/scale, fp32 -> integer codes held as fp32, same shape.
-
-        Ties round to even, except the documented thresholds: u >= 0 is +1 in the sign set,
-        u >= 0.5 is 1 in the 1-bit non-negative set, and a value between two levels of the mid-rise
-        set takes the upper one.
 
         Args:
             out: receives the codes; it may be ``u``. Arithmetic in fp32, because on CPUs booleans
                 and ``torch.where`` cost several times as much.
         """
         out = torch.empty_like(u) if out is None else out
-        if self.kind == "sign":
-            return torch.ge(u, 0, out=out).mul_(2).sub_(1)
-        if self.bits == 1:
-            return torch.ge(u, 0 if self.kind == "mid_rise" else 0.5, out=out)
-        if self.kind == "mid_rise":
-            # Every step is exact; adding 1 to u first would round small negative values up to zero.
-            half = 2 ** (self.bits - 1)
-            return torch.mul(u, half, out=out).floor_().add_(half).clamp_(self.lo, self.hi)
-        return torch.round(u, out=out).clamp_(self.lo, self.hi)
+        if self.size == 2:
+            code = torch.ge(u, (self.lowest + self.highest) / 2, out=out)
+            code = code if self.stride == 1 else code.mul_(self.stride)
+            return code if self.lo == 0 else code.add_(self.lo)
+        if not self.ties_up:
+            return self._nearest(u, out).clamp_(self.lo, self.hi)
+        # Every step is exact; adding the offset first would round small negative values up to zero.
+        half_way = 0.5 - self.offset / self.step
+        return torch.mul(u, 1 / self.step, out=out).floor_().add_(half_way).clamp_(self.lo, self.hi)
+
+    def _nearest(self, u: Tensor, out: Tensor) -> Tensor:
+        if (self.step, self.offset) == (1, 0):
+            return torch.round(u, out=out)
+        return torch.sub(u, self.offset, out=out).div_(self.step).round_()
 
     def all_values(self) -> Tensor:
         """Every level in units of the scale, ascending, fp32 [size]."""
@@ -117,35 +131,36 @@ class LevelSet:
 
     def value(self, code: Tensor) -> Tensor:
         """The levels, in units of the scale, that codes (fp32) stand for; exact in fp32."""
-        return code if self.kind != "mid_rise" else self.value_(code.clone())
+        return code if (self.step, self.offset) == (1, 0) else self.value_(code.clone())
 
     def value_(self, code: Tensor) -> Tensor:
         """:meth:`value` in place."""
-        if self.kind != "mid_rise":
-            return code
         stepped = code if self.step == 1 else code.mul_(self.step)
-        return stepped.add_(self.step / 2 - 1)
+        return stepped if self.offset == 0 else stepped.add_(self.offset)
 
 
 def signed(bits: int) -> LevelSet:
     """The set for values of both signs: two's complement, and {-1, +1} at one bit."""
-    return LevelSet("sign" if bits == 1 else "signed", bits)
+    if bits == 1:
+        return LevelSet("sign", 1, -1, 1, stride=2)
+    half = 2 ** (_checked(bits) - 1)
+    return LevelSet("signed", bits, -half, half - 1)
 
 
 def non_negative(bits: int) -> LevelSet:
     """The set for softmax outputs: 0 .. 2**bits - 1."""
-    return LevelSet("non_negative", bits)
+    return LevelSet("non_negative", bits, 0, 2 ** _checked(bits) - 1)
 
 
 def mid_rise(bits: int) -> LevelSet:
-    """The balanced set: as many levels below zero as above, none at zero."""
-    return LevelSet("mid_rise", bits)
+    """The balanced set, with as many levels below zero as above and none at zero: the levels
+    (2 code + 1)/2**bits - 1 fill [-1, 1] evenly."""
+    step = 2.0 ** (1 - _checked(bits))
+    top = 2**bits - 1
+    return LevelSet("mid_rise", bits, 0, top, 1, step, step / 2 - 1, True, step / 2)
 
 
-def after_gelu(bits: int) -> LevelSet:
-    """The set of least error for GELU outputs: non-negative up to 4 bits, signed above.
-
-    Few levels are best spent on the positive side; from 5 bits on, losing the small negative lobe
-    would cost more than anything else (docs/numerics.md has the errors).
-    """
-    return non_negative(bits) if bits <= _GELU_NON_NEGATIVE_BITS else signed(bits)
+def _checked(bits: int) -> int:
+    if not 1 <= bits <= 8:
+        raise LowbitError(f"{bits} bits: quantizers have 1 to 8 bits")
+    return bits

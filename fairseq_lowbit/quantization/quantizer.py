@@ -1,11 +1,15 @@
 """What every quantizer offers, and what those with learned parameters share."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fairseq_lowbit.quantization import formulas
 from fairseq_lowbit.quantization.codes import Codes
+from fairseq_lowbit.quantization.execution import run
 from fairseq_lowbit.quantization.levels import LevelSet
 
 SCALE_GROUP = "quantizer_scale"
@@ -16,33 +20,74 @@ class UncalibratedError(RuntimeError):
     """A quantizer was used before calibration or before loading a calibrated checkpoint."""
 
 
+def keep_dtype(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """What ``fn``, a conversion of ``nn.Module.to`` and the like, does to the device alone."""
+    moved = fn(tensor)
+    return moved if moved.dtype == tensor.dtype else tensor.to(device=moved.device)
+
+
+class Affine(NamedTuple):
+    """The numbers of one call, fp32 and broadcastable to the values; None for what there is not."""
+
+    scale: Tensor
+    shift: Tensor | None = None
+    zero_point: Tensor | None = None
+
+
 class Quantizer(nn.Module):
     """Turns a tensor into codes and back.
 
     Args:
         levels: the codes it may produce.
-        row_size: for a weight with several scales: it is seen as rows of this many values, each
+        group_size: for a weight with several scales: it is seen as rows of this many values, each
             with a scale of its own (a whole output channel, or a group of its inputs).
     """
 
     is_calibrated = True
 
-    def __init__(self, levels: LevelSet, row_size: int | None = None) -> None:
+    def __init__(self, levels: LevelSet, group_size: int | None = None) -> None:
         super().__init__()
-        self.levels, self.row_size = levels, row_size
+        self.levels, self.group_size = levels, group_size
 
-    def forward(self, x: Tensor, length_ratio: Tensor | None = None) -> Tensor:
-        """Fake quantization: the decoded codes of ``x``, in its shape and dtype.
+    def forward(
+        self, x: Tensor, length_ratio: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Fake quantization: the decoded codes of ``x``, in its shape.
 
         Args:
             length_ratio: reference length / valid length, broadcastable to ``x``, for attention
                 probabilities; only a learned scale makes use of it.
+            dtype: of the result, that of ``x`` by default. Weights are encoded in fp32 whatever
+                the model computes in.
         """
         raise NotImplementedError
 
+    @torch.no_grad()
     def codes(self, x: Tensor, length_ratio: Tensor | None = None) -> Codes:
         """The integers that :meth:`forward` decodes; arguments as there."""
+        rows = self.rows(x)
+        affine = self.affine(rows, length_ratio)
+        code = formulas.encode(self.levels, rows, *affine)
+        return Codes(code.to(torch.int16), affine.scale, self.levels, x.shape, affine.zero_point)
+
+    def affine(self, rows: Tensor, length_ratio: Tensor | None = None) -> Affine:
+        """Scale, shift and zero point for these values (see :meth:`rows`)."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def decode(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor | None = None,
+        zero_point: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Decoded codes of ``x`` under these numbers, in its shape, without graph."""
+        rows = self.rows(x)
+        decoded = torch.empty_like(rows, dtype=torch.float32)
+        run(formulas.quantize, self.levels, rows, scale, shift, zero_point, decoded)
+        return decoded.view_as(x).to(dtype or x.dtype)
 
     def target(self, x: Tensor) -> Tensor:
         """The float values that the codes of ``x`` approximate, fp32."""
@@ -58,12 +103,12 @@ class Quantizer(nn.Module):
         return False
 
     def rows(self, x: Tensor) -> Tensor:
-        """``x``, or [rows, row_size] where each row has a scale of its own."""
-        return x if self.row_size is None else x.reshape(-1, self.row_size)
+        """``x``, or [groups, group_size] where each group has a scale of its own."""
+        return x if self.group_size is None else x.reshape(-1, self.group_size)
 
     def extra_repr(self) -> str:
-        rows = "" if self.row_size is None else f", rows of {self.row_size}"
-        return f"{self.levels.kind}, bits={self.levels.bits}{rows}"
+        groups = "" if self.group_size is None else f", groups of {self.group_size}"
+        return f"{self.levels.name}, bits={self.levels.bits}{groups}"
 
 
 class LearnedQuantizer(Quantizer):
@@ -75,8 +120,8 @@ class LearnedQuantizer(Quantizer):
         UncalibratedError: in every use before calibration or loading a calibrated state.
     """
 
-    def __init__(self, levels: LevelSet, row_size: int | None = None) -> None:
-        super().__init__(levels, row_size)
+    def __init__(self, levels: LevelSet, group_size: int | None = None) -> None:
+        super().__init__(levels, group_size)
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
         # Host-side copy of the flag: checking the tensor would synchronise with the device.
         self._ready = False
@@ -100,13 +145,9 @@ class LearnedQuantizer(Quantizer):
                 "quantizers are calibrated"
             )
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LearnedQuantizer":
         # .half() and .bfloat16() must not touch the parameters: only the device is followed.
-        def keep_dtype(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if moved.dtype == t.dtype else t.to(device=moved.device)
-
-        return super()._apply(keep_dtype, recurse)
+        return super()._apply(partial(keep_dtype, fn), recurse)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -6,17 +6,22 @@ learned log-gain g per output channel.
 """
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from fairseq_lowbit.quantization.blocks import blocks
+from fairseq_lowbit.quantization import formulas
 from fairseq_lowbit.quantization.codes import Codes
-from fairseq_lowbit.quantization.levels import LevelSet, mid_rise
+from fairseq_lowbit.quantization.execution import blocks, run
+from fairseq_lowbit.quantization.levels import mid_rise
 from fairseq_lowbit.quantization.quantizer import SCALE_GROUP, LearnedQuantizer
 from fairseq_lowbit.quantization.recompute import Recomputable
 
 SQUASHED_GROUP = "squashed_weight"
+# Standard deviation of P, up to so many weight bits. 0.84 is where tanh(N(0, s^2)) is closest to
+# U(-1, 1), but at 4 and 8 bits it clips more than rounding costs (docs/numerics.md has the errors).
+_SPREADS = ((2, 0.84), (4, 0.5), (8, 0.3))
 _LIMIT = 0.999
 _BISECTIONS = 30
 _TOLERANCE = 0.01
@@ -27,10 +32,10 @@ class _FakeSquash(Recomputable):
     """gain * level(encode(tanh(P))) forward; backward dQ/dW = 1 and dW/dP = 1 - W^2."""
 
     @staticmethod
-    def forward(ctx, unsquashed, gain, quantizer: "SquashedQuantizer"):
+    def forward(ctx, unsquashed, gain, quantizer: "SquashedQuantizer", dtype: torch.dtype | None):
         ctx.save_for_backward(unsquashed, gain)
-        ctx.quantizer, ctx.recompute = quantizer, quantizer.decode
-        return quantizer.decode(unsquashed, gain)
+        ctx.quantizer, ctx.recompute = quantizer, partial(quantizer.decode, dtype=dtype)
+        return ctx.recompute(unsquashed, gain)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -39,32 +44,9 @@ class _FakeSquash(Recomputable):
         rows, grad_rows = quantizer.rows(unsquashed), quantizer.rows(grad_output)
         grad_x = torch.empty_like(rows, dtype=torch.float32)
         grad_gain = torch.zeros_like(gain)
-        for part in blocks(rows, grad_rows, gain, grad_x, grad_gain):
-            _add_gradients(quantizer.levels, *part)
-        return grad_x.view_as(unsquashed).to(unsquashed.dtype), grad_gain, None
-
-
-def _add_gradients(
-    levels: LevelSet,
-    x: Tensor,
-    grad_output: Tensor,
-    gain: Tensor,
-    grad_x: Tensor,
-    grad_gain: Tensor,
-) -> None:
-    """Fills in ``grad_x`` and adds to ``grad_gain``."""
-    x, grad = x.float(), grad_output.float()
-    if levels.bits == 1:
-        code = levels.encode(x)
-        # 1 - W^2 = 4 s (1 - s) with s = sigmoid(2 P), which takes CPUs a third of the time of tanh.
-        sigmoid = (2 * x).sigmoid_()
-        torch.ops.aten.sigmoid_backward.grad_input(grad, sigmoid, grad_input=grad_x).mul_(4)
-    else:
-        squashed = x.tanh()
-        torch.ops.aten.tanh_backward.grad_input(grad, squashed, grad_input=grad_x)
-        code = levels.encode(squashed, squashed)
-    grad_x.mul_(gain)
-    grad_gain.add_(levels.value_(code).mul_(grad).sum_to_size(grad_gain.shape))
+        tensors = (rows, grad_rows, gain, grad_x, grad_gain)
+        run(formulas.add_squashed_gradients, quantizer.levels, *tensors)
+        return grad_x.view_as(unsquashed).to(unsquashed.dtype), grad_gain, None, None
 
 
 class SquashedQuantizer(LearnedQuantizer):
@@ -73,20 +55,20 @@ class SquashedQuantizer(LearnedQuantizer):
     Args:
         bits: 1 to 8.
         channels: output channels, each with a gain.
-        row_size: weights of one output channel.
+        group_size: weights of one output channel.
         target_std: standard deviation of P that :meth:`fit` aims at. 0.84 is where tanh(N(0, s^2))
             is closest to U(-1, 1), in Kolmogorov's distance.
 
     Parameter: ``log_gain`` [channels, 1].
 
-    >>> quantizer = SquashedQuantizer(bits=2, channels=1, row_size=3, target_std=0.84)
+    >>> quantizer = SquashedQuantizer(bits=2, channels=1, group_size=3, target_std=0.84)
     >>> unsquashed = quantizer.fit(torch.tensor([[-0.02, 0.01, 0.04]]))
     >>> quantizer.target(unsquashed)
     tensor([[-0.0200,  0.0100,  0.0400]])
     """
 
-    def __init__(self, bits: int, channels: int, row_size: int, target_std: float) -> None:
-        super().__init__(mid_rise(bits), row_size)
+    def __init__(self, bits: int, channels: int, group_size: int, target_std: float) -> None:
+        super().__init__(mid_rise(bits), group_size)
         self.target_std = target_std
         self.log_gain = nn.Parameter(torch.zeros(channels, 1, dtype=torch.float32))
         self.name_groups()
@@ -96,24 +78,25 @@ class SquashedQuantizer(LearnedQuantizer):
         """exp(log_gain), [channels, 1]."""
         return self.log_gain.exp()
 
-    def forward(self, x: Tensor, length_ratio: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, length_ratio: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
         self.check_calibrated()
-        return _FakeSquash.apply(x, self.gain, self)
+        return _FakeSquash.apply(x, self.gain, self, dtype)
 
     @torch.no_grad()
-    def decode(self, x: Tensor, gain: Tensor) -> Tensor:
-        """Decoded codes of ``x`` = P with these gains, in its shape and dtype, without graph."""
+    def decode(self, x: Tensor, gain: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Decoded codes of ``x`` = P with these gains, in its shape, without graph."""
         rows = self.rows(x)
         decoded = torch.empty_like(rows, dtype=torch.float32)
-        for part, factor, out in blocks(rows, gain, decoded):
-            self.levels.value_(self._encode(part, out)).mul_(factor)
-        return decoded.view_as(x).to(x.dtype)
+        run(formulas.quantize_squashed, self.levels, rows, gain, decoded)
+        return decoded.view_as(x).to(dtype or x.dtype)
 
+    @torch.no_grad()
     def codes(self, x: Tensor, length_ratio: Tensor | None = None) -> Codes:
         self.check_calibrated()
-        with torch.no_grad():
-            integers = self._encode(self.rows(x)).to(torch.int16)
-            return Codes(integers, self.gain, self.levels, x.shape)
+        code = formulas.encode_squashed(self.levels, self.rows(x))
+        return Codes(code.to(torch.int16), self.gain, self.levels, x.shape)
 
     @torch.no_grad()
     def target(self, x: Tensor) -> Tensor:
@@ -148,15 +131,6 @@ class SquashedQuantizer(LearnedQuantizer):
     def name_groups(self) -> None:
         self.log_gain.param_group = SCALE_GROUP
 
-    def _encode(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """Codes of tanh(P), or at one bit of P, which has its sign; fp32, in ``out`` or a new
-        tensor."""
-        rows = rows.float()
-        if self.levels.bits == 1:
-            return self.levels.encode(rows, out)
-        squashed = torch.tanh(rows, out=out)
-        return self.levels.encode(squashed, squashed)
-
 
 def _unsquash(rows: Tensor, log_gain: Tensor) -> Tensor:
     return torch.atanh((rows / log_gain.exp()).clamp_(-_LIMIT, _LIMIT))
@@ -166,10 +140,19 @@ def _spread(rows: Tensor, log_gain: Tensor) -> Tensor:
     return _unsquash(rows, log_gain).std(1, correction=0, keepdim=True)
 
 
-def squash_penalty(unsquashed: Iterable[Tensor], target_std: float) -> Tensor:
+def default_squash_std(bits: int) -> float:
+    """The standard deviation of P that weights of so many bits are fitted and held to."""
+    return next(std for most_bits, std in _SPREADS if bits <= most_bits)
+
+
+def squash_penalty(weights: Iterable[tuple[Tensor, float]]) -> Tensor:
     """Mean over tensors P of (std(P) - target_std)^2 + mean(P)^2, () fp32: keeps tanh(P) spread
-    over its levels."""
-    return torch.stack([_Spread.apply(p, target_std) for p in unsquashed]).mean()
+    over its levels.
+
+    Args:
+        weights: each P with its target_std.
+    """
+    return torch.stack([_Spread.apply(p, std) for p, std in weights]).mean()
 
 
 class _Spread(torch.autograd.Function):

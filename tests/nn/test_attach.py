@@ -101,7 +101,7 @@ def test_same_bits_give_the_same_output(calibrated: Hubert) -> None:
 
 def test_level_sets_follow_the_contract() -> None:
     model = build()
-    sets = {name: q.levels.kind for name, q in quantizers(model)}
+    sets = {name: q.levels.name for name, q in quantizers(model)}
     non_negative = {name for name, kind in sets.items() if kind == "non_negative"}
     expected = {f"feature_extractor.conv_layers.{i}.0.input_quantizer" for i in (1, 2)}
     for i in range(2):
@@ -109,7 +109,7 @@ def test_level_sets_follow_the_contract() -> None:
         expected |= {f"encoder.layers.{i}.self_attn.probabilities_quantizer"}
     assert non_negative == expected
     assert {kind for name, kind in sets.items() if name not in non_negative} == {"signed"}
-    one_bit = {q.levels.kind for _, q in quantizers(Hubert(TINY, precision=Precision("bitl_w1a1")))}
+    one_bit = {q.levels.name for _, q in quantizers(Hubert(TINY, precision=Precision("bitl_w1a1")))}
     assert one_bit == {"sign", "non_negative"}
 
 
@@ -300,24 +300,45 @@ def test_label_embeddings_are_no_part_of_the_stored_model() -> None:
     assert (own.bytes, own.parameters) == (labelled.bytes, labelled.parameters)
 
 
-@pytest.mark.parametrize(
-    "precision",
-    [
-        Precision("float"),
-        Precision("bitl_w4a4", [Rule("*.0.fc1", method="none")]),
-        Precision("bitl_w2a16", [Rule("*.0.fc1", weight_bits=16, activation_bits=4)]),
-        Precision("bitla_w2a2", length_scaled=False),
-    ],
-)
-def test_attaching_again_gives_what_a_fresh_model_gets(precision: Precision) -> None:
-    model = build(Rule("*.fc2", weight_bits=16, activation_bits=3), Rule("*.q_proj", method="none"))
-    fresh = build(name="float")
-    plans = [attach(m, precision) for m in (model, fresh)]
-    assert plans[0] == plans[1]
-    assert repr(model) == repr(fresh)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["bitla_w8a8", "bitl_w1a1", "sqwq_w8", "absmax_w4a4"])
+def test_codes_of_a_half_precision_model_are_those_of_its_stored_weights(
+    name: str, dtype: torch.dtype
+) -> None:
+    """What is trained in bf16 is what the checkpoint, which holds fp32 weights, stands for."""
+    rule = Rule("encoder.pos_conv.0", method="elastic", weight_bits=8, activation_bits=8)
+    model = Hubert(TINY, precision=Precision(name, [rule])).eval()
+    calibrate(model, [torch.randn(1, 800)], model.final_output)
+    operators = {n: m for n, m in model.named_modules() if getattr(m, "weight_quantizer", None)}
+    stored = {n: m.weight_quantizer.codes(m.stored_weight()) for n, m in operators.items()}
+    model.to(dtype)
+    seen = {}
+    for n, module in operators.items():
+        module.weight_quantizer.register_forward_hook(
+            lambda quantizer, inputs, output, n=n: seen.update(
+                {n: (quantizer.codes(inputs[0]), output)}
+            )
+        )
+    model.final_output(torch.randn(1, 800, dtype=dtype))
+    assert sorted(seen) == sorted(operators)
+    for n, (codes, decoded) in seen.items():
+        assert torch.equal(codes.integers, stored[n].integers), n
+        assert torch.equal(decoded, codes.decode().to(dtype)), n
+        assert decoded.dtype == dtype
+
+
+def test_a_model_attached_again_is_what_a_new_one_would_be() -> None:
+    """Also where a site goes back to float, and where q, k and v share a quantizer no more."""
+    rules = [Rule("encoder.layers.0.fc1", method="none"), Rule("*.q_proj", activation_bits=2)]
+    model = Hubert(TINY, precision=Precision("bitla_w4a4"))
+    new = Precision("bitla_w8a8", rules)
+    model.plan = attach(model, new)
+    fresh = Hubert(TINY, precision=new)
+    assert model.plan == fresh.plan
     assert list(model.state_dict()) == list(fresh.state_dict())
-    ours, theirs = ([m.encoder.layers[0].self_attn.reference_frames] for m in (model, fresh))
-    assert ours == theirs
+    assert str(model) == str(fresh)
+    attach(model, Precision())
+    assert not list(quantizers(model))
 
 
 def test_attaching_again_gives_the_float_weights_of_squashed_ones_back() -> None:

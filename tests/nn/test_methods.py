@@ -96,7 +96,7 @@ def calibrated(precision: Precision) -> Hubert:
 
 
 def kind_of(quantizer: Quantizer) -> tuple[type, str]:
-    return type(quantizer), quantizer.levels.kind
+    return type(quantizer), quantizer.levels.name
 
 
 @METHOD
@@ -250,7 +250,7 @@ def test_whole_forward_and_backward_never_wait_for_the_device(method: str) -> No
                 quantizer.mark_calibrated(True)
         loss = model.final_output(torch.randn(2, 700), torch.tensor([700, 500])).square().sum()
         if squashed_weights(model):
-            loss = loss + squash_penalty(squashed_weights(model), 0.84)
+            loss = loss + squash_penalty(squashed_weights(model))
         loss.backward()
         assert model.final_proj.bias.grad.shape == (8,)
 
@@ -272,7 +272,8 @@ def test_squashing_keeps_the_float_weights_but_for_what_it_clips() -> None:
         target = operator.weight_quantizer.target(operator.stored_weight()).flatten(1)
         torch.testing.assert_close(target, rows.clamp(-limit, limit), rtol=1e-3, atol=1e-4)
         spread = operator.stored_weight().flatten(1).std(1, correction=0)
-        torch.testing.assert_close(spread, torch.full_like(spread, 0.84), rtol=0, atol=2e-3)
+        wanted = torch.full_like(spread, operator.weight_quantizer.target_std)
+        torch.testing.assert_close(spread, wanted, rtol=0, atol=2e-3)
 
 
 def test_the_summary_of_squashing_names_the_most_clipped_module() -> None:
@@ -287,7 +288,7 @@ def test_calibrating_again_squashes_no_weight_twice() -> None:
     model = calibrated(SQUASHED)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert calibrate(model, [waveform(), waveform(3)], model.final_output) == {}
-    for weight, name in zip(squashed_weights(model), OPERATORS, strict=True):
+    for (weight, _), name in zip(squashed_weights(model), OPERATORS, strict=True):
         assert weight.abs().max() > 1, name
     for name, value in model.state_dict().items():
         if "_quantizer." not in name or "log_gain" in name:
@@ -329,7 +330,7 @@ def test_positional_weight_state_is_the_stored_weight_again() -> None:
 
 def test_squashed_weights_carry_their_graph() -> None:
     model = calibrated(SQUASHED)
-    squash_penalty(squashed_weights(model), 0.84).backward()
+    squash_penalty(squashed_weights(model)).backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None}
     expected = {f"{name}.weight" for name in OPERATORS if "pos_conv" not in name}
     assert reached == expected | {"encoder.pos_conv.0.weight_v", "encoder.pos_conv.0.weight_g"}
@@ -375,7 +376,7 @@ def test_squashed_linear_learns(bits: int) -> None:
     for _ in range(100):
         loss = (student(x) - teacher(x)).square().mean()
         optimizer.zero_grad()
-        (loss + 0.01 * squash_penalty([student.weight], 0.84)).backward()
+        (loss + 0.01 * squash_penalty([(student.weight, 0.84)])).backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < {1: 0.5, 2: 0.25, 8: 0.05}[bits] * losses[0]

@@ -188,7 +188,7 @@ class TiedModel(nn.Module):
 
 def test_a_tied_weight_reached_by_one_of_its_names_is_refused() -> None:
     model = TiedModel()
-    with pytest.raises(LowbitError, match="head and embed share one weight"):
+    with pytest.raises(LowbitError, match="embed and head share one weight"):
         fairseq_lowbit.quantize(model, "bitl_w4a4")
     assert_untouched(model)
     fairseq_lowbit.quantize(model, "bitl_w4a4", [Rule("head", method="none")])
@@ -239,7 +239,12 @@ def mixed() -> nn.Module:
     "make, precision, rules, message",
     [
         (lambda: nn.Conv2d(1, 1, 3), "bitl_w4a4", [], "Conv2d has nothing to quantize: .* Linear"),
-        (lambda: nn.Conv1d(1, 1, 3), "bitl_w4a4", [], "bitl_w4a4 reaches nothing in Conv1d"),
+        (
+            lambda: nn.Sequential(nn.Conv1d(1, 1, 3)),
+            "bitl_w4a4",
+            [],
+            "'bitl_w4a4' reaches nothing: this model has no encoder linear",
+        ),
         (mixed, "bitl_w4a4", [Rule("image", "elastic", 4, 4)], r"reaches image.*\(Conv2d\)"),
         (
             mixed,
@@ -251,7 +256,7 @@ def mixed() -> nn.Module:
         (mixed, "bitl_w4a4", [{"match": "linear", "bits": 4}], "unexpected keyword .*'bits'"),
         (mixed, "bitl_w4a4", "linear", "rules is a list of rules"),
         (mixed, "w4", [], "unknown precision 'w4'"),
-        (Tagger, "float", [Rule("embed", activation_bits=4)], "embeddings only"),
+        (Tagger, "float", [Rule("embed", activation_bits=4)], "gives no weight_bits for embed"),
     ],
 )
 def test_bad_input_is_refused_and_changes_nothing(make, precision, rules, message) -> None:

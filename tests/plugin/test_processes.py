@@ -86,7 +86,7 @@ def test_two_processes_do_what_one_does(alone, trainer, teacher: Path, tmp_path:
 def test_one_command_spawns_them_and_hands_signals_on(
     trainer, teacher: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """The command of the README, preempted: the signal goes to the process that waits."""
+    """The command of docs/training.md, preempted: the signal goes to the process that waits."""
     folder = tmp_path / "run"
     command = trainer.command(
         folder,
@@ -233,7 +233,7 @@ def started(run) -> list[str]:
 
 @pytest.fixture(scope="module")
 def staged(trainer, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A schedule by the command of the README."""
+    """A schedule by the command of docs/training.md."""
     folder = tmp_path_factory.mktemp("staged") / "run"
     torchrun = str(Path(sys.executable).with_name("torchrun"))
     launched = [torchrun, "--nproc_per_node=2", f"--master_port={free_port()}"]

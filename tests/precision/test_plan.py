@@ -190,8 +190,10 @@ def test_plan_and_precision_survive_json() -> None:
     assert [entry["module"] for entry in stored["entries"]] == [e.module for e in plan.entries]
 
 
-def test_missing_rules_mean_none() -> None:
-    assert Precision.from_mapping({"name": "bitl_w1a1", "rules": None}) == Precision("bitl_w1a1")
+def test_what_was_stored_before_rules_decided_fields_keeps_its_meaning() -> None:
+    stored = Precision.from_mapping({"name": "bitl_w1a1", "rules": None})
+    assert stored == Precision("bitl_w1a1", rules_decide="modules")
+    assert Precision.from_mapping(Precision("bitl_w1a1").to_mapping()) == Precision("bitl_w1a1")
 
 
 def test_reference_length_must_be_positive() -> None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from fairseq_lowbit.errors import LowbitError
@@ -80,17 +82,101 @@ def test_names_cover_encoder_linears_and_with_la_the_operands() -> None:
             assert not entries[module].is_quantized
 
 
-def test_last_matching_rule_alone_decides() -> None:
+OVERLAPPING = (
+    Rule(f"{LAYER}.*", weight_bits=8, granularity="per_channel"),
+    Rule("*.fc1", activation_bits=4),
+)
+
+
+def test_the_last_rule_that_sets_a_field_decides_it() -> None:
+    entries = plan("bitl_w2a2", *OVERLAPPING, Rule("*.fc1", granularity="per_tensor"))
+    assert bits(entries[f"{LAYER}.self_attn.q_proj"]) == (8, 2)
+    assert bits(entries[f"{LAYER}.fc1"]) == (8, 4)
+    assert entries[f"{LAYER}.fc1"].granularity == "per_tensor"
+    assert entries[f"{LAYER}.fc1"].rule == f"rules {LAYER}.*, *.fc1"
+    assert bits(entries["encoder.layers.1.fc1"]) == (2, 4)
+    assert entries["final_proj"].rule == "bitl_w2a2"
+
+
+def test_files_of_rules_can_be_combined() -> None:
+    """One makes every scale per channel, another gives bits: neither undoes the other."""
     entries = plan(
         "bitl_w2a2",
-        Rule(f"{LAYER}.*", weight_bits=8),
-        Rule("*.fc1", activation_bits=4),
+        Rule("post_extract_proj", method="minmax", weight_bits=8, activation_bits=8),
+        Rule("*", granularity="per_channel"),
     )
-    assert bits(entries[f"{LAYER}.self_attn.q_proj"]) == (8, 2)
-    # The first rule matched as well; what the last one leaves out comes from the name.
-    assert bits(entries[f"{LAYER}.fc1"]) == (2, 4)
-    assert entries[f"{LAYER}.fc1"].rule == "rule *.fc1"
-    assert entries["final_proj"].rule == "bitl_w2a2"
+    projection = entries["post_extract_proj"]
+    assert (projection.method, bits(projection)) == ("minmax", (8, 8))
+    assert projection.granularity == entries[f"{LAYER}.fc1"].granularity == "per_channel"
+
+
+def test_a_group_size_goes_with_its_granularity() -> None:
+    group = Rule("*.fc1", granularity="per_group", group_size=8)
+    entry = plan("bitl_w2a2", group, Rule(f"{LAYER}.*", granularity="per_channel"))[f"{LAYER}.fc1"]
+    assert (entry.granularity, entry.group_size) == ("per_channel", None)
+
+
+def test_an_empty_rule_takes_modules_back_to_the_name() -> None:
+    entries = plan("bitl_w2a2", *OVERLAPPING, Rule("encoder.layers.0.fc1"))
+    assert entries[f"{LAYER}.fc1"] == plan("bitl_w2a2")[f"{LAYER}.fc1"]
+    assert bits(entries["encoder.layers.1.fc1"]) == (2, 4)
+
+
+def test_rules_that_contradict_each_other_are_refused() -> None:
+    """Bits for what an earlier rule leaves float; a method as well would say what is meant."""
+    left = Rule(f"{LAYER}.*", method="none")
+    with pytest.raises(LowbitError, match=r"'encoder.layers.0.\*' and '\*.fc1' contradict.*float"):
+        plan("bitl_w2a2", left, Rule("*.fc1", weight_bits=4))
+    given = Rule("*.fc1", method="elastic", weight_bits=4, activation_bits=4)
+    assert bits(plan("bitl_w2a2", left, given)[f"{LAYER}.fc1"]) == (4, 4)
+    entries = plan("bitl_w2a2", left, Rule("*", granularity="per_channel"))
+    assert not entries[f"{LAYER}.fc1"].is_quantized
+    assert entries["encoder.layers.1.fc1"].granularity == "per_channel"
+
+
+def test_before_version_0_2_the_last_rule_that_matches_decided_alone() -> None:
+    entries = resolve_plan(
+        Precision("bitl_w2a2", list(OVERLAPPING), rules_decide="modules"), SITES, 0
+    ).entries
+    first = next(entry for entry in entries if entry.module == f"{LAYER}.fc1")
+    assert (bits(first), first.granularity) == ((2, 4), "per_tensor")
+
+
+def test_a_name_that_reaches_nothing_is_refused() -> None:
+    front_end = [site for site in SITES if site.role == Role.FRONT_END]
+    with pytest.raises(LowbitError, match="'bitl_w1a1' reaches nothing: .* no encoder linear"):
+        resolve_plan(Precision("bitl_w1a1"), front_end, 0)
+    rule = Rule("*", method="minmax", weight_bits=8, activation_bits=8)
+    assert resolve_plan(Precision("float", [rule]), front_end, 0).entries[0].is_quantized
+
+
+TIED = [
+    Site("embed", "embedding", Role.EMBEDDING, weights=64, channels=8),
+    Site("head", "linear", Role.HEAD, tied_to="embed", weights=64, channels=8, shifts=1),
+]
+
+
+def test_a_tied_weight_is_stored_once_and_reached_by_both_of_its_names() -> None:
+    rule = Rule("*", method="elastic", weight_bits=4, activation_bits=8)
+    embed, head = resolve_plan(Precision("float", [rule]), TIED, 0).entries
+    assert (embed.weight_bits, embed.activation_bits, embed.input) == (4, 16, None)
+    assert (embed.bytes, head.bytes) == (64 / 2 + 4, 4 + 4)
+    assert (embed.parameters, head.parameters) == (64, 0)
+    with pytest.raises(LowbitError, match="embed and head share one weight, .*16 bits"):
+        resolve_plan(Precision("float", [replace(rule, match="head")]), TIED, 0)
+
+
+@pytest.mark.parametrize("bits_, std", [(1, 0.84), (2, 0.84), (4, 0.5), (8, 0.3)])
+def test_the_spread_of_squashed_weights_follows_their_width(bits_: int, std: float) -> None:
+    def spread(name: str, *rules: Rule, **settings: float) -> float:
+        precision = Precision(name, list(rules), **settings)
+        entries = {e.module: e for e in resolve_plan(precision, SITES, 0).entries}
+        return entries[f"{LAYER}.fc1"].weight.squash_std
+
+    assert spread(f"sqwq_w{bits_}") == std
+    assert spread("sqwq_w2", Rule("*.fc1", weight_bits=bits_)) == std
+    assert spread(f"sqwq_w{bits_}", squash_std=0.7) == 0.7
+    assert spread(f"sqwq_w{bits_}", Rule("*.fc1", squash_std=0.6), squash_std=0.7) == 0.6
 
 
 def test_order_of_rules_matters() -> None:
@@ -183,6 +269,11 @@ def test_granularity_alone_does_not_quantize() -> None:
         (Rule("final_proj", method="squashed"), "no weight_bits for final_proj"),
         (Rule("final_proj", method="absmax", weight_bits=8), "no activation_bits for final_proj"),
         (Rule("final_proj", method="absmax"), "no weight_bits for final_proj"),
+        (Rule("*.fc1", squash_std=0), "squash_std is 0; want more than 0"),
+        (
+            Rule("*.fc1", squash_std=0.5),
+            "squash_std has no effect on .*fc1, whose method is elastic",
+        ),
         (Rule("*.query", method="absmax"), r"no activation_bits for encoder\.layers\.0\..*query"),
     ],
 )

@@ -102,7 +102,7 @@ def test_sign_set_gets_the_mean_magnitude(name: str) -> None:
 @pytest.mark.parametrize("levels", [signed(2), non_negative(1), non_negative(3)], ids=str)
 def test_zeros_get_scale_one_and_no_shift(levels: LevelSet) -> None:
     x = torch.zeros(2, 10)
-    with_shift = levels.kind == "non_negative"
+    with_shift = levels.name == "non_negative"
     scale, shift = fit_scale(x, levels, with_shift)
     assert scale.tolist() == [1.0, 1.0]
     if with_shift:
@@ -115,7 +115,7 @@ def test_zeros_get_scale_one_and_no_shift(levels: LevelSet) -> None:
 def test_zeros_stay_zeros_where_zero_is_no_level(levels: LevelSet, criterion: Criterion) -> None:
     """A pruned channel or group would otherwise come back at full size."""
     weight = torch.stack([normal(300), torch.zeros(300)])
-    quantizer = ElasticQuantizer(levels, 300, scales=2, row_size=300)
+    quantizer = ElasticQuantizer(levels, 300, scales=2, group_size=300)
     quantizer.set_scale(fit_weight_scale(weight, levels, 300, criterion))
     decoded = quantizer(weight)
     assert decoded[1].abs().max() < 1.1e-5
@@ -132,7 +132,7 @@ def test_rows_are_fitted_each_for_itself() -> None:
 @pytest.mark.parametrize("bits", [1, 2])
 def test_weights_per_channel_equal_row_by_row(bits: int) -> None:
     weight = normal(5, 4, 3) * torch.arange(1, 6)[:, None, None]
-    scale = fit_weight_scale(weight, signed(bits), row_size=12)
+    scale = fit_weight_scale(weight, signed(bits), group_size=12)
     assert scale.shape == (5, 1)
     for row, value in zip(weight, scale.flatten(), strict=True):
         assert fit_weight_scale(row, signed(bits), None).item() == value.item()
@@ -225,12 +225,12 @@ def test_the_set_behind_a_gelu_is_the_better_one(bits: int) -> None:
     )
 
     def error(levels: LevelSet) -> float:
-        scale, shift = fit_scale(values, levels, with_shift=levels.kind == "non_negative")
+        scale, shift = fit_scale(values, levels, with_shift=levels.name == "non_negative")
         decoded = levels.encode((values - (0.0 if shift is None else shift)) / scale) * scale
         return float((decoded - values).square().mean())
 
     chosen = after_gelu(bits)
-    other = signed(bits) if chosen.kind == "non_negative" else non_negative(bits)
+    other = signed(bits) if chosen.name == "non_negative" else non_negative(bits)
     assert error(chosen) < error(other)
 
 
@@ -240,7 +240,7 @@ def test_absmax_puts_the_outermost_level_at_the_largest_magnitude(
     name: str, levels: LevelSet
 ) -> None:
     x = DISTRIBUTIONS[name]
-    scale, shift = fit_scale(x[None], levels, levels.kind == "non_negative", ABSMAX)
+    scale, shift = fit_scale(x[None], levels, levels.name == "non_negative", ABSMAX)
     assert (scale * outermost(levels)).item() == pytest.approx(x.abs().max().item())
     assert shift is None or shift.item() == 0
 
@@ -274,7 +274,7 @@ def test_the_sign_set_has_its_mean_whatever_the_criterion(criterion: Criterion) 
 @pytest.mark.parametrize("levels", [signed(1), signed(3), mid_rise(2)], ids=str)
 def test_weights_per_group_equal_group_by_group(levels: LevelSet, criterion: Criterion) -> None:
     weight = normal(4, 6, 5) * torch.arange(1, 5)[:, None, None]
-    scale = fit_weight_scale(weight, levels, row_size=10, criterion=criterion)
+    scale = fit_weight_scale(weight, levels, group_size=10, criterion=criterion)
     assert scale.shape == (12, 1)
     for group, value in zip(weight.reshape(12, 10), scale.flatten(), strict=True):
         assert fit_weight_scale(group, levels, None, criterion).item() == value.item()

@@ -19,7 +19,7 @@ LEVELS = [make(bits) for bits in (1, 2, 3, 8) for make in (signed, non_negative,
 
 
 def describe(levels: LevelSet) -> str:
-    return f"{levels.kind}-{levels.bits}"
+    return f"{levels.name}-{levels.bits}"
 
 
 def quantizer_of(levels: LevelSet, scale: float) -> ElasticQuantizer:

@@ -21,7 +21,7 @@ from fairseq_lowbit.quantization import (
 from fairseq_lowbit.quantization.calibration import Calibrator
 
 ALL_SETS = [make(n) for make in (signed, non_negative, mid_rise) for n in range(1, 9)]
-SETS = pytest.mark.parametrize("levels", ALL_SETS, ids=lambda s: f"{s.kind}_{s.bits}")
+SETS = pytest.mark.parametrize("levels", ALL_SETS, ids=lambda s: f"{s.name}_{s.bits}")
 LEVELS = st.sampled_from(ALL_SETS)
 # Timing and chance stay out: no deadline, the same examples every time.
 STEADY = settings(deadline=None, derandomize=True, database=None)
@@ -134,13 +134,13 @@ def test_log_scale_gets_the_gradient_of_alpha_times_alpha(levels: LevelSet) -> N
     steps = torch.arange(levels.lo - 2, levels.hi + 3).repeat_interleave(2)
     u = steps + torch.tensor([0.25, -0.25]).repeat(len(steps) // 2)
     lowest, highest = levels.clip_range
-    if levels.kind == "mid_rise":
+    if levels.name == "mid_rise":
         u = u * levels.step - 1
     quantizer = quantizer_of(levels, 0.3, values=12)
     alpha = quantizer.scale.detach()
     quantizer(u * alpha).sum().backward()
     level, inside = levels.value(levels.encode(u)), (u >= lowest) & (u <= highest)
-    slope = level if levels.kind == "sign" else torch.where(inside, level - u, level)
+    slope = level if levels.name == "sign" else torch.where(inside, level - u, level)
     expected = slope.sum() * alpha / math.sqrt(12 * levels.gradient_divisor)
     torch.testing.assert_close(quantizer.log_scale.grad, expected, rtol=1e-4, atol=1e-5)
 

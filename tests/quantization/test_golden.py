@@ -16,10 +16,14 @@ from fairseq_lowbit.quantization import (
     LevelSet,
     SquashedQuantizer,
     UniformQuantizer,
+    mid_rise,
+    non_negative,
+    signed,
 )
 
 FOLDER = Path(__file__).resolve().parents[1] / "golden"
 OTHERS = {"squashed", "uniform"}
+MAKE = {"sign": signed, "signed": signed, "non_negative": non_negative, "mid_rise": mid_rise}
 SETS = sorted({path.stem for path in FOLDER.glob("*.json")} - OTHERS)
 CASES = [
     pytest.param(stem, index, id=f"{stem}-{case['name']}")
@@ -50,7 +54,7 @@ class GivenScale(ElasticQuantizer):
 
 def load(stem: str, index: int) -> tuple[dict[str, Any], LevelSet]:
     golden = json.loads((FOLDER / f"{stem}.json").read_text())
-    levels = LevelSet(golden["kind"], golden["bits"])
+    levels = MAKE[golden["kind"]](golden["bits"])
     assert (levels.lo, levels.hi) == (golden["lo"], golden["hi"])
     return golden["cases"][index], levels
 
@@ -160,7 +164,7 @@ def test_plain_quantizers(case: dict[str, Any]) -> None:
     assert torch.equal(codes.integers.long(), torch.tensor(case["codes"]))
     decoded = torch.tensor(case["decoded"])
     assert torch.equal(codes.decode(), decoded)
-    per_row = UniformQuantizer(case["kind"], case["bits"], row_size=x.shape[1])
+    per_row = UniformQuantizer(case["kind"], case["bits"], group_size=x.shape[1])
     assert torch.equal(per_row(x), decoded)
     # Feature dimension first, as in a convolution's input.
     columns = UniformQuantizer(case["kind"], case["bits"], frame_dim=0)

@@ -18,7 +18,7 @@ from fairseq_lowbit.quantization import (
 )
 
 ALL_SETS = [make(n) for make in (signed, non_negative, mid_rise) for n in range(1, 9)]
-SETS = pytest.mark.parametrize("level_set", ALL_SETS, ids=lambda s: f"{s.kind}_{s.bits}")
+SETS = pytest.mark.parametrize("level_set", ALL_SETS, ids=lambda s: f"{s.name}_{s.bits}")
 # Timing and chance stay out: no deadline, the same examples every time.
 STEADY = settings(deadline=None, derandomize=True, database=None)
 # Finely around zero too, where the mid-rise set has all its levels.
@@ -102,7 +102,7 @@ def test_a_level_has_the_code_it_came_from(level_set: LevelSet) -> None:
 @SETS
 def test_levels_are_a_step_apart(level_set: LevelSet) -> None:
     codes = level_set.encode(EVERYWHERE).unique()
-    assert level_set.value(codes).diff().unique().tolist() == [level_set.step]
+    assert level_set.value(codes).diff().unique().tolist() == [level_set.spacing]
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -112,11 +112,17 @@ def test_mid_rise_levels_fill_the_range_evenly_without_zero(bits: int) -> None:
     values = level_set.value(level_set.encode(u))
     assert torch.equal(values.unique(), -values.unique().flip(0))
     # No value of the range is further than half a step from its level.
-    assert (values - u).abs().max() <= level_set.step / 2
+    assert (values - u).abs().max() <= level_set.spacing / 2
     assert level_set.encode(torch.zeros(1)).item() == 2 ** (bits - 1)
 
 
-@pytest.mark.parametrize("kind, bits", [("signed", 1), ("sign", 2), ("signed", 0), ("sign", 9)])
-def test_impossible_sets_are_refused(kind: str, bits: int) -> None:
+@pytest.mark.parametrize("make", [signed, non_negative, mid_rise])
+@pytest.mark.parametrize("bits", [0, 9])
+def test_impossible_sets_are_refused(make, bits: int) -> None:
     with pytest.raises(LowbitError, match=str(bits)):
-        LevelSet(kind, bits)
+        make(bits)
+
+
+def test_more_levels_than_the_bits_can_tell_apart_are_refused() -> None:
+    with pytest.raises(LowbitError, match="3 levels in 1 bits"):
+        LevelSet("ternary", bits=1, lo=-1, hi=1)

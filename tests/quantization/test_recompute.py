@@ -29,7 +29,7 @@ def elastic(shift_shape: tuple[int, ...] | None = None, **kwargs: int) -> Elasti
 
 
 def squashed() -> SquashedQuantizer:
-    quantizer = SquashedQuantizer(2, channels=4, row_size=6, target_std=0.84)
+    quantizer = SquashedQuantizer(2, channels=4, group_size=6, target_std=0.84)
     quantizer.mark_calibrated(True)
     return quantizer
 
@@ -55,10 +55,10 @@ WEIGHT_QUANTIZERS = pytest.mark.parametrize(
     "make",
     [
         elastic,
-        lambda: elastic(scales=4, row_size=6),
-        lambda: elastic(scales=8, row_size=3),
+        lambda: elastic(scales=4, group_size=6),
+        lambda: elastic(scales=8, group_size=3),
         squashed,
-        lambda: UniformQuantizer("absmax", 4, row_size=6),
+        lambda: UniformQuantizer("absmax", 4, group_size=6),
         lambda: UniformQuantizer("minmax", 4),
     ],
     ids=["per tensor", "per channel", "per group", "squashed", "absmax", "minmax"],
@@ -104,7 +104,7 @@ def convolution(kind: type[nn.Module], *arguments: int) -> nn.Module:
     "build, shape",
     [
         (lambda: linear(squashed(), elastic(())), (2, 5, 6)),
-        (lambda: linear(elastic(scales=8, row_size=3), elastic(())), (2, 5, 6)),
+        (lambda: linear(elastic(scales=8, group_size=3), elastic(())), (2, 5, 6)),
         (lambda: convolution(Conv1d, 6, 4, 3, 2), (2, 6, 11)),
         (lambda: convolution(PositionalConv1d, 6, 4, 3), (2, 6, 11)),
         (attention_of_every_quantizer, (2, 5, 6)),

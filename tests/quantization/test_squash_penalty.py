@@ -23,8 +23,8 @@ def test_value_and_gradient_are_the_definitions(dtype: torch.dtype, target_std: 
         for spread, mean in ((0.84, 0.0), (0.1, 0.3), (2.0, -1.0))
     ]
     results = []
-    for penalty in (squash_penalty, defined):
-        value = penalty(weights, target_std)
+    aimed = [(weight, target_std) for weight in weights]
+    for value in (squash_penalty(aimed), defined(weights, target_std)):
         # Twice the loss, so that the gradient from above counts.
         gradients = torch.autograd.grad(2 * value, weights)
         results.append((value.float(), [gradient.float() for gradient in gradients]))
@@ -36,6 +36,6 @@ def test_value_and_gradient_are_the_definitions(dtype: torch.dtype, target_std: 
 
 def test_a_constant_weight_has_a_finite_gradient() -> None:
     weight = torch.full((3, 4), 0.5, requires_grad=True)
-    squash_penalty([weight], 0.84).backward()
+    squash_penalty([(weight, 0.84)]).backward()
     # Only its mean pulls.
     torch.testing.assert_close(weight.grad, torch.full((3, 4), 2 * 0.5 / 12))

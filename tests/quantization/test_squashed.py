@@ -179,14 +179,16 @@ def test_penalty_by_hand() -> None:
     first, second = torch.tensor([[1.0, -1.0], [3.0, 1.0]]), torch.tensor([0.84, -0.84])
     # Mean 1 and standard deviation sqrt(2); mean 0 and .84.
     expected = ((math.sqrt(2) - 0.84) ** 2 + 1 + 0) / 2
-    assert squash_penalty([first, second], 0.84).item() == pytest.approx(expected, rel=1e-6)
+    assert squash_penalty([(first, 0.84), (second, 0.84)]).item() == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 def test_penalty_has_the_gradient_of_its_definition() -> None:
     tensors = [normal(4, 5) + 0.3, 0.2 * normal(7, seed=1)]
     for tensor in tensors:
         tensor.requires_grad_()
-    squash_penalty(tensors, 0.84).backward()
+    squash_penalty([(tensor, 0.84) for tensor in tensors]).backward()
     for tensor in tensors:
         p = tensor.detach().double()
         count, mean, std = p.numel(), p.mean(), p.std(correction=0)
@@ -196,12 +198,12 @@ def test_penalty_has_the_gradient_of_its_definition() -> None:
 
 def test_penalty_vanishes_at_the_start_and_drives_back_to_it() -> None:
     _, unsquashed = fitted(WEIGHTS["normal"])
-    assert squash_penalty([unsquashed], 0.84).item() < 1e-4
+    assert squash_penalty([(unsquashed, 0.84)]).item() < 1e-4
     p = nn.Parameter(0.1 * unsquashed + 0.5)
     optimizer = torch.optim.Adam([p], lr=0.05)
     for _ in range(100):
         optimizer.zero_grad()
-        squash_penalty([p], 0.84).backward()
+        squash_penalty([(p, 0.84)]).backward()
         optimizer.step()
     assert p.mean().item() == pytest.approx(0, abs=0.02)
     assert p.std(correction=0).item() == pytest.approx(0.84, abs=0.02)
@@ -209,7 +211,7 @@ def test_penalty_vanishes_at_the_start_and_drives_back_to_it() -> None:
 
 def test_penalty_of_a_constant_tensor_has_a_finite_gradient() -> None:
     p = torch.zeros(3, 4, requires_grad=True)
-    squash_penalty([p], 0.84).backward()
+    squash_penalty([(p, 0.84)]).backward()
     assert torch.equal(p.grad, torch.zeros(3, 4))
 
 
@@ -224,9 +226,9 @@ def test_half_weights_are_quantized_in_fp32(dtype: torch.dtype) -> None:
     quantizer(p).float().sum().backward()
     assert p.grad.dtype == dtype
     assert quantizer.log_gain.grad.dtype == torch.float32
-    penalty = squash_penalty([p], 0.84)
+    penalty = squash_penalty([(p, 0.84)])
     assert penalty.dtype == torch.float32
-    assert penalty.item() == pytest.approx(squash_penalty([p.float()], 0.84).item())
+    assert penalty.item() == pytest.approx(squash_penalty([(p.float(), 0.84)]).item())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -254,7 +256,7 @@ def test_forward_backward_and_penalty_never_wait_for_the_device() -> None:
         quantizer = SquashedQuantizer(2, 3, 4, target_std=0.84)
         quantizer.mark_calibrated(True)
         p = torch.randn(3, 4, requires_grad=True)
-        (quantizer(p).square().sum() + squash_penalty([p], 0.84)).backward()
+        (quantizer(p).square().sum() + squash_penalty([(p, 0.84)])).backward()
         assert p.grad.shape == p.shape
         assert quantizer.log_gain.grad.shape == (3, 1)
 

@@ -109,12 +109,12 @@ def test_frames_are_the_same_alone_and_beside_padding(kind: str, bits: int) -> N
 @BITS
 def test_groups_are_quantized_each_for_itself(kind: str, bits: int) -> None:
     weight = normal(4, 3, 8) * torch.logspace(-2, 2, 8)
-    grouped = UniformQuantizer(kind, bits, row_size=6)
+    grouped = UniformQuantizer(kind, bits, group_size=6)
     assert grouped(weight).shape == weight.shape
     assert grouped.codes(weight).scale.shape == (16, 1)
     alone = [UniformQuantizer(kind, bits)(group) for group in weight.reshape(16, 6)]
     assert torch.equal(grouped(weight).reshape(16, 6), torch.stack(alone))
-    per_channel = UniformQuantizer(kind, bits, row_size=24)(weight)
+    per_channel = UniformQuantizer(kind, bits, group_size=24)(weight)
     assert torch.equal(per_channel, torch.stack([UniformQuantizer(kind, bits)(w) for w in weight]))
 
 

@@ -16,8 +16,8 @@ from fairseq_lowbit.quantization import (
     signed,
     squash_penalty,
 )
-from fairseq_lowbit.quantization import blocks as module
-from fairseq_lowbit.quantization.blocks import blocks
+from fairseq_lowbit.quantization import execution as module
+from fairseq_lowbit.quantization.execution import blocks
 
 
 @pytest.fixture
@@ -86,8 +86,8 @@ def squashed(bits: int) -> SquashedQuantizer:
 RATIO = torch.tensor([0.7, 1.6])[:, None, None]
 CASES = {
     "sign per tensor": (elastic(signed(1)), (8, 30), None),
-    "signed per channel": (elastic(signed(2), scales=8, row_size=30), (8, 6, 5), None),
-    "signed per group": (elastic(signed(3), scales=16, row_size=15), (8, 30), None),
+    "signed per channel": (elastic(signed(2), scales=8, group_size=30), (8, 6, 5), None),
+    "signed per group": (elastic(signed(3), scales=16, group_size=15), (8, 30), None),
     "mid-rise": (elastic(mid_rise(2)), (8, 30), None),
     "shift": (elastic(signed(4), shift_shape=()), (2, 9, 5), None),
     "shift per channel": (elastic(signed(1), shift_shape=(5,)), (2, 9, 5), None),
@@ -97,7 +97,7 @@ CASES = {
     "absmax per frame": (UniformQuantizer("absmax", 8, frame_dim=-1), (2, 9, 5), None),
     "absmax over channels": (UniformQuantizer("absmax", 4, frame_dim=1), (2, 9, 5), None),
     "absmax of all": (UniformQuantizer("absmax", 1), (8, 30), None),
-    "minmax per row": (UniformQuantizer("minmax", 3, row_size=30), (8, 6, 5), None),
+    "minmax per row": (UniformQuantizer("minmax", 3, group_size=30), (8, 6, 5), None),
 }
 
 
@@ -129,9 +129,9 @@ def run(quantizer: Quantizer, x: Tensor, g: Tensor, ratio: Tensor | None) -> lis
 
 def test_the_penalty_does_not_see_them_either(small) -> None:
     p = (random(8, 30) + 0.4).requires_grad_()
-    whole = squash_penalty([p], 0.84)
+    whole = squash_penalty([(p, 0.84)])
     (expected,) = torch.autograd.grad(whole, p)
     small(13)
-    penalty = squash_penalty([p], 0.84)
+    penalty = squash_penalty([(p, 0.84)])
     torch.testing.assert_close(penalty, whole)
     torch.testing.assert_close(torch.autograd.grad(penalty, p)[0], expected)
