@@ -10,6 +10,9 @@ from types import ModuleType
 
 import pytest
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,20 +79,73 @@ def test_fairseqs_import_of_the_user_directory_registers() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
 
 
-def test_this_environment_composes_from_anywhere(tmp_path: Path) -> None:
+def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """``fairseq-hydra-train`` in ``folder``, as a user starts it."""
     try:
         distribution("fairseq-lowbit")
     except PackageNotFoundError:
         pytest.skip("fairseq-lowbit is not installed here: bash scripts/setup.sh")
     command = Path(sys.executable).with_name("fairseq-hydra-train")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    result = subprocess.run(
-        [command, "--config-name", "bitla_w1a1", "--cfg", "job", "--package", "common"],
-        cwd=tmp_path,
-        env=environment,
+    return subprocess.run(
+        [command, *arguments],
+        cwd=folder,
+        env=environment | {"PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_this_environment_composes_from_anywhere(tmp_path: Path) -> None:
+    shown = ("--cfg", "job", "--package", "common")
+    result = start(tmp_path, "--config-name", "bitla_w1a1", *shown)
     assert result.returncode == 0, result.stderr
     assert "user_dir: ${fairseq_lowbit.user_dir:}" in result.stdout
+    assert result.stderr == ""  # nothing of Hydra's before it, above all
+
+
+def test_an_unknown_configuration_is_told_the_ones_there_are(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "bitla_w1a3_mine.yaml").touch()
+    given = ("--config-name", "bitla_w1a3", "--config-dir", "own", "task.data=data")
+    result = start(tmp_path, *given)
+    assert result.returncode == 2
+    begin, _, names = result.stderr.partition(" There are, closest first, ")
+    assert begin == "--config-name bitla_w1a3: there is no such configuration."
+    assert names.startswith("bitla_w1a2, ")
+    assert {"bitla_w1a3_mine", "hubert_fastconv", "sqwq_w8"} < set(names.strip().split(", "))
+    assert len(names.splitlines()) == 1
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["config", "mine", "sub/mine", "theirs", "bitla_w1a1", "sqwq_w2.yaml", "base/student"]
+)
+def test_configurations_of_others_are_found(
+    name: str, searchpath: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in ("main/config.yaml", "own/mine.yaml", "own/sub/mine.yaml", "other/theirs.yaml"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+
+    class Other(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            search_path.append("other", f"file://{tmp_path}/other")
+
+    # Another plugin may be asked after ours.
+    monkeypatch.setattr(Plugins.instance(), "discover", lambda kind: [Other])
+    monkeypatch.chdir(tmp_path)
+    path = ConfigSearchPathImpl()
+    path.append("main", f"file://{tmp_path}/main")
+    plugin = searchpath.FairseqLowbitSearchPath()
+    arguments = ["bin/fairseq-hydra-train", "--config-dir", "own", "--config-name"]
+    monkeypatch.setattr(sys, "argv", [*arguments, name])
+    plugin.manipulate_search_path(path)
+    assert [element.provider for element in path.get_path()] == ["main", "fairseq_lowbit"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "no"])
+    with pytest.raises(SystemExit):
+        plugin.manipulate_search_path(path)
+    # Of a folder that is not there Hydra itself tells.
+    monkeypatch.setattr(sys, "argv", [*arguments, "no", "--config-dir", "nowhere"])
+    plugin.manipulate_search_path(path)

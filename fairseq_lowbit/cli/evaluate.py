@@ -14,7 +14,6 @@ from fairseq_lowbit.evaluation.figures import draw_comparison
 from fairseq_lowbit.evaluation.ptq import post_training_quantized
 from fairseq_lowbit.evaluation.quality import SECONDS, Candidate, read_held_out
 from fairseq_lowbit.models import LoadedModel, load_model
-from fairseq_lowbit.plugin import register
 from fairseq_lowbit.precision import Precision
 from fairseq_lowbit.quantization import Criterion
 from fairseq_lowbit.terminal import print_table
@@ -49,7 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     require_number("--seconds", args.seconds, 0, excluded=True)
-    register()
     students = [_named_student(text) for text in args.student]
     calibration_options.check_needed(args, args.ptq)
     precisions = [calibration_options.read_precision(name, args) for name in args.ptq]

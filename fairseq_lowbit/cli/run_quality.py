@@ -9,7 +9,6 @@ from pathlib import Path
 
 from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.evaluation.quality import SECONDS
-from fairseq_lowbit.plugin import register
 from fairseq_lowbit.runs.collection import Entry
 from fairseq_lowbit.runs.folder import Run
 from fairseq_lowbit.runs.measured import measure_runs, stored_measurement
@@ -67,7 +66,6 @@ def measure(entries: list[Entry], seconds: float, only_known: bool) -> None:
             places[entry.run] = index
     if only_known or not places:
         return
-    register()
     started = count(1)
 
     def announce(run: Run) -> None:

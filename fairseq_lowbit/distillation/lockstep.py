@@ -12,11 +12,12 @@ from fairseq_lowbit.nn.attention import AttentionMap
 
 
 class DistillationTerms(NamedTuple):
-    """The three terms, each () fp32: mean over valid frames, and over layers for the last two."""
+    """The three terms, each () fp32: mean over valid frames, and over layers for the last two.
+    None is a term that was not asked for."""
 
     final: Tensor
-    layers: Tensor
-    attention: Tensor
+    layers: Tensor | None
+    attention: Tensor | None
 
 
 def distill(
@@ -25,7 +26,8 @@ def distill(
     waveform: Tensor,
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
-    attention: AttentionMap = "probabilities",
+    attention: AttentionMap | None = "probabilities",
+    layers: bool = True,
     shared_front_end: bool = False,
 ) -> tuple[DistillationTerms, Tensor]:
     """Runs both models over one batch and compares them.
@@ -35,11 +37,15 @@ def distill(
         waveform: [batch, samples].
         lengths: [batch] valid samples; None without padding.
         mask: [batch, frames] shared by both; None for no masking.
-        attention: compare ``probabilities`` or row-centred ``scores``.
+        attention: compare ``probabilities`` or row-centred ``scores``. With None neither model
+            computes its maps, and attention is fused where its probabilities are not quantized.
+        layers: compare the outputs of the layers.
         shared_front_end: compute it once for both; see :func:`same_front_end`.
 
     Returns:
-        the terms, and the number of valid frames.
+        the terms, and the number of valid frames. The final term costs next to nothing and is
+        always there: it keeps every parameter in the graph, without which
+        DistributedDataParallel waits for gradients that never come.
     """
     with torch.no_grad():
         teacher_frames = teacher.extract(waveform, lengths)
@@ -53,16 +59,21 @@ def distill(
         with torch.no_grad():
             target, target_map = teacher_layer(target, frames.padding_mask, attention)
         x, attention_map = layer(x, frames.padding_mask, attention)
-        layer_terms.append(feature_error(x, target, valid))
-        attention_terms.append(
-            attention_error(attention_map, target_map, valid, center=attention == "scores")
-        )
+        if layers:
+            layer_terms.append(feature_error(x, target, valid))
+        if attention is not None:
+            attention_terms.append(
+                attention_error(attention_map, target_map, valid, center=attention == "scores")
+            )
     with torch.no_grad():
         target = teacher.project_final(target)
     final = feature_error(student.project_final(x), target, valid)
-    count = frames.valid().sum()
-    layers, attentions = torch.stack(layer_terms).mean(), torch.stack(attention_terms).mean()
-    return DistillationTerms(final, layers, attentions), count
+    terms = DistillationTerms(final, _mean(layer_terms), _mean(attention_terms))
+    return terms, frames.valid().sum()
+
+
+def _mean(terms: list[Tensor]) -> Tensor | None:
+    return torch.stack(terms).mean() if terms else None
 
 
 def same_front_end(teacher: Hubert, student: Hubert) -> bool:

@@ -2,6 +2,8 @@
 
 import argparse
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,12 @@ StateDict = dict[str, Tensor]
 _LABELS = "label_embs_concat"
 # Of fairseq and of this package; a converted checkpoint may have none.
 _HUBERT_NAMES = ("hubert", "hubert_fastconv", "lowbit_hubert", None)
-_NO_OPTIMIZER = ""  # in place of its name: quantized without training
+_CALIBRATED_ONLY = "is_calibrated_only"  # beside cfg and model: quantized without training
+
+
+class _Dictionary:
+    """Stands for fairseq's class of this name, which checkpoints of fairseq's own tasks hold; it
+    takes up the labels and does nothing, so that fairseq need not be there."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +70,30 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise LowbitError(f"checkpoint {path} does not exist")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with _only_allowed(argparse.Namespace, (_Dictionary, "fairseq.data.dictionary.Dictionary")):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # what torch.load raises for a file of noise is of many kinds
         raise LowbitError(f"checkpoint {path} {_what_is_wrong(error)}") from error
     if not _is_fairseq(state):
         raise LowbitError(f"checkpoint {path} is not a fairseq checkpoint with cfg and model")
     return state
+
+
+@contextmanager
+def _only_allowed(*classes: type | tuple[type, str]) -> Iterator[None]:
+    """Lets ``torch.load`` make objects of ``classes`` only, whatever this process allows elsewhere.
+
+    torch's own ``safe_globals`` would mix them with fairseq's real ones, and forget in the end that
+    those had been allowed before.
+    """
+    before = torch.serialization.get_safe_globals()
+    try:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(list(classes))
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def load_model(path: str | Path) -> LoadedModel:
@@ -134,7 +158,8 @@ def updates_of(state: dict[str, Any]) -> int:
 
 def is_calibrated_only(state: dict[str, Any]) -> bool:
     """Whether what :func:`read_checkpoint` read was written by :func:`write_model`."""
-    return _last_history(state).get("optimizer_name") == _NO_OPTIMIZER
+    # Version 0.1 left the optimizer's name empty instead.
+    return state.get(_CALIBRATED_ONLY, _last_history(state).get("optimizer_name") == "")
 
 
 def _last_history(state: dict[str, Any]) -> dict[str, Any]:
@@ -188,12 +213,16 @@ def write_model(path: str | Path, model: Hubert, source: LoadedModel, data: Path
     }
     # What fairseq wants to find in any checkpoint, here of no training.
     history = {
-        "optimizer_name": _NO_OPTIMIZER,
+        "optimizer_name": None,
         "lr_scheduler_state": {},
         "num_updates": source.updates,
     }
-    training = {"args": None, "optimizer_history": [history], "extra_state": {}}
-    training["extra_state"]["train_iterator"] = {"epoch": 1}
+    training = {
+        "args": None,
+        "optimizer_history": [history],
+        "extra_state": {"train_iterator": {"epoch": 1}},
+        _CALIBRATED_ONLY: True,
+    }
     weights = model.state_dict()
     if not source.has_final_projection:
         weights = {k: v for k, v in weights.items() if not k.startswith("final_proj.")}

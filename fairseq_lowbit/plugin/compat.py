@@ -20,6 +20,8 @@ from fairseq.data import Dictionary
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from fairseq.logging import progress_bar
+from fairseq_cli import train
+from omegaconf import DictConfig
 from torch.multiprocessing import ProcessExitedException
 
 from fairseq_lowbit.errors import LowbitError
@@ -41,6 +43,7 @@ def apply() -> None:
     _explain_tensorboard_failures()
     _close_tensorboard_writers()
     _log_every_line_once()
+    _log_no_configuration()
     _launch_processes()
     if not torch.cuda.is_available():
         _count_processes_on_cpu()
@@ -138,6 +141,14 @@ def _log_every_line_once() -> None:
         return build(*args, log_file=None if is_open else log_file, **kwargs)
 
     progress_bar.progress_bar = built
+
+
+def _log_no_configuration() -> None:
+    # fairseq logs it as one line of thousands of characters; Hydra keeps it in .hydra/config.yaml.
+    def is_readable(record: logging.LogRecord) -> bool:
+        return not (isinstance(record.msg, DictConfig) and "job_logging_cfg" in record.msg)
+
+    train.logger.addFilter(is_readable)
 
 
 def _launch_processes() -> None:

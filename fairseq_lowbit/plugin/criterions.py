@@ -100,13 +100,18 @@ class LowbitKdCriterion(_FrameCriterion):
         if not hasattr(task, "teacher"):
             raise LowbitError("criterion lowbit_kd needs task lowbit_distillation")
         final_weight = cfg.final_weight if task.teacher.has_final_projection else 0.0
-        self.weights = (final_weight, cfg.layer_weight, cfg.attention_weight)
-        if not any(self.weights):
+        self.weights = {
+            "final": final_weight,
+            "layers": cfg.layer_weight,
+            "attention": cfg.attention_weight,
+        }
+        if not any(self.weights.values()):
             raise LowbitError(
                 "criterion.final_weight (0 for a teacher without final_proj), layer_weight and "
                 "attention_weight are all 0: give one of them a number above 0"
             )
-        self.attention, self.mask = cfg.attention, cfg.mask
+        self.attention = cfg.attention if cfg.attention_weight else None
+        self.mask = cfg.mask
         if not cfg.mask:
             # Without a gradient, weight decay alone would move it.
             task.model.mask_emb.requires_grad_(False)
@@ -119,19 +124,22 @@ class LowbitKdCriterion(_FrameCriterion):
         # First, so that the backward comes to it last: its gradients are as large as the weights
         # and would wait for the others while all activations are still held.
         squash = self.squash_terms()
-        terms, frames = model(
+        computed, frames = model(
             sample["waveform"],
             sample["lengths"],
             mask,
             teacher=teacher.model,
             attention=self.attention,
+            layers=self.weights["layers"] > 0,
             shared_front_end=self.task.shares_front_end,
         )
-        loss = sum(weight * term for weight, term in zip(self.weights, terms, strict=True))
+        terms = {name: term for name, term in computed._asdict().items() if term is not None}
+        loss = sum(self.weights[name] * term for name, term in terms.items())
         loss = (loss + sum(squash.values())) * frames
+        # A term of weight 0 is no part of the loss, computed or not.
+        counted = {name: term for name, term in terms.items() if self.weights[name]}
         logged = {
-            f"loss_{name}": (term * frames).detach()
-            for name, term in {**terms._asdict(), **squash}.items()
+            f"loss_{name}": (term * frames).detach() for name, term in {**counted, **squash}.items()
         }
         return loss, frames, {"loss": loss.detach(), **logged, **counts(sample, frames)}
 

@@ -50,7 +50,8 @@ class HubertFastConvModel(Hubert, BaseFairseqModel):
         mask: Tensor | None = None,
         predict: Tensor | None = None,
         teacher: Hubert | None = None,
-        attention: AttentionMap = "probabilities",
+        attention: AttentionMap | None = "probabilities",
+        layers: bool = True,
         shared_front_end: bool = False,
     ) -> tuple[Tensor, Tensor] | tuple[DistillationTerms, Tensor]:
         """What a criterion needs, in one call, because DistributedDataParallel only sees forward.
@@ -60,7 +61,9 @@ class HubertFastConvModel(Hubert, BaseFairseqModel):
         the mean squared front-end feature (HuBERT's feature penalty).
         """
         if teacher is not None:
-            return distill(teacher, self, waveform, lengths, mask, attention, shared_front_end)
+            return distill(
+                teacher, self, waveform, lengths, mask, attention, layers, shared_front_end
+            )
         frames, penalty = self._extract_for_training(waveform, lengths)
         frames = self.project(frames, mask)
         x, _ = self.encoder(frames.x, frames.padding_mask)

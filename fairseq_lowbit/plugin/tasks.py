@@ -141,6 +141,7 @@ class _SpeechTask(FairseqTask):
         if not from_checkpoint:
             require_number("task.health_interval", cfg.health_interval, 0)
             require_number("task.max_unusable", cfg.max_unusable, 0)
+            _check_sizes(cfg)
         self._criterion = Criterion(calibration.criterion, calibration.percentile)
         self._calibration_audio = CalibrationAudio(
             calibration.batches,
@@ -234,6 +235,11 @@ class _SpeechTask(FairseqTask):
     def _audio_options(self) -> AudioOptions:
         cfg = self.cfg
         needed = 400 if self.model is None else receptive_field(self.model.conv_layers)
+        if cfg.max_sample_size is not None and cfg.max_sample_size < needed:
+            raise LowbitError(
+                f"task.max_sample_size {cfg.max_sample_size}: one frame of this model takes "
+                f"{needed} samples; give at least that many, or null for no limit"
+            )
         return AudioOptions(
             sample_rate=cfg.sample_rate,
             normalize=cfg.normalize,
@@ -327,6 +333,17 @@ class _SpeechTask(FairseqTask):
                 f"{len(self.unusable)} of {total} training files are unusable, listed in "
                 f"{self.files.unusable_path.resolve()}; repair the data or raise task.max_unusable"
             )
+
+
+def _check_sizes(cfg: SpeechTaskConfig) -> None:
+    """Raises LowbitError for limits between which no utterance can be."""
+    shortest, longest = cfg.min_sample_size or 0, cfg.max_keep_size
+    require_number("task.min_sample_size", shortest, 0)
+    if longest is not None and longest < shortest:
+        raise LowbitError(
+            f"task.max_keep_size {longest} is less than task.min_sample_size {shortest} and leaves "
+            "no utterance: raise the one or lower the other"
+        )
 
 
 @register_task("lowbit_pretraining", dataclass=LowbitPretrainingConfig)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.monitoring.divergence import first_non_finite
 from fairseq_lowbit.plugin import interruption
-from fairseq_lowbit.plugin.processes import gather, raise_shared, together
+from fairseq_lowbit.plugin.processes import SharedError, gather, raise_shared, together
 
 _MISSED = "missed_validation"
 _CRASH_FILE = "crash.pt"
@@ -36,8 +36,13 @@ class LowbitTrainer(Trainer):
     loaded_state: what the checkpoint that was resumed holds beside weights and optimizer.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        if cfg.common.amp:
+            raise SharedError(
+                "common.amp=true: fairseq divides these gradients by the loss scale twice; set "
+                "common.bf16=true instead to train in half precision"
+            )
+        super().__init__(cfg, *args, **kwargs)
         self.stopping = False
         self.missed_validation = False
         self.loaded_state: dict[str, Any] | None = None
@@ -94,8 +99,8 @@ class LowbitTrainer(Trainer):
             norm = super().clip_grad_norm(clip_norm)
         except FloatingPointError as error:  # fp16: the loss scale has no room left
             raise _Diverged from error
-        # amp skips such a batch. fairseq asks the same next, so this waits for the device no more.
-        if not self.cfg.common.amp and not torch.isfinite(norm).all():
+        # fairseq asks the same next, so this waits for the device no more.
+        if not torch.isfinite(norm).all():
             raise _Diverged
         return norm
 

@@ -125,6 +125,35 @@ def test_each_term_has_a_gradient_of_its_own() -> None:
         assert student.encoder.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0, name
 
 
+def test_maps_that_nobody_compares_are_not_computed() -> None:
+    teacher = build()
+    student = student_of(teacher).eval()
+    whole, frames = distill(teacher, student, waveforms(), torch.tensor(LENGTHS))
+    maps: list[Tensor | None] = []
+    for layer in (*teacher.encoder.layers, *student.encoder.layers):
+        layer.register_forward_hook(lambda *io: maps.append(io[2].attention))
+    terms, own_frames = distill(
+        teacher, student, waveforms(), torch.tensor(LENGTHS), attention=None
+    )
+    assert maps == [None] * 6
+    assert terms.attention is None
+    assert own_frames == frames
+    # The teacher's attention is fused now, which rounds otherwise.
+    torch.testing.assert_close(terms[:2], whole[:2], rtol=1e-3, atol=1e-6)
+
+
+def test_without_layers_the_other_terms_stay_as_they_are() -> None:
+    teacher = build()
+    student = student_of(teacher).eval()
+    whole, _ = distill(teacher, student, waveforms())
+    terms, _ = distill(teacher, student, waveforms(), layers=False)
+    assert terms.layers is None
+    assert torch.equal(terms.final, whole.final)
+    assert torch.equal(terms.attention, whole.attention)
+    terms.final.backward()
+    assert {n for n, p in student.named_parameters() if p.grad is None} == {"mask_emb"}
+
+
 @pytest.mark.parametrize("rules, calls", [([], (1, 0)), ([QUANTIZED_FRONT_END], (1, 1))])
 def test_front_end_runs_once_when_it_is_the_same(rules: list, calls: tuple) -> None:
     teacher = build()

@@ -17,12 +17,14 @@ from fairseq_lowbit.models import (
     load_model,
     read_checkpoint,
     start_from,
+    write_model,
 )
 from fairseq_lowbit.nn import calibrate, is_calibrated, quantizers
 from fairseq_lowbit.precision import Precision, Rule
 from fairseq_lowbit.quantization import SquashedQuantizer
 from tests.shapes import TINY
 
+VERSION_0_1 = Path(__file__).resolve().parents[1] / "compatibility" / "v0_1"
 SHAPE = replace(TINY, conv_feature_layers="[(8,10,5),(12,2,2)]", encoder_layers=1)
 
 
@@ -88,6 +90,25 @@ def test_checkpoint_without_final_projection_loads_and_says_so(tmp_path: Path) -
 def test_namespaces_of_old_checkpoints_are_plain_data(tmp_path: Path) -> None:
     state = state_of(build(), args=argparse.Namespace(arch="hubert"))
     assert read_checkpoint(save(tmp_path / "c.pt", state))["args"].arch == "hubert"
+
+
+def test_a_model_without_training_is_told_apart(tmp_path: Path) -> None:
+    source = load_model(save(tmp_path / "teacher.pt", state_of(build())))
+    write_model(tmp_path / "ptq.pt", build("bitl_w2a2"), source, tmp_path)
+    assert not source.is_calibrated_only
+    assert load_model(tmp_path / "ptq.pt").is_calibrated_only
+    # By a field of its own: whatever fairseq, or a converter, says of optimizers.
+    state = torch.load(tmp_path / "ptq.pt", weights_only=True)
+    for history in ([{"optimizer_name": "FairseqNAG"}], []):
+        state["optimizer_history"] = history
+        assert load_model(save(tmp_path / "ptq.pt", state)).is_calibrated_only
+    unnamed = state_of(build(), optimizer_history=[{"optimizer_name": None, "num_updates": 3}])
+    assert not load_model(save(tmp_path / "c.pt", unnamed)).is_calibrated_only
+
+
+def test_version_0_1_left_the_optimizers_name_empty() -> None:
+    assert load_model(VERSION_0_1 / "calibrated.pt").is_calibrated_only
+    assert not load_model(VERSION_0_1 / "hubert.pt").is_calibrated_only
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

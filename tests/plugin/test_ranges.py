@@ -98,7 +98,7 @@ def test_a_loss_of_nothing() -> None:
         distillation(final_weight=0.0, **others)
     with pytest.raises(LowbitError, match="are all 0: give one of them a number above 0"):
         distillation(has_final_projection=False, **others)
-    assert distillation(**others).weights == (1.0, 0.0, 0.0)
+    assert distillation(**others).weights == {"final": 1.0, "layers": 0.0, "attention": 0.0}
 
 
 # Words for what is wrong

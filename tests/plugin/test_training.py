@@ -222,6 +222,15 @@ def test_masked_prediction_trains_a_quantized_student(train: Callable, teacher: 
     assert len(run.logged("accuracy")) == 10
 
 
+def test_a_run_starts_readably(student_run) -> None:
+    """No debugging of Hydra's; the configuration is in a file of its own instead of on one line."""
+    assert "DEBUG" not in student_run.output
+    log = (student_run.folder / "hydra_train.log").read_text()
+    for line in (student_run.output + log).splitlines():
+        assert len(line) < 1000, line
+    assert "name: bitla_w1a1" in (student_run.folder / ".hydra" / "config.yaml").read_text()
+
+
 def test_masked_distillation_of_scores(train: Callable, teacher: Path) -> None:
     run = train(
         "bitl_w2a2",
@@ -233,6 +242,18 @@ def test_masked_distillation_of_scores(train: Callable, teacher: Path) -> None:
     terms = zip(run.logged("loss_layers"), run.logged("loss_attention"), strict=True)
     sums = [layers + attention for layers, attention in terms]
     assert run.logged("loss") == pytest.approx(sums, abs=2e-4)
+
+
+def test_terms_of_weight_zero_are_left_out(train: Callable, teacher: Path) -> None:
+    run = train(
+        "bitla_w1a1",
+        f"task.teacher={teacher}",
+        "criterion.layer_weight=0",
+        "criterion.attention_weight=0",
+    )
+    assert run.logged("loss") == run.logged("loss_final")
+    assert "loss_layers" not in run.output
+    assert "loss_attention" not in run.output
 
 
 def test_padded_batches(train: Callable, teacher: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.quantization import (
     ElasticQuantizer,
     Quantizer,
@@ -17,7 +18,7 @@ from fairseq_lowbit.quantization import (
     squash_penalty,
 )
 from fairseq_lowbit.quantization import execution as module
-from fairseq_lowbit.quantization.execution import blocks
+from fairseq_lowbit.quantization.execution import blocks, use_executor
 
 
 @pytest.fixture
@@ -135,3 +136,21 @@ def test_the_penalty_does_not_see_them_either(small) -> None:
     penalty = squash_penalty([(p, 0.84)])
     torch.testing.assert_close(penalty, whole)
     torch.testing.assert_close(torch.autograd.grad(penalty, p)[0], expected)
+
+
+@pytest.mark.parametrize("executor", ["whole", pytest.param("compiled", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", CASES)
+def test_every_executor_gives_the_same_values(name: str, executor: str) -> None:
+    quantizer, shape, ratio = CASES[name]
+    x, g = random(*shape), random(*shape).flip(0)
+    expected, *gradients = run(quantizer, x, g, ratio)
+    with use_executor(executor):
+        decoded, *found = run(quantizer, x, g, ratio)
+    assert torch.equal(decoded, expected)
+    for gradient, other in zip(found, gradients, strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+def test_an_unknown_executor_is_refused() -> None:
+    with pytest.raises(LowbitError, match="'gpu'; allowed are whole, blocks, compiled"):
+        use_executor("gpu").__enter__()

@@ -4,9 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.quantization import (
+    ElasticQuantizer,
     LevelSet,
     elastic,
     levels,
@@ -16,6 +18,7 @@ from fairseq_lowbit.quantization import (
     squashed,
     uniform,
 )
+from fairseq_lowbit.quantization.calibration import fit_scale
 
 ALL_SETS = [make(n) for make in (signed, non_negative, mid_rise) for n in range(1, 9)]
 SETS = pytest.mark.parametrize("level_set", ALL_SETS, ids=lambda s: f"{s.name}_{s.bits}")
@@ -126,3 +129,27 @@ def test_impossible_sets_are_refused(make, bits: int) -> None:
 def test_more_levels_than_the_bits_can_tell_apart_are_refused() -> None:
     with pytest.raises(LowbitError, match="3 levels in 1 bits"):
         LevelSet("ternary", bits=1, lo=-1, hi=1)
+
+
+def test_a_set_of_three_levels_needs_nothing_of_its_own() -> None:
+    """Calibration, training and health read what a set is made of, so a new one fits."""
+    ternary = LevelSet("ternary", bits=2, lo=-1, hi=1)
+    quantizer = ElasticQuantizer(ternary, gradient_values=1)
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    quantizer.set_scale(fit_scale(x.detach()[None], ternary)[0][0])
+    decoded = quantizer(x)
+    scale = quantizer.scale.item()
+    assert decoded.unique().tolist() == [-scale, 0, scale]
+    decoded.sum().backward()
+    inside = x.detach().abs() <= scale
+    assert torch.equal(x.grad, inside.float())
+    codes = quantizer.codes(x)
+    assert torch.equal(codes.decode(), decoded)
+    assert codes.level_counts().tolist() == [int((decoded == v).sum()) for v in decoded.unique()]
+    # Two levels lose more, four about as much less.
+    assert error(x, signed(1)) > (decoded - x).square().mean() > error(x, mid_rise(2))
+
+
+def error(x: Tensor, levels: LevelSet) -> Tensor:
+    scale, _ = fit_scale(x.detach()[None], levels)
+    return (levels.value(levels.encode(x.detach() / scale)) * scale - x).square().mean()
