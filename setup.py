@@ -16,7 +16,9 @@ def version() -> str:
 
 INSTALL_REQUIRES = [
     # The maintained distribution of the module `fairseq`. Who has built fairseq from source
-    # installs with --no-deps, see docs/troubleshooting.md and scripts/setup.sh.
+    # installs with --no-deps, see docs/troubleshooting.md and scripts/setup.sh. It requires
+    # torchaudio, which pip then brings too: set-up leaves it out, and the doctor tells where it
+    # does not load.
     "fairseq-fixed>=0.12.3.1,<0.13",
     "torch>=2.6",
     "hydra-core>=1.3.2,<1.4",
@@ -38,17 +40,15 @@ INSTALL_REQUIRES = [
 # Launchers and the sweeper of config/sweep. Older Optuna sweepers need an SQLAlchemy of long ago.
 SWEEP = ["hydra-joblib-launcher", "hydra-optuna-sweeper>=1.3", "hydra-submitit-launcher"]
 
+# Models of transformers that fairseq_lowbit.quantize() knows.
+HF = ["transformers>=5"]
+
 EXTRAS_REQUIRE = {
     # An offline speech synthesizer for the demo corpus. eSpeak NG is under the GPLv3.
     "demo": ["espeakng-loader"],
-    # What the SUPERB tasks of s3prl import and s3prl does not declare; s3prl itself is used from
-    # its source tree, because its published package lacks task configs and vocabularies.
-    "superb": ["editdistance", "h5py", "librosa", "pandas", "sox", "tensorboard"],
-    "hf": ["transformers", "safetensors"],
-    # Engines that our measured times are compared with.
-    "bench": ["onnxruntime", "openvino"],
+    "hf": HF,
     "sweep": SWEEP,
-    "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff", *SWEEP],
+    "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff", *HF, *SWEEP],
 }
 
 setup(

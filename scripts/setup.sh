@@ -59,14 +59,23 @@ enter_environment() {
     source .venv/bin/activate
 }
 
-# constraints.txt, with torch and torchaudio as they are: no later step may swap the build.
+# constraints.txt, with torch and what it requires as they are: no later step may swap the build,
+# and a torch of another version may need other versions.
 write_pins() {
     python -P - <<'PY'
-from importlib.metadata import PackageNotFoundError, version
+import re
+from importlib.metadata import PackageNotFoundError, requires, version
 
+
+def normalized(requirement):
+    name = re.match(r"[\w.-]+", requirement).group()
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+kept = {"torch", *map(normalized, requires("torch") or ())}
 for line in open("constraints.txt"):
     name = line.partition("==")[0]
-    if name in ("torch", "torchaudio"):
+    if "==" in line and normalized(name) in kept:
         try:
             line = f"{name}=={version(name)}\n"
         except PackageNotFoundError:
@@ -75,18 +84,53 @@ for line in open("constraints.txt"):
 PY
 }
 
-# What this package and its extras demo and dev require, without fairseq: that is there by now,
-# perhaps under another distribution's name.
+# What fairseq-fixed and this package with its extras demo and dev require, except
+#   fairseq-fixed   is there by now, perhaps under another distribution's name,
+#   torchaudio      fairseq works without it, and the build of pip's default index needs CUDA:
+#                   beside a CPU torch it breaks `from transformers import HubertModel`.
 write_requirements() {
     python -P - <<'PY'
-from importlib.metadata import requires
+from importlib.metadata import PackageNotFoundError, requires
 
-for requirement in requires("fairseq-lowbit"):
-    spec, _, marker = requirement.partition(";")
-    wanted = not marker or any(f'"{extra}"' in marker for extra in ("demo", "dev"))
-    if wanted and not spec.startswith("fairseq-fixed"):
-        print(spec)
+
+def print_requirements(distribution, extras):
+    for requirement in requires(distribution):
+        spec, _, marker = requirement.partition(";")
+        wanted = "extra ==" not in marker or any(f'"{extra}"' in marker for extra in extras)
+        if wanted and not spec.startswith(("fairseq-fixed", "torchaudio")):
+            print(spec if "extra ==" in marker else requirement)
+
+
+print_requirements("fairseq-lowbit", ("demo", "dev"))
+try:
+    print_requirements("fairseq-fixed", ())
+except PackageNotFoundError:  # a fairseq of another distribution: installed with what it needs
+    pass
 PY
+}
+
+# Earlier versions of this script let fairseq-fixed bring torchaudio. It goes if it does not load,
+# this script has been here before, and nobody has asked pip for it by name (pip keeps a record).
+# Any other torchaudio is its owner's: the doctor names one that does not load, and the way out.
+remove_torchaudio_of_earlier_setup() {
+    [[ -f "$stamp" ]] || return 0
+    python -P - <<'PY' || return 0
+import sys
+from importlib.metadata import distributions
+
+brought = [
+    found
+    for found in distributions(name="torchaudio")
+    if (found.read_text("INSTALLER") or "").strip() == "pip"
+    and found.read_text("REQUESTED") is None
+]
+sys.exit(not brought)
+PY
+    if ! python -P -c "import torchaudio" 2>/dev/null; then
+        say "removing torchaudio, which an earlier set-up brought: it does not load, and fairseq" \
+            "works without it"
+        python -m pip --disable-pip-version-check uninstall --quiet --yes torchaudio
+    fi
 }
 
 install_everything() {
@@ -106,18 +150,23 @@ install_everything() {
     # --no-build-isolation: building in an environment of its own would download torch once more.
     "${pip[@]}" setuptools wheel
     if has_module fairseq; then
-        say "keeping the fairseq that is there (should pip miss fairseq-fixed, let it)"
+        say "keeping the fairseq that is there"
     else
         "${pip[@]}" numpy cython
         say "installing fairseq, built from source the first time (2 to 5 minutes)"
-        "${pip[@]}" --no-build-isolation fairseq-fixed || fail "fairseq-fixed did not install: it" \
-            "needs a C++ compiler and Python's headers (on Debian and Ubuntu: g++ python3-dev)"
+        "${pip[@]}" --no-build-isolation --no-deps fairseq-fixed || fail "fairseq-fixed did not" \
+            "install: it needs a C++ compiler and Python's headers (on Debian and Ubuntu: g++" \
+            "python3-dev)"
     fi
 
     say "installing fairseq-lowbit (editable) and what it needs"
     "${pip[@]}" --no-build-isolation --no-deps --editable .
     write_requirements >"$scratch/requirements.txt"
-    "${pip[@]}" -r "$scratch/requirements.txt"
+    # pip's own warning would name what is left out on purpose; what else does not fit, shows here.
+    "${pip[@]}" --no-warn-conflicts -r "$scratch/requirements.txt"
+    remove_torchaudio_of_earlier_setup
+    local intended="fairseq-lowbit .* requires fairseq-fixed|fairseq-fixed .* requires torchaudio"
+    python -m pip check | grep -Ev "^($intended|No broken requirements)" >&2 || true
 }
 
 enter_environment
@@ -129,5 +178,6 @@ if [[ ! -f "$stamp" || "$(<"$stamp")" != "$state" ]]; then
     trap 'rm -rf "$scratch"' EXIT
     install_everything "$scratch"
     echo "$state" >"$stamp"
-    say "done; 'fairseq-lowbit doctor' shows what was found"
+    say "done; 'fairseq-lowbit doctor' finds:"
+    fairseq-lowbit doctor >&2 || true
 fi

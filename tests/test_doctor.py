@@ -30,7 +30,7 @@ def test_missing_fairseq(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     (problem,) = doctor.check_fairseq().problems
     assert problem.needed
-    assert "fairseq-fixed" in problem.mend
+    assert "fairseq-fixed" in problem.fix
 
 
 def test_two_distributions_of_fairseq(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,6 +51,19 @@ def test_command_of_another_environment_is_a_note(
     assert not problem.needed
 
 
+def test_a_torchaudio_that_does_not_load_is_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its CUDA build beside a CPU torch."""
+    library = "libtorch_cuda.so: cannot open shared object file"
+    (tmp_path / "torchaudio.py").write_text(f"raise OSError('{library}')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (problem,) = doctor.check_extras().problems
+    assert library in problem.what
+    assert "pip uninstall torchaudio" in problem.fix
+    assert not problem.needed
+
+
 def test_hydra_is_really_asked() -> None:
     providers = [provider for provider, _ in doctor.config_search_path()]
     assert providers[:2] == ["hydra", "main"]
@@ -61,8 +74,8 @@ def test_unseen_plugin_explains_the_misleading_error(monkeypatch: pytest.MonkeyP
     (problem,) = doctor.check_hydra().problems
     assert problem.needed
     assert "Must specify batch size" in problem.what
-    assert "editable_mode=compat" in problem.mend
-    assert f"common.user_dir={doctor.PACKAGE_DIR}" in problem.mend
+    assert "editable_mode=compat" in problem.fix
+    assert f"common.user_dir={doctor.PACKAGE_DIR}" in problem.fix
 
 
 def test_seen_plugin_tells_where_configs_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,21 +130,21 @@ def test_composition(
     assert len(finding.problems) == problems
 
 
-def test_report_ends_with_problems_and_mends() -> None:
-    problem = Problem("it is broken", "mend it so")
+def test_report_ends_with_problems_and_fixes() -> None:
+    problem = Problem("it is broken", "fix it so")
     text = doctor.report([Finding("python", ("3.11",)), Finding("torch", ("none",), (problem,))])
     assert text.splitlines() == [
         "python  3.11",
         "torch   none",
         "",
         "problem: it is broken",
-        "   mend: mend it so",
+        "   fix: fix it so",
     ]
 
 
 @pytest.mark.parametrize("needed", [True, False])
 def test_exit_status_tells_what_is_needed(monkeypatch: pytest.MonkeyPatch, needed: bool) -> None:
-    finding = Finding("torch", ("x",), (Problem("what", "mend", needed),))
+    finding = Finding("torch", ("x",), (Problem("what", "fix", needed),))
     monkeypatch.setattr(doctor, "CHECKS", (lambda: finding,))
     assert main.main(["doctor"]) == int(needed)
 

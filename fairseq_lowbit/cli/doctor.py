@@ -1,4 +1,4 @@
-"""``fairseq-lowbit doctor``: what is installed, what is wrong with it, how to mend it.
+"""``fairseq-lowbit doctor``: what is installed, what is wrong with it, how to fix it.
 
 Every check returns a ``Finding`` and survives a broken installation: what it looks for is imported
 inside it. fairseq is asked through its metadata and through our plugin, never imported here.
@@ -15,6 +15,7 @@ import sysconfig
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,7 @@ from pathlib import Path
 from fairseq_lowbit import __version__
 from fairseq_lowbit.machine import this_machine
 
-HELP = "check the installation; every problem comes with its mend"
+HELP = "check the installation; every problem comes with its fix"
 
 PRIMARY_CONFIG = "bitla_w1a1"
 # Not resolved: setuptools' strict editable installs link each file, and the links are the package.
@@ -34,18 +35,16 @@ OPTIONAL_MODULES = {
     "espeakng_loader": "demo speech (pip install 'fairseq-lowbit[demo]')",
     "optuna": "searches by +sweep=optuna (pip install 'fairseq-lowbit[sweep]')",
     "submitit": "sweeps on SLURM by +sweep=submitit (pip install 'fairseq-lowbit[sweep]')",
-    "transformers": "Hugging Face teachers (pip install 'fairseq-lowbit[hf]')",
-    "s3prl": "SUPERB tasks (from its source tree, and pip install 'fairseq-lowbit[superb]')",
-    "tensorboardX": "training curves for TensorBoard",
+    "transformers": "quantizing models of Hugging Face (pip install 'fairseq-lowbit[hf]')",
 }
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong and what mends it; ``needed`` when training cannot work without."""
+    """Something wrong and its fix; ``needed`` when training cannot work without."""
 
     what: str
-    mend: str
+    fix: str
     needed: bool = True
 
 
@@ -74,8 +73,8 @@ def check_torch() -> Finding:
     try:
         import torch
     except ImportError as error:
-        mend = "pip install torch; constraints.txt names the version that was tested"
-        problem = Problem(f"torch cannot be imported: {error}", mend)
+        fix = "pip install torch; constraints.txt names the version that was tested"
+        problem = Problem(f"torch cannot be imported: {error}", fix)
         return Finding("torch", ("not importable",), (problem,))
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     return Finding("torch", (f"{torch.__version__} ({build}), {torch.get_num_threads()} threads",))
@@ -85,8 +84,8 @@ def check_fairseq() -> Finding:
     """Which distribution the module ``fairseq`` comes from; whether its command is this one's."""
     spec = find_spec("fairseq")
     if spec is None or spec.origin is None:
-        mend = "bash scripts/setup.sh; or pip install fairseq-fixed, which builds from source"
-        return Finding("fairseq", ("absent",), (Problem("there is no module fairseq", mend),))
+        fix = "bash scripts/setup.sh; or pip install fairseq-fixed, which builds from source"
+        return Finding("fairseq", ("absent",), (Problem("there is no module fairseq", fix),))
     distributions = [
         f"{name} {found}"
         for name in ("fairseq-fixed", "fairseq")
@@ -119,8 +118,8 @@ def check_hydra() -> Finding:
     directory = Path(ours[0].removeprefix("file://"))
     problems = []
     if not (directory / f"{PRIMARY_CONFIG}.yaml").is_file():
-        mend = "install again: pip install --force-reinstall --no-deps, of a wheel or of -e ."
-        problems.append(Problem(f"{directory} holds no {PRIMARY_CONFIG}.yaml", mend))
+        fix = "install again: pip install --force-reinstall --no-deps, of a wheel or of -e ."
+        problems.append(Problem(f"{directory} holds no {PRIMARY_CONFIG}.yaml", fix))
     if not any(directory.parent.samefile(place) for place in (PACKAGE_DIR, PACKAGE_DIR.parent)):
         what = f"Hydra takes the configs of another copy of fairseq_lowbit than {PACKAGE_DIR}"
         problems.append(
@@ -155,7 +154,7 @@ def check_config() -> Finding:
     if result.returncode != 0:
         problem = Problem(
             f"the config {PRIMARY_CONFIG} does not compose: {result.stderr.strip()}",
-            "mend the problems above first; else install again: pip install -e .",
+            "fix the problems above first; else install again: pip install -e .",
         )
         return Finding("config", ("failed",), (problem,))
     if "\nuser_dir: null" in result.stdout:  # check_hydra has said what is wrong
@@ -169,7 +168,7 @@ def check_extras() -> Finding:
     for module, purpose in OPTIONAL_MODULES.items():
         state = "present" if find_spec(module) else "absent"
         lines.append(f"{module}: {state}, {purpose}")
-    return Finding("extras", tuple(lines))
+    return Finding("extras", tuple(lines), tuple(_torchaudio_problems()))
 
 
 def check_machine() -> Finding:
@@ -252,7 +251,7 @@ def report(findings: list[Finding]) -> str:
     text.append("")
     for problem in problems:
         text.append(f"{'problem' if problem.needed else 'note'}: {problem.what}")
-        text.append(f"   mend: {problem.mend}")
+        text.append(f"   fix: {problem.fix}")
     if not problems:
         text.append("no problems found")
     return "\n".join(text)
@@ -289,6 +288,24 @@ def _command_problems(command: str) -> list[Problem]:
             Problem(
                 f"the command {command} is {found}, of another environment than this Python",
                 f"activate the environment, or call {scripts / command}",
+                needed=False,
+            )
+        ]
+    return []
+
+
+def _torchaudio_problems() -> list[Problem]:
+    """transformers imports a torchaudio that it finds, and fails with it."""
+    if find_spec("torchaudio") is None:
+        return []
+    try:
+        import_module("torchaudio")
+    except Exception as error:  # OSError where it lacks a library of another torch
+        return [
+            Problem(
+                f"torchaudio does not load, and imports of transformers fail with it: {error}",
+                "pip uninstall torchaudio (nothing here needs it, although fairseq-fixed asks for "
+                "it), or install the build of torchaudio made for this torch",
                 needed=False,
             )
         ]

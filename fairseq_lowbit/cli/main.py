@@ -17,7 +17,7 @@ from fairseq_lowbit.errors import LowbitError
 # Name and line of the listing. The line stands here and not in the module, because the listing
 # must not wait for torch and fairseq to load.
 COMMANDS = (
-    ("doctor", "check the installation and say how to mend it"),
+    ("doctor", "check the installation and say how to fix it"),
     ("plan", "show which module gets which precision, and what that costs"),
     ("profile", "count storage, operations and memory of models"),
     ("synthesize", "make a small speech corpus without a download"),

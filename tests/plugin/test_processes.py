@@ -83,6 +83,7 @@ def test_two_processes_do_what_one_does(alone, trainer, teacher: Path, tmp_path:
     assert [record["update"] for record in first.health()] == [0, 5]
 
 
+@pytest.mark.full
 def test_one_command_spawns_them_and_hands_signals_on(
     trainer, teacher: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -246,6 +247,7 @@ def staged(trainer, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return Run(done.returncode, done.stdout, folder)
 
 
+@pytest.mark.full
 def test_torchrun_goes_through_a_schedule(staged: Run) -> None:
     assert staged.status == 0, staged.output
     assert "Traceback" not in staged.output
@@ -262,6 +264,7 @@ def test_torchrun_goes_through_a_schedule(staged: Run) -> None:
     assert staged.state()["cfg"]["task"]["init_from"] == str(first / "checkpoint_last.pt")
 
 
+@pytest.mark.full
 def test_a_schedule_killed_behind_a_switch(
     staged: Run, trainer, teacher: Path, tmp_path: Path
 ) -> None:

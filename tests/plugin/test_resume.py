@@ -71,6 +71,7 @@ def kill_at_update(command: list[str], folder: Path, env: dict, update: int) -> 
         assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.full
 def test_killed_again_and_again(
     trainer, teacher: Path, uninterrupted, environment: dict, tmp_path: Path
 ) -> None:

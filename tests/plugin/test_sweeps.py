@@ -220,6 +220,7 @@ def test_a_sweep_into_the_folders_of_another_one(sweep: Callable, tmp_path: Path
     assert state(jobs(tmp_path)["common.seed-4"])["cfg"]["criterion"]["mask"]
 
 
+@pytest.mark.full
 def test_a_search_that_optimizes(sweep: Callable, tmp_path: Path) -> None:
     search = ("+sweep=optuna", "hydra.sweeper.n_trials=2")
     done = sweep(*search)
@@ -283,6 +284,7 @@ def test_a_fixed_list_around_what_is_searched(trainer, tmp_path: Path) -> None:
     assert not (tmp_path / "exp").exists()
 
 
+@pytest.mark.full
 def test_joblib(sweep: Callable, tmp_path: Path) -> None:
     """One worker for all, in which fairseq would leave the first job's best loss behind."""
     done = sweep(
@@ -301,6 +303,7 @@ def test_joblib(sweep: Callable, tmp_path: Path) -> None:
     assert best(found["bitla_w8a8"]) < best(found["bitla_w1a1"])
 
 
+@pytest.mark.full
 def test_submitit(sweep: Callable, tmp_path: Path) -> None:
     done = sweep("+sweep=submitit_local", "quant=bitla_w8a8,bitl_w1a1")
     assert done.status == 0, done.output
