@@ -352,3 +352,25 @@ def test_quantizers_follow_the_device_and_keep_fp32() -> None:
     )
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert {q.scale.dtype for _, q in quantizers(model)} == {torch.float32}
+
+
+def test_a_model_in_half_precision_keeps_the_codes_of_its_fp32_weights(model: Tagger) -> None:
+    fairseq_lowbit.quantize(model, "float", EVERYTHING)
+    fairseq_lowbit.calibrate(model, [words()])
+    operators = [module for module in model.modules() if isinstance(module, Operator)]
+    stored = [o.weight_quantizer.codes(o.stored_weight()).integers for o in operators]
+    model.bfloat16()
+    assert model(words()).dtype == torch.bfloat16
+    for operator, integers in zip(operators, stored, strict=True):
+        assert torch.equal(
+            operator.weight_quantizer.codes(operator.stored_weight()).integers, integers
+        )
+
+
+def test_handles_of_hooks_work_after_a_refusal(model: Tagger) -> None:
+    handle = model.old_norm.register_forward_pre_hook(lambda module, args: None)
+    with pytest.raises(LowbitError, match="matches no module"):
+        fairseq_lowbit.quantize(model, "bitl_w4a4", [Rule("nothing")])
+    handle.remove()
+    assert len(model.old_norm._forward_pre_hooks) == 1  # its weight_norm
+    assert list(model.embed.buffers()) == []
