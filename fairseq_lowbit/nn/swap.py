@@ -5,6 +5,7 @@ changes. So state-dict keys, tied weights and whatever else refers to the module
 """
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -16,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.nn.attach import attach, sites
+from fairseq_lowbit.nn.attach import attach, planned, sites
 from fairseq_lowbit.nn.attention import SelfAttention
 from fairseq_lowbit.nn.operators import (
     Conv1d,
@@ -98,6 +99,13 @@ def quantize(
         _swap(model, before)
         left_float = _left_float(model)
         precision = _without_idle_exceptions(model, precision, left_float)
+        plan = planned(model, precision)
+        if precision.name != "float" and not any(entry.is_quantized for entry in plan.entries):
+            raise LowbitError(
+                f"precision {precision.name} quantizes nothing in {type(model).__name__}: its rules "
+                f"leave everything float that has a quantized operator. It has "
+                f"{_folded(left_float) or 'nothing else'}"
+            )
         model.plan = attach(model, precision)
     except BaseException:
         for module in before:
@@ -105,8 +113,7 @@ def quantize(
         raise
     _follow_weights(model)
     if left_float:
-        names = ", ".join(f"{name} ({kind})" for name, kind in left_float.items())
-        logger.warning("float, for want of a quantized operator: %s", names)
+        logger.warning("float, for want of a quantized operator: %s", _folded(left_float))
     return model
 
 
@@ -259,6 +266,13 @@ def _left_float(model: nn.Module) -> dict[str, str]:
         elif place is not None:
             found[name] += f": {_obstacle(module, place)}"
     return found
+
+
+def _folded(kinds: Mapping[str, str]) -> str:
+    """Names and what they are, with layer numbers folded into *."""
+    names = (re.sub(r"\.\d+\.", ".*.", name) for name in kinds)
+    described = (f"{name} ({kind})" for name, kind in zip(names, kinds.values(), strict=True))
+    return ", ".join(dict.fromkeys(described))
 
 
 def _has_weight(module: nn.Module) -> bool:

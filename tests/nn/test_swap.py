@@ -256,6 +256,7 @@ def mixed() -> nn.Module:
         (mixed, "bitl_w4a4", [{"match": "linear", "bits": 4}], "unexpected keyword .*'bits'"),
         (mixed, "bitl_w4a4", "linear", "rules is a list of rules"),
         (mixed, "w4", [], "unknown precision 'w4'"),
+        (mixed, "bitl_w4a4", [Rule("linear", "none")], r"quantizes nothing.*image \(Conv2d\)"),
         (Tagger, "float", [Rule("embed", activation_bits=4)], "gives no weight_bits for embed"),
     ],
 )
