@@ -26,7 +26,8 @@ def register() -> None:
     """Makes the three models known to :func:`fairseq_lowbit.quantize`, heads and all."""
     for name in ("Hubert", "Wav2Vec2", "WavLM"):
         module = f"transformers.models.{name.lower()}.modeling_{name.lower()}"
-        register_adapter(f"{module}.{name}PreTrainedModel", _places)
+        register_adapter(f"{module}.{name}PreTrainedModel", _heads)
+        register_adapter(f"{module}.{name}Model", _places)
     register_opaque("transformers.models.wavlm.modeling_wavlm.WavLMAttention")
 
 
@@ -110,28 +111,30 @@ def padding_mask(attention_mask: Tensor | None) -> Tensor | None:
     )
 
 
-def _places(model: nn.Module) -> Iterator[tuple[nn.Module, Place]]:
-    base = model.base_model
-    yield from _front_end(base)
-    for module in base.encoder.pos_conv_embed.modules():
-        if isinstance(module, nn.Conv1d):
-            yield module, Place(Role.POSITIONAL_CONVOLUTION)
-    for layer in base.encoder.layers:
-        yield from _layer(layer, _activation(base.config.hidden_act))
+def _heads(model: nn.Module) -> Iterator[tuple[nn.Module, Place]]:
+    """Whatever is not said to be something else."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             yield module, Place(Role.HEAD)
 
 
-def _front_end(base: nn.Module) -> Iterator[tuple[nn.Module, Place]]:
+def _places(model: nn.Module) -> Iterator[tuple[nn.Module, Place]]:
     input_kind = InputKind.ANY
-    for block in base.feature_extractor.conv_layers:
+    for block in model.feature_extractor.conv_layers:
         yield block.conv, Place(Role.FRONT_END, input_kind)
-        input_kind = _activation(base.config.feat_extract_activation)
-    yield base.feature_projection.projection, Place(Role.PROJECTION)
+        input_kind = _activation(model.config.feat_extract_activation)
+    yield model.feature_projection.projection, Place(Role.PROJECTION)
+    for module in model.encoder.pos_conv_embed.modules():
+        if isinstance(module, nn.Conv1d):
+            yield module, Place(Role.POSITIONAL_CONVOLUTION)
+    for layer in model.encoder.layers:
+        yield from _layer(layer, _activation(model.config.hidden_act))
 
 
 def _layer(layer: nn.Module, activation: InputKind) -> Iterator[tuple[nn.Module, Place]]:
+    for module in layer.modules():
+        if isinstance(module, nn.Linear):
+            yield module, Place(Role.ENCODER_LINEAR)
     attention = layer.attention
     # A subclass may compute something else.
     operator = _ATTENTION.get(type(attention).__name__)
@@ -140,9 +143,6 @@ def _layer(layer: nn.Module, activation: InputKind) -> Iterator[tuple[nn.Module,
     if hasattr(attention, "gru_rel_pos_linear"):
         yield attention.gru_rel_pos_linear, Place(Role.GATE)
     yield layer.feed_forward.output_dense, Place(Role.ENCODER_LINEAR, activation)
-    for module in layer.modules():
-        if isinstance(module, nn.Linear):
-            yield module, Place(Role.ENCODER_LINEAR)
 
 
 def _activation(name: object) -> InputKind:

@@ -69,7 +69,8 @@ def register_adapter(model_type: str, adapter: Adapter) -> None:
 
     Args:
         model_type: its full name, so that nothing has to be imported for it; subclasses too.
-        adapter: the places of the modules inside such a model, its attention modules among them.
+        adapter: the places of the modules inside such a model, its attention modules among them;
+            of several places of one module, the last counts.
     """
     _ADAPTERS[model_type] = adapter
 
@@ -102,9 +103,9 @@ def quantize(
         plan = planned(model, precision)
         if precision.name != "float" and not any(entry.is_quantized for entry in plan.entries):
             raise LowbitError(
-                f"precision {precision.name} quantizes nothing in {type(model).__name__}: its rules "
-                f"leave everything float that has a quantized operator. It has "
-                f"{_folded(left_float) or 'nothing else'}"
+                f"precision {precision.name} quantizes nothing in {type(model).__name__}: rules "
+                "leave float whatever has a quantized operator. There is "
+                f"{_folded(left_float) or 'nothing'} beside it"
             )
         model.plan = attach(model, precision)
     except BaseException:
@@ -192,12 +193,12 @@ def _swappable(model: nn.Module) -> list[tuple[nn.Module, Place]]:
 
 
 def _stated_places(model: nn.Module) -> dict[nn.Module, Place]:
-    """What the adapters know, those of outer models before those of models inside of them."""
+    """What the adapters know; those of inner models and of subclasses know better."""
     places: dict[nn.Module, Place] = {}
     for module in model.modules():
-        for name in _type_names(module):
-            for inner, place in _ADAPTERS[name](module) if name in _ADAPTERS else ():
-                places.setdefault(inner, place)
+        for name in reversed(_type_names(module)):
+            if name in _ADAPTERS:
+                places.update(_ADAPTERS[name](module))
     return places
 
 

@@ -32,7 +32,7 @@ def register() -> None:
     register_opaque("fairseq.modules.multihead_attention.MultiheadAttention")
 
 
-class FairseqSelfAttention(SelfAttention, MultiheadAttention):
+class FairseqSelfAttention(SelfAttention):
     """fairseq's self-attention, whose own forward uses the weights of its projections without
     calling them."""
 
@@ -83,16 +83,15 @@ class FairseqSelfAttention(SelfAttention, MultiheadAttention):
 
 
 def _model(model: nn.Module) -> Iterator[tuple[nn.Module, Place]]:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            yield module, Place(Role.HEAD)
     input_kind = InputKind.ANY
     for block in model.feature_extractor.conv_layers:
         yield block[0], Place(Role.FRONT_END, input_kind)
         input_kind = InputKind.GELU
     if model.post_extract_proj is not None:
         yield model.post_extract_proj, Place(Role.PROJECTION)
-    yield from _encoder(model.encoder)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            yield module, Place(Role.HEAD)
 
 
 def _encoder(encoder: nn.Module) -> Iterator[tuple[nn.Module, Place]]:
@@ -104,12 +103,11 @@ def _encoder(encoder: nn.Module) -> Iterator[tuple[nn.Module, Place]]:
 
 
 def _layer(layer: nn.Module) -> Iterator[tuple[nn.Module, Place]]:
-    if isinstance(layer, TransformerSentenceEncoderLayer):
-        operator = FairseqSelfAttention
-        yield layer.self_attn, Place(Role.ATTENTION_OPERAND, operator=operator)
-        function = layer.activation_fn
-        name = getattr(function, "__name__", type(function).__name__).lower()
-        yield layer.fc2, Place(Role.ENCODER_LINEAR, _ACTIVATIONS.get(name, InputKind.ANY))
     for module in layer.modules():
         if isinstance(module, nn.Linear):
             yield module, Place(Role.ENCODER_LINEAR)
+    if isinstance(layer, TransformerSentenceEncoderLayer):
+        yield layer.self_attn, Place(Role.ATTENTION_OPERAND, operator=FairseqSelfAttention)
+        function = layer.activation_fn
+        name = getattr(function, "__name__", type(function).__name__).lower()
+        yield layer.fc2, Place(Role.ENCODER_LINEAR, _ACTIVATIONS.get(name, InputKind.ANY))
