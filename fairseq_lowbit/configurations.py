@@ -136,14 +136,19 @@ def read_model_config(config: DictConfig) -> ModelConfig:
         raise LowbitError(describe_config_error(error, "model")) from error
 
 
-def meta_model(config: ModelConfig) -> Hubert:
-    """The model without its weights.
+def build_model(config: ModelConfig) -> Hubert:
+    """The model with random weights.
 
     Raises:
         LowbitError: an impossible shape or precision.
     """
+    return Hubert(config, precision=config.precision)
+
+
+def meta_model(config: ModelConfig) -> Hubert:
+    """The model without its weights; raises as :func:`build_model`."""
     with WithoutWeights():
-        return Hubert(config, precision=config.precision)
+        return build_model(config)
 
 
 def model_group(name: str) -> dict[str, Any]:

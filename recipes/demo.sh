@@ -16,8 +16,8 @@ options "minutes audio work" "$@"
 : "${work:=$repo/exp/demo_${minutes}min}"
 source "$repo/recipes/toy.sh"
 students=(w2a2 w1a1)
-half="$((cores > 1 ? cores / 2 : 1))"
 
+# distil PRECISION RUN OVERRIDES...
 distil() {
     local precision="$1"
     shift
@@ -29,15 +29,16 @@ both() {
     ((${#failed[@]} == 0)) || die "a student failed, see above"
 }
 
-speed_of() { distil "$1" "hydra.run.dir=$work/speed/$1" "${trial[@]}" >/dev/null; }
+speed_of() { distil "$1" "$work/speed/$1" "${trial[@]}" >/dev/null; }
 
+# Both at once, as they will train, each by its own rate: so they end together.
 speed_of_distillation() {
     both speed_of
     local precision
-    for precision in "${students[@]}"; do plan_updates "$precision" "$student_seconds"; done
+    for precision in "${students[@]}"; do plan_updates "$precision" "$1"; done
 }
 
-learn() { distil "$1" "hydra.run.dir=$work/$1" "optimization.max_update=$(<"$work/$1.updates")"; }
+learn() { distil "$1" "$work/$1" $(<"$work/$1.plan"); }
 
 evaluate() {
     local precision arguments=(--ptq bitla_w1a1)
@@ -48,14 +49,13 @@ evaluate() {
         "${arguments[@]}"
 }
 
-# What does not train: corpus, labels, program starts, measuring speed, and the comparison.
-overhead=150
-teacher_seconds="$(((minutes * 60 - overhead) * 6 / 10))"
-student_seconds="$(((minutes * 60 - overhead) * 4 / 10))"
+# What does not train takes, in units of the teacher's trial: 4 the comparison, 1 each start of a
+# training (the students' at once), 2 the students' trial.
+left="minutes * 60 - SECONDS"
 
 log "demo of $minutes minutes on $cores cores in $work; a rehearsal at toy scale"
-make_teacher "$teacher_seconds"
-stage student_speed speed_of_distillation
+make_teacher "($left - 8 * trial_seconds) * 6 / 10"
+stage student_speed speed_of_distillation "$left - 5 * trial_seconds"
 stage students both learn
 log "compare on held-out audio"
 evaluate

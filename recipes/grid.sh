@@ -92,15 +92,15 @@ for row in "${rows[@]}"; do
     ((stages == 0)) || trained+=("$name")
 done
 
-# grow NAME OVERRIDES...: trains the student of a row.
+# grow NAME RUN OVERRIDES...: trains the student of a row in the folder RUN.
 grow() {
-    local name="$1" settings
-    shift
+    local name="$1" run="$2" settings
+    shift 2
     read -ra settings <<<"${settings_of[$name]}"
-    OMP_NUM_THREADS=1 student "$name" "${settings[@]}" "$@"
+    OMP_NUM_THREADS=1 student "$name" "${settings[0]}" "$run" "${settings[@]:1}" "$@"
 }
 
-speed_of() { grow "$1" "hydra.run.dir=$work/speed/$1" "${trial[@]}" >/dev/null; }
+speed_of() { grow "$1" "$work/speed/$1" "${trial[@]}" >/dev/null; }
 
 # Writes how many updates every row makes, a multiple of what the stages divide by.
 plan_rows() {
@@ -119,7 +119,7 @@ PY
 
 train_row() {
     local updates="$(($(<"$work/updates") / ${stages_of[$1]}))"
-    grow "$1" "hydra.run.dir=$work/runs/$1" "optimization.max_update=$updates" \
+    grow "$1" "$work/runs/$1" "optimization.max_update=$updates" \
         "lr_scheduler.warmup_updates=$((updates / 10 + 1))"
 }
 

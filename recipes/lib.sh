@@ -64,14 +64,13 @@ end_jobs() {
     exit 130
 }
 
-# train LABEL LOG ARGUMENTS...: fairseq-hydra-train with its whole output in LOG and its progress,
-# marked with LABEL, on the screen.
+# train LABEL LOG RUN ARGUMENTS...: fairseq-hydra-train into the folder RUN, with its whole output in
+# LOG; warnings, errors and its progress, marked with LABEL, on the screen.
 train() {
-    local label="$1" log_file="$2"
-    shift 2
-    fairseq-hydra-train "$@" 2>&1 | tee -a "$log_file" |
-        { grep --line-buffered -E 'train_inner|valid on|WARNING|ERROR|error' || true; } |
-        sed -u -E -e "s/^\[([^]]*)\]\[([^]]*)\]\[[A-Z]*\] - /  $label: /" -e 's/^(.{150}).*/\1/' || {
+    local label="$1" log_file="$2" run="$3"
+    shift 3
+    fairseq-hydra-train "$@" "hydra.run.dir=$run" 2>&1 |
+        python "$repo/recipes/progress.py" show "$label" "$log_file" "$run" || {
         tail -n 5 "$log_file" | cut -c1-300 >&2
         die "training '$label' failed; its log is $log_file"
     }

@@ -12,12 +12,28 @@ work="$(cd "$work" && pwd)"
 : "${data:=$work/data}" "${teacher:=$work/teacher/checkpoints/checkpoint_last.pt}"
 
 source "$repo/scripts/setup.sh"
-cores="$(python -c 'import os; print(len(os.sched_getaffinity(0)))')"
-SECONDS=0
+read -r cores gpus < <(
+    python -c 'import os, torch; print(len(os.sched_getaffinity(0)), torch.cuda.device_count())'
+)
 
-# A few updates for their speed, in a folder of their own.
-trial=(optimization.max_update=16 common.log_interval=8 checkpoint.no_save=true
-    dataset.disable_validation=true)
+# Threads that wait for each other sleep: by spinning they take the core that the last one needs, as
+# soon as anything else runs on this machine.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+
+# The minutes go on where an interrupted start has left them.
+SECONDS="$(cat "$work/seconds" 2>/dev/null || echo 0)"
+trap 'echo "$SECONDS" >"$work/seconds"' EXIT
+
+# Models this small gain little from a second thread, which waits for the first at every operation,
+# and lose much by it where other programs run: the teacher trains in two processes instead, each
+# with half of run=demo_pretraining's batch.
+half="$((cores > 1 ? cores / 2 : 1))" teachers=()
+if ((cores > 1 && gpus == 0)); then
+    teachers=(distributed_training.distributed_world_size=2 dataset.max_tokens=96000)
+fi
+
+# A few updates and a validation, for their speed.
+trial=(optimization.max_update=20 common.log_interval=4 checkpoint.no_save=true)
 
 corpus() {
     if [[ -n "$audio" ]]; then
@@ -28,45 +44,49 @@ corpus() {
     fairseq-lowbit labels "$data" --clusters 50
 }
 
+# pretrain RUN OVERRIDES...: trains the teacher in the folder RUN.
 pretrain() {
-    OMP_NUM_THREADS="$cores" train teacher "$work/teacher.log" --config-name hubert_fastconv \
-        run=demo_pretraining "task.data=$data" "$@"
+    local run="$1"
+    shift
+    OMP_NUM_THREADS="$half" train teacher "$work/teacher.log" "$run" \
+        --config-name hubert_fastconv run=demo_pretraining "task.data=$data" "${teachers[@]}" "$@"
 }
 
 speed_of_pretraining() {
-    pretrain "hydra.run.dir=$work/speed/teacher" "${trial[@]}" >/dev/null
+    local begin="$SECONDS"
+    pretrain "$work/speed/teacher" "${trial[@]}" >/dev/null
+    trial_seconds="$((SECONDS - begin))"
+    echo "$trial_seconds" >"$work/trial.seconds"
     plan_updates teacher "$1"
 }
 
-teach() {
-    pretrain "hydra.run.dir=$work/teacher" "optimization.max_update=$(<"$work/teacher.updates")"
-}
+teach() { pretrain "$work/teacher" $(<"$work/teacher.plan"); }
 
-# make_teacher SECONDS: corpus, labels, and a teacher that trains for about so long.
+# make_teacher SECONDS: corpus, labels, and a teacher that trains for about so long. SECONDS is an
+# arithmetic expression, which is evaluated when corpus and trial are done. Sets trial_seconds, what
+# the teacher's trial took: it tells how fast this machine starts a program and makes an update.
 make_teacher() {
     stage corpus corpus
     stage teacher_speed speed_of_pretraining "$1"
+    trial_seconds="$(<"$work/trial.seconds")"
     stage teacher teach
 }
 
-# student NAME CONFIG OVERRIDES...: trains a student of the teacher; its log is $work/NAME.log.
+# student NAME CONFIG RUN OVERRIDES...: trains a student of the teacher in the folder RUN; its log is
+# $work/NAME.log.
 student() {
-    local name="$1" config="$2"
-    shift 2
-    train "$name" "$work/$name.log" --config-name "$config" run=demo_student "task.data=$data" \
-        "task.teacher=$teacher" "$@"
+    local name="$1" config="$2" run="$3"
+    shift 3
+    train "$name" "$work/$name.log" "$run" --config-name "$config" run=demo_student \
+        "task.data=$data" "task.teacher=$teacher" "$@"
 }
 
-# rate_of NAME: updates a second, as last logged.
-rate_of() {
-    grep -o 'ups=[0-9.]*' "$work/$1.log" | tail -n 1 | cut -d= -f2 ||
-        die "$work/$1.log shows no rate of updates"
-}
+# rate_of NAME: updates a second in its trial.
+rate_of() { python "$repo/recipes/progress.py" rate "$work/speed/$1"; }
 
-# plan_updates NAME SECONDS: writes how many updates NAME makes in this time.
+# plan_updates NAME SECONDS: writes the settings by which NAME trains for so long, as its trial says.
 plan_updates() {
-    local rate
-    rate="$(rate_of "$1")"
-    python -c "print(max(40, int($rate * $2)))" >"$work/$1.updates"
-    log "$1: $rate updates a second, $(<"$work/$1.updates") updates in $2 s"
+    local seconds="$((($2) > 0 ? ($2) : 0))"
+    python "$repo/recipes/progress.py" plan "$work/speed/$1" "$seconds" >"$work/$1.plan"
+    log "$1: $(rate_of "$1") updates a second; for $seconds s $(<"$work/$1.plan")"
 }

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from fairseq_lowbit.configurations import model_config, rules_overrides
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.models import Hubert, LoadedModel, WithoutWeights
+from fairseq_lowbit.models import LoadedModel, WithoutWeights
 from fairseq_lowbit.precision import Precision
 from fairseq_lowbit.precision.grammar import LEARNED_SCALE
 from fairseq_lowbit.quantization import Criterion
@@ -66,7 +66,7 @@ def read_criterion(
         raise LowbitError("--percentile belongs to --calibration percentile: give it too")
     if args.calibration is not None:
         with WithoutWeights():
-            plan = Hubert(teacher.model.shape, precision=precision).plan
+            plan = teacher.model.untrained(precision).plan
         if not any(entry.method in LEARNED_SCALE for entry in plan.entries):
             raise LowbitError(
                 f"--calibration {args.calibration}: no scale of {precision.name} is learned, so "

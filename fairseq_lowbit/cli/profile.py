@@ -15,7 +15,6 @@ from fairseq_lowbit.cli.profile_targets import Target
 from fairseq_lowbit.configurations import meta_model, model_config
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import atomic_write, check_writable
-from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.profiling import Profile, profile
 from fairseq_lowbit.profiling.cost import CONVERSION_RATE
 from fairseq_lowbit.profiling.paper import ORIGINS, SOURCE, TABLE, UNITS, PaperRow
@@ -244,7 +243,8 @@ def _print_tables(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
 def _paper(reference: Profile, args: argparse.Namespace) -> int:
     rows: _PaperRows = []
     for published in TABLE:
-        counted = profile(_paper_model(published), published.name, _PAPER_SECONDS)
+        model = meta_model(model_config(published.precision, [f"model={published.model}"]))
+        counted = profile(model, published.name, _PAPER_SECONDS)
         if published.without_final_projection:
             costs = tuple(c for c in counted.costs if c.module != "final_proj")
             counted = replace(counted, costs=costs)
@@ -269,7 +269,3 @@ def _print_paper(rows: _PaperRows, args: argparse.Namespace) -> None:
     print(f"{SOURCE}. K = {args.conversion_rate:g}.\n{UNITS}\n{ORIGINS}")
     print("WER is measured, not counted: this code has not been run at that scale.\n")
     print("\n".join(paper_notes(rows)))
-
-
-def _paper_model(published: PaperRow) -> Hubert:
-    return meta_model(model_config(published.precision, [f"model={published.model}"]))

@@ -1,16 +1,19 @@
 """What a command takes for a model: a configuration's name, any precision by name, a checkpoint."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fairseq_lowbit.configurations import (
     ModelConfig,
+    build_model,
     is_configuration,
     meta_model,
     model_config,
 )
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.models import Hubert, load_model, load_without_weights
+from fairseq_lowbit.models import load_model, load_without_weights
+from fairseq_lowbit.models.protocols import SpeechModel
 from fairseq_lowbit.nn import is_calibrated
 from fairseq_lowbit.profiling.timing import with_random_weights
 
@@ -40,7 +43,7 @@ class Target:
         path = Path(self.source)
         return path.suffix == ".pt" or "/" in self.source or path.is_file()
 
-    def read(self) -> Hubert:
+    def read(self) -> SpeechModel:
         """The model on the meta device.
 
         Raises:
@@ -50,15 +53,14 @@ class Target:
             return meta_model(self.config())
         return load_without_weights(self.source)
 
-    def load(self) -> Hubert:
+    def load(self) -> SpeechModel:
         """The model ready to run; a name has no weights and gets random ones.
 
         Raises:
             LowbitError: as :meth:`read`; quantizers of a checkpoint that have no scales yet.
         """
         if not self.has_weights:
-            config = self.config()
-            return with_random_weights(config, config.precision)
+            return with_random_weights(partial(build_model, self.config()))
         model = load_model(self.source).model
         if not is_calibrated(model):
             raise LowbitError(

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fairseq_lowbit.distillation.losses import attention_error, feature_error
-from fairseq_lowbit.models.model import Frames, Hubert
+from fairseq_lowbit.models.protocols import LayeredEncoder
+from fairseq_lowbit.nn import is_quantized
 from fairseq_lowbit.nn.attention import AttentionMap
 
 
@@ -21,8 +22,8 @@ class DistillationTerms(NamedTuple):
 
 
 def distill(
-    teacher: Hubert,
-    student: Hubert,
+    teacher: LayeredEncoder,
+    student: LayeredEncoder,
     waveform: Tensor,
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
@@ -52,10 +53,10 @@ def distill(
     frames = teacher_frames if shared_front_end else student.extract(waveform, lengths)
     valid = None if frames.padding_mask is None else frames.valid()
     with torch.no_grad():
-        target = _begin(teacher, teacher_frames, mask)
-    x = _begin(student, frames, mask)
+        target = teacher.begin(teacher_frames, mask)
+    x = student.begin(frames, mask)
     layer_terms, attention_terms = [], []
-    for teacher_layer, layer in zip(teacher.encoder.layers, student.encoder.layers, strict=True):
+    for teacher_layer, layer in zip(teacher.layers, student.layers, strict=True):
         with torch.no_grad():
             target, target_map = teacher_layer(target, frames.padding_mask, attention)
         x, attention_map = layer(x, frames.padding_mask, attention)
@@ -76,20 +77,13 @@ def _mean(terms: list[Tensor]) -> Tensor | None:
     return torch.stack(terms).mean() if terms else None
 
 
-def same_front_end(teacher: Hubert, student: Hubert) -> bool:
+def same_front_end(teacher: LayeredEncoder, student: LayeredEncoder) -> bool:
     """Whether both extractors are float and hold the same weights, so that one may do for both.
 
     Compares on the host: ask once per run, after all weights are loaded.
     """
-    if any(model.plan.quantizes("feature_extractor.") for model in (teacher, student)):
+    front_ends = [model.feature_extractor for model in (teacher, student)]
+    if any(is_quantized(front_end) for front_end in front_ends):
         return False
-    weights = student.feature_extractor.state_dict()
-    return all(
-        torch.equal(tensor, weights[name])
-        for name, tensor in teacher.feature_extractor.state_dict().items()
-    )
-
-
-def _begin(model: Hubert, frames: Frames, mask: Tensor | None) -> Tensor:
-    frames = model.project(frames, mask)
-    return model.encoder.begin(frames.x, frames.padding_mask)
+    weights, own = (front_end.state_dict() for front_end in front_ends)
+    return all(torch.equal(tensor, own[name]) for name, tensor in weights.items())

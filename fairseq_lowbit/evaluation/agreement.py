@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fairseq_lowbit.evaluation.utterances import Utterances, layer_outputs
-from fairseq_lowbit.models import Hubert
+from fairseq_lowbit.models.protocols import HiddenStates
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,13 @@ class Agreement:
     snr_db: tuple[float, ...]
 
 
-def valid_frames(model: Hubert, batches: Sequence[Utterances]) -> list[Tensor]:
+def valid_frames(model: HiddenStates, batches: Sequence[Utterances]) -> list[Tensor]:
     """All valid frames of every layer 1..L, [frames, dim] each."""
-    layers: list[list[Tensor]] = [[] for _ in model.encoder.layers]
+    per_batch = []
     for batch in batches:
         outputs, valid = layer_outputs(model, batch)
-        for frames, output in zip(layers, outputs, strict=True):
-            frames.append(output[valid].float())
-    return [torch.cat(frames) for frames in layers]
+        per_batch.append([output[valid].float() for output in outputs])
+    return [torch.cat(frames) for frames in zip(*per_batch, strict=True)]
 
 
 def agreement(student: list[Tensor], teacher: list[Tensor]) -> Agreement:

@@ -11,9 +11,9 @@ from fairseq_lowbit.data.label_file import LabelFile
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.utterances import Utterances
 from fairseq_lowbit.models import Hubert
-from fairseq_lowbit.models.extractor import output_lengths
 from fairseq_lowbit.models.masking import span_mask
 from fairseq_lowbit.models.model import cosine_logits
+from fairseq_lowbit.models.protocols import SpeechModel
 
 _SEED = 7
 
@@ -31,14 +31,14 @@ class MaskedAccuracy:
 
 @torch.no_grad()
 def masked_accuracy(
-    model: Hubert, teacher: Hubert, batches: Sequence[Utterances], labels: LabelFile
+    model: SpeechModel, teacher: Hubert, batches: Sequence[Utterances], labels: LabelFile
 ) -> MaskedAccuracy:
     """Masks the same frames for every model that is given the same teacher and batches.
 
     Args:
         model: predicts with its own label embeddings if it has them (the HuBERT loss trains
             them), else with those of the teacher.
-        teacher: its masks are used.
+        teacher: its masks and temperature are used.
         labels: at the model's frame rate, lines as in the manifest of ``batches``.
     """
     shape, label_embeddings = teacher.shape, _label_embeddings(model, teacher)
@@ -47,11 +47,12 @@ def masked_accuracy(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         for batch in batches:
-            frames = output_lengths(batch.lengths, model.conv_layers)
+            frames = model.frame_lengths(batch.lengths)
             mask = span_mask(frames, int(frames.max()), shape.mask_prob, shape.mask_length)
             outputs, _ = model.hidden_states(batch.waveform, batch.lengths, mask)
             targets, scored = _targets(batch.lines, mask, labels)
-            predicted = _predict(model, label_embeddings, outputs[-1][scored])
+            projected = model.project_final(outputs[-1][scored])
+            predicted = cosine_logits(projected, label_embeddings, shape.logit_temp).argmax(-1)
             correct += int((predicted == targets).sum())
             total += len(targets)
             counts.update(targets.tolist())
@@ -60,7 +61,7 @@ def masked_accuracy(
     return MaskedAccuracy(correct / total, counts.most_common(1)[0][1] / total)
 
 
-def _label_embeddings(model: Hubert, teacher: Hubert) -> Tensor:
+def _label_embeddings(model: SpeechModel, teacher: Hubert) -> Tensor:
     own, theirs = getattr(model, "label_embs_concat", None), teacher.label_embs_concat
     return theirs if own is None or own.shape != theirs.shape else own
 
@@ -74,8 +75,3 @@ def _targets(lines: list[int], mask: Tensor, labels: LabelFile) -> tuple[Tensor,
         row[len(numbers) :] = False
         targets.append(numbers[row[: len(numbers)]])
     return torch.cat(targets), scored
-
-
-def _predict(model: Hubert, label_embeddings: Tensor, frames: Tensor) -> Tensor:
-    projected = model.final_proj(model.encoder.end(frames))
-    return cosine_logits(projected, label_embeddings, model.shape.logit_temp).argmax(-1)

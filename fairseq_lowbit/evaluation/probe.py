@@ -10,7 +10,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from fairseq_lowbit.evaluation.utterances import Utterances, layer_outputs
-from fairseq_lowbit.models import Hubert
+from fairseq_lowbit.models.protocols import HiddenStates
 
 SEEDS = (0, 1, 2)
 _SHARE = 0.7
@@ -25,7 +25,7 @@ class Probe:
     std: tuple[float, ...]
 
 
-def pooled(model: Hubert, batches: Iterable[Utterances]) -> tuple[np.ndarray, list[int]]:
+def pooled(model: HiddenStates, batches: Iterable[Utterances]) -> tuple[np.ndarray, list[int]]:
     """Mean over valid frames, [layers, utterances, dim], and the manifest lines."""
     rows: list[torch.Tensor] = []
     lines: list[int] = []

@@ -9,8 +9,9 @@ from fairseq_lowbit.data.calibration_audio import CalibrationAudio
 from fairseq_lowbit.data.manifest import Manifest
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.utterances import read_usable
-from fairseq_lowbit.models import Hubert, LoadedModel, start_from
+from fairseq_lowbit.models import LoadedModel, start_from
 from fairseq_lowbit.models.extractor import receptive_field
+from fairseq_lowbit.models.protocols import SpeechModel
 from fairseq_lowbit.nn import calibrate
 from fairseq_lowbit.precision import Precision
 from fairseq_lowbit.quantization import Criterion
@@ -27,7 +28,7 @@ class Calibrated:
         clipped: by module, the share of its weights that squashing clipped.
     """
 
-    model: Hubert
+    model: SpeechModel
     clipped: dict[str, float]
 
 
@@ -43,7 +44,7 @@ def post_training_quantized(
     Raises:
         LowbitError: an unknown precision; no usable file among those drawn.
     """
-    model = Hubert(teacher.model.shape, precision=precision)
+    model = teacher.model.untrained(precision)
     start_from(model, teacher)
     clipped = calibrate(
         model, _batches(model, manifest, audio, teacher.normalize), model.final_output, criterion
@@ -52,7 +53,7 @@ def post_training_quantized(
 
 
 def _batches(
-    model: Hubert, manifest: Manifest, audio: CalibrationAudio, normalize: bool
+    model: SpeechModel, manifest: Manifest, audio: CalibrationAudio, normalize: bool
 ) -> list[torch.Tensor]:
     """[batch, samples] each, of the usable files among those drawn."""
     shortest = receptive_field(model.conv_layers)

@@ -1,6 +1,5 @@
 """Measuring one model on held-out audio: size, agreement with a teacher, labels, words."""
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairseq_lowbit.data.audio import SAMPLE_RATE
 from fairseq_lowbit.data.label_file import LabelFile
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError
@@ -16,7 +16,8 @@ from fairseq_lowbit.evaluation.agreement import Agreement, agreement, valid_fram
 from fairseq_lowbit.evaluation.masked import MaskedAccuracy, masked_accuracy
 from fairseq_lowbit.evaluation.probe import Probe, pooled, word_probe
 from fairseq_lowbit.evaluation.utterances import Utterances, chosen_lines, read_batches
-from fairseq_lowbit.models import Hubert, LoadedModel
+from fairseq_lowbit.models import LoadedModel
+from fairseq_lowbit.models.protocols import HiddenStates, SpeechModel
 
 SECONDS = 300.0
 # Shares of the audio that words to train and to test the probe on may take, of the seconds.
@@ -49,7 +50,7 @@ class Candidate:
     """A model to compare with the teacher."""
 
     name: str
-    model: Hubert
+    model: SpeechModel
     is_calibrated_only: bool = False
 
     @classmethod
@@ -99,8 +100,8 @@ class Reference:
     def check_comparable(self, candidate: Candidate) -> None:
         """Raises LowbitError when the candidate's layers are not those of the teacher."""
         own, wanted = (
-            f"{m.shape.encoder_layers} layers of {m.shape.encoder_embed_dim} features, one frame "
-            f"in {math.prod(stride for _, _, stride in m.conv_layers)} samples"
+            f"{len(m.layers)} layers of {m.features} features, "
+            f"{int(m.frame_lengths(torch.tensor(SAMPLE_RATE)))} frames in a second"
             for m in (candidate.model, self._teacher)
         )
         if own != wanted:
@@ -127,7 +128,7 @@ class Reference:
         """The word probe on a network of the teacher's shape with random weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = Hubert(self._teacher.shape).eval()
+            model = self._teacher.untrained().eval()
         return _probe(model, self._held_out.words)
 
     @cached_property
@@ -191,7 +192,7 @@ def _word_set(
     return list(read_batches(manifest, chosen_lines(manifest, seconds), normalize)), words
 
 
-def _probe(model: Hubert, words: WordSets | None) -> Probe | None:
+def _probe(model: HiddenStates, words: WordSets | None) -> Probe | None:
     if words is None:
         return None
     sets = []

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fairseq_lowbit.data.audio import SAMPLE_RATE, UnusableAudio, read_audio
 from fairseq_lowbit.data.manifest import Manifest
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.models import Hubert
+from fairseq_lowbit.models.protocols import HiddenStates
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def _batched(manifest: Manifest, lines: list[int]) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def layer_outputs(model: Hubert, batch: Utterances) -> tuple[list[Tensor], Tensor]:
+def layer_outputs(model: HiddenStates, batch: Utterances) -> tuple[list[Tensor], Tensor]:
     """Outputs of layers 1..L [batch, frames, dim], and the valid frames [batch, frames]."""
     outputs, padding = model.hidden_states(batch.waveform, batch.lengths)
     return outputs, ~padding

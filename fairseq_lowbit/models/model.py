@@ -1,6 +1,7 @@
 """HuBERT: front-end, encoder, and the masked-prediction head."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,29 +9,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fairseq_lowbit.models.architecture import Architecture, parse_conv_layers
-from fairseq_lowbit.models.encoder import Encoder
+from fairseq_lowbit.models.encoder import Encoder, EncoderLayer
 from fairseq_lowbit.models.extractor import FeatureExtractor, output_lengths, padding_mask
-from fairseq_lowbit.nn import Linear, attach
+from fairseq_lowbit.models.protocols import Frames
+from fairseq_lowbit.nn import Conv1d, Linear, attach
+from fairseq_lowbit.nn.work import Steps, modules_with_work
 from fairseq_lowbit.precision import Plan, Precision, Role
-
-
-@dataclass(frozen=True)
-class Frames:
-    """A batch on its way from the front-end to the encoder.
-
-    Attributes:
-        x: [batch, frames, channels].
-        padding_mask: [batch, frames], True at padding; None when every frame is valid.
-    """
-
-    x: Tensor
-    padding_mask: Tensor | None
-
-    def valid(self) -> Tensor:
-        """[batch, frames], True at valid frames."""
-        if self.padding_mask is None:
-            return torch.ones(self.x.shape[:2], dtype=torch.bool, device=self.x.device)
-        return ~self.padding_mask
 
 
 class Hubert(nn.Module):
@@ -75,6 +59,38 @@ class Hubert(nn.Module):
             # fairseq draws them from U(0, 1), where all point the same way: slow to tell apart.
             self.label_embs_concat = nn.Parameter(torch.randn(classes, final_dim))
 
+    @property
+    def layers(self) -> Sequence[EncoderLayer]:
+        return self.encoder.layers
+
+    @property
+    def features(self) -> int:
+        return self.shape.encoder_embed_dim
+
+    @property
+    def samples_per_frame(self) -> int:
+        return math.prod(stride for _, _, stride in self.conv_layers)
+
+    def untrained(self, precision: Precision | None = None) -> "Hubert":
+        """A model of this shape with random weights, without label embeddings."""
+        return Hubert(self.shape, precision=precision)
+
+    def frame_lengths(self, samples: Tensor) -> Tensor:
+        """Valid frames of utterances of ``samples`` valid samples, integers of any shape."""
+        return output_lengths(samples, self.conv_layers)
+
+    def operator_steps(self, samples: int) -> dict[str, list[Steps]]:
+        """Every operator's and attention's call on one utterance; all but the head, which no hidden
+        state needs."""
+        steps, length, convolutions = {}, samples, iter(self.conv_layers)
+        for name, module in modules_with_work(self):
+            read = length
+            if isinstance(module, Conv1d):
+                length = int(output_lengths(torch.tensor(read), [next(convolutions)]))
+            if module is not self.final_proj:
+                steps[name] = [Steps(read, length)]
+        return steps
+
     def extract(self, waveform: Tensor, lengths: Tensor | None = None) -> Frames:
         """Front-end only.
 
@@ -88,8 +104,7 @@ class Hubert(nn.Module):
         features = self.feature_extractor(waveform, lengths)
         if lengths is None:
             return Frames(features, None)
-        frames = output_lengths(lengths, self.conv_layers)
-        return Frames(features, padding_mask(frames, features.shape[1]))
+        return Frames(features, padding_mask(self.frame_lengths(lengths), features.shape[1]))
 
     def project(self, frames: Frames, mask: Tensor | None = None) -> Frames:
         """Features to encoder inputs [batch, frames, dim]; ``mask`` [batch, frames] is True where
@@ -102,12 +117,24 @@ class Hubert(nn.Module):
             x = torch.where(mask[..., None], self.mask_emb.to(x.dtype), x)
         return Frames(x, frames.padding_mask)
 
+    def begin(self, frames: Frames, mask: Tensor | None = None) -> Tensor:
+        """Features to the input of the first layer, [batch, frames, dim]; ``mask`` as in
+        :meth:`project`."""
+        frames = self.project(frames, mask)
+        return self.encoder.begin(frames.x, frames.padding_mask)
+
+    def encode(self, frames: Frames, mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Features to the encoder's output and the output of every layer that ran, each
+        [batch, frames, dim]."""
+        frames = self.project(frames, mask)
+        return self.encoder(frames.x, frames.padding_mask)
+
     def hidden_states(
         self, waveform: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor | None]:
         """Outputs of layers 1..L and the frame padding mask (None without padding)."""
-        frames = self.project(self.extract(waveform, lengths), mask)
-        _, outputs = self.encoder(frames.x, frames.padding_mask)
+        frames = self.extract(waveform, lengths)
+        _, outputs = self.encode(frames, mask)
         return outputs, frames.padding_mask
 
     def final_output(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -6,17 +6,21 @@ the curves of one run are comparable.
 
 import math
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.models import Hubert
+from fairseq_lowbit.models.protocols import LayeredEncoder
 from fairseq_lowbit.nn import quantizers
 from fairseq_lowbit.quantization import Codes, Quantizer
 from fairseq_lowbit.quantization.calibration import thin
+
+Batch = TypeVar("Batch")
 
 COLLAPSED = 0.05
 # Values per quantizer: to sort all of them would take longer than the forward.
@@ -46,7 +50,7 @@ class QuantizerHealth:
 
     @property
     def layer(self) -> int | None:
-        """Encoder layer the quantizer belongs to, from 0; None outside the encoder layers."""
+        """Layer the quantizer belongs to, from 0; None outside the layers."""
         return split_layer(self.name)[0]
 
 
@@ -66,19 +70,37 @@ class Health:
 
 
 def split_layer(name: str) -> tuple[int | None, str]:
-    """The encoder layer, from 0, that a module belongs to, and its name in there; None and the
-    whole name outside the encoder layers.
+    """The layer, from 0, that a module belongs to, and its name in there; None and the whole name
+    outside the layers.
 
     >>> split_layer("encoder.layers.3.self_attn.q_proj")
     (3, 'self_attn.q_proj')
     """
-    match = re.match(r"encoder\.layers\.(\d+)\.(.+)", name)
+    match = re.search(r"(?:^|\.)layers\.(\d+)\.(.+)", name)
     return (int(match[1]), match[2]) if match else (None, name)
 
 
+def every_layer(model: LayeredEncoder, waveform: Tensor) -> Sequence[Tensor]:
+    """Runs every operator of ``model``; the outputs of layers 1..L, [batch, frames, features]."""
+    outputs, _ = model.hidden_states(waveform)
+    model.project_final(outputs[-1])  # the last quantizers there may be
+    return outputs
+
+
 @torch.no_grad()
-def measure_health(model: Hubert, waveform: Tensor) -> Health:
-    """Runs ``model`` in eval mode on ``waveform`` [batch, samples], all of it valid."""
+def measure_health(
+    model: nn.Module,
+    batch: Batch,
+    forward: Callable[[Batch], Sequence[Tensor]] | None = None,
+) -> Health:
+    """Runs ``model`` in eval mode on ``batch``, all of it valid.
+
+    Args:
+        forward: runs ``model`` on ``batch`` and returns the outputs of its layers; none are needed
+            for the health of quantizers. Default: :func:`every_layer` of waveforms
+            [batch, samples].
+    """
+    forward = forward or partial(every_layer, model)
     measured: list[QuantizerHealth] = []
     handles = [
         quantizer.register_forward_hook(_observer(name, measured))
@@ -87,8 +109,7 @@ def measure_health(model: Hubert, waveform: Tensor) -> Health:
     was_training = model.training
     model.eval()
     try:
-        outputs, _ = model.hidden_states(waveform)
-        model.project_final(outputs[-1])  # the last quantizers there may be
+        outputs = forward(batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -233,6 +233,11 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     )
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether anything in ``module`` is quantized."""
+    return next(quantizers(module), None) is not None
+
+
 def is_calibrated(model: nn.Module) -> bool:
     """Whether every quantizer has its scale; True for a float model."""
     return all(quantizer.is_calibrated for _, quantizer in quantizers(model))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq_lowbit.nn.operators import Linear
+from fairseq_lowbit.nn.work import Steps, Work
 from fairseq_lowbit.precision import InputKind, Role
 from fairseq_lowbit.quantization import Quantizer, recomputed
 
@@ -72,6 +73,24 @@ class SelfAttention(nn.Module):
     def input_projections(self) -> tuple[Linear, Linear, Linear]:
         """The projections that read the attention's input."""
         return self.q_proj, self.k_proj, self.v_proj
+
+    @property
+    def input_features(self) -> int:
+        return self.dim
+
+    @property
+    def output_features(self) -> int:
+        return self.dim
+
+    def work(self, steps: Steps) -> tuple[Work, Work, Work]:
+        """The two products on a single utterance, and the softmax between them, which reads and
+        writes one map of each head. The projections state their own."""
+        features, maps = self.dim * steps.read, self.heads * steps.read**2
+        return (
+            Work(features * steps.read, 2 * features + maps, "scores", ("query", "key")),
+            Work(0, 2 * maps, "softmax"),
+            Work(features * steps.read, maps + 2 * features, "context", ("probabilities", "value")),
+        )
 
     def forward(
         self,

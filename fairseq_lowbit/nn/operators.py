@@ -1,6 +1,6 @@
 """Weighted operators. Without quantizers in their slots they are the plain float operators.
 
-Each states its role and which values it reads: what a precision plan decides by.
+Each states its role and which values it reads, what a precision plan decides by, and its work.
 """
 
 import math
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.weight_norm import WeightNorm
 
+from fairseq_lowbit.nn.work import Steps, Work
 from fairseq_lowbit.precision import InputKind, Role
 from fairseq_lowbit.quantization import Quantizer, SquashedQuantizer, recomputed
 from fairseq_lowbit.quantization.quantizer import keep_dtype
@@ -37,10 +38,21 @@ class Operator(nn.Module):
         raise NotImplementedError
 
     @property
+    def output_features(self) -> int:
+        """Values of one frame of the output."""
+        return self.weight_shape[0]
+
+    @property
     def frame_dim(self) -> int | tuple[int, int]:
         """Dimensions of the input over which a frame extends. A single value is its own range, so
         a waveform has one per utterance."""
         return 1 if self.input_features > 1 else (1, 2)
+
+    def work(self, steps: Steps) -> tuple[Work]:
+        """What one call on a single utterance takes."""
+        read, written = self.input_features * steps.read, self.output_features * steps.written
+        # What follows value by value reads and writes as much as this one writes.
+        return (Work(self.weight_shape.numel() * steps.written, max(read, written) + written),)
 
     def stored_weight(self) -> Tensor:
         """What the weight quantizer encodes, output channels first."""
@@ -244,6 +256,14 @@ class Embedding(Operator, nn.Embedding):
     @property
     def input_features(self) -> int:
         return 1
+
+    @property
+    def output_features(self) -> int:
+        return self.embedding_dim
+
+    def work(self, steps: Steps) -> tuple[Work]:
+        """Rows are copied; nothing is multiplied."""
+        return (Work(0, 2 * self.embedding_dim * steps.written),)
 
     def forward(self, indices: Tensor) -> Tensor:
         """Integers of any shape -> [..., embedding_dim]."""

@@ -13,8 +13,9 @@ def register() -> None:
     if _registered:
         return
     _registered = True
-    from fairseq_lowbit.plugin import compat, loop
+    from fairseq_lowbit.plugin import compat, loop, progress
 
     compat.apply()
     loop.apply()
+    progress.apply()
     from fairseq_lowbit.plugin import criterions, models, optimizer, tasks  # noqa: F401

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.models import Hubert
-from fairseq_lowbit.models.extractor import output_lengths
 from fairseq_lowbit.models.masking import span_mask
 from fairseq_lowbit.nn import squashed_weights
 from fairseq_lowbit.plugin.dataset import NO_LABEL
@@ -192,7 +191,7 @@ def counts(sample: dict[str, Any], frames: Tensor) -> dict[str, Any]:
 
 def draw_mask(model: Hubert, sample: dict[str, Any]) -> Tensor:
     """Span mask [batch, frames] for a batch, on its device."""
-    lengths = output_lengths(torch.tensor(sample["sizes"]), model.conv_layers)
+    lengths = model.frame_lengths(torch.tensor(sample["sizes"]))
     shape = model.shape
     mask = span_mask(lengths, int(lengths.max()), shape.mask_prob, shape.mask_length)
     return mask.to(sample["waveform"].device, non_blocking=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fairseq_lowbit.configurations import model_group
 from fairseq_lowbit.distillation import DistillationTerms, distill
 from fairseq_lowbit.models import Architecture, Hubert
-from fairseq_lowbit.models.model import Frames
+from fairseq_lowbit.models.protocols import Frames, LayeredEncoder
 from fairseq_lowbit.nn.attention import AttentionMap
 from fairseq_lowbit.precision import Precision
 
@@ -49,7 +49,7 @@ class HubertFastConvModel(Hubert, BaseFairseqModel):
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
         predict: Tensor | None = None,
-        teacher: Hubert | None = None,
+        teacher: LayeredEncoder | None = None,
         attention: AttentionMap | None = "probabilities",
         layers: bool = True,
         shared_front_end: bool = False,
@@ -65,8 +65,7 @@ class HubertFastConvModel(Hubert, BaseFairseqModel):
                 teacher, self, waveform, lengths, mask, attention, layers, shared_front_end
             )
         frames, penalty = self._extract_for_training(waveform, lengths)
-        frames = self.project(frames, mask)
-        x, _ = self.encoder(frames.x, frames.padding_mask)
+        x, _ = self.encode(frames, mask)
         return self.label_logits(x[predict]), penalty
 
     def _extract_for_training(
@@ -93,8 +92,8 @@ class HubertFastConvModel(Hubert, BaseFairseqModel):
         if mask:
             raise ValueError("extract_features does not mask; use forward in pre-training")
         lengths = None if padding_mask is None else (~padding_mask).sum(1)
-        frames = self.project(self.extract(source, lengths))
-        x, outputs = self.encoder(frames.x, frames.padding_mask)
+        frames = self.extract(source, lengths)
+        x, outputs = self.encode(frames)
         return (x if output_layer is None else outputs[output_layer - 1]), frames.padding_mask
 
     def max_positions(self) -> None:

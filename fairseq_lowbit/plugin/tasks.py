@@ -1,7 +1,6 @@
 """fairseq tasks: HuBERT pre-training and label-free distillation, float or quantized."""
 
 import logging
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -21,7 +20,7 @@ from fairseq_lowbit.models import Hubert, LoadedModel, load_model, start_from
 from fairseq_lowbit.models.extractor import receptive_field
 from fairseq_lowbit.monitoring.collapse import CollapseWatch
 from fairseq_lowbit.monitoring.health import collapsed_layers, measure_health, refuse_collapsed
-from fairseq_lowbit.nn import calibrate, describe_squashing, is_calibrated
+from fairseq_lowbit.nn import calibrate, describe_squashing, is_calibrated, is_quantized
 from fairseq_lowbit.plugin.dataset import AudioOptions, SpeechDataset
 from fairseq_lowbit.plugin.processes import (
     gather,
@@ -391,8 +390,7 @@ class LowbitPretrainingTask(_SpeechTask):
     @property
     def label_ratio(self) -> float:
         """Labels per frame."""
-        stride = math.prod(stride for _, _, stride in self.model.conv_layers)
-        return self.cfg.label_rate * stride / self.cfg.sample_rate
+        return self.cfg.label_rate * self.model.samples_per_frame / self.cfg.sample_rate
 
     def load_labels(self, split: str) -> tuple[LabelFile, ...]:
         folder = self._label_folder()
@@ -430,7 +428,7 @@ class LowbitDistillationTask(_SpeechTask):
     def _initialize(self, model: Hubert) -> None:
         start_from(model, self.teacher, role="teacher")
         super()._initialize(model)
-        if not model.plan.quantizes("feature_extractor."):
+        if not is_quantized(model.feature_extractor):
             model.feature_extractor.requires_grad_(False)
 
     def _prepare_training(self, dataset: SpeechDataset) -> None:

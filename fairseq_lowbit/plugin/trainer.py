@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.monitoring.divergence import first_non_finite
-from fairseq_lowbit.plugin import interruption
+from fairseq_lowbit.plugin import interruption, progress
 from fairseq_lowbit.plugin.processes import SharedError, gather, raise_shared, together
 
 _MISSED = "missed_validation"
@@ -160,6 +161,7 @@ class LowbitTrainer(Trainer):
         try:
             with together():
                 extra_state = super().load_checkpoint(*args, **kwargs)
+                progress.forget_after(Path(self.cfg.checkpoint.save_dir), self.get_num_updates())
         finally:
             hook.remove()
         # Only the optimizer that fairseq has loaded too: a new one is built after calibration.

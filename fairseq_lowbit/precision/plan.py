@@ -88,10 +88,6 @@ class Plan:
         """Stored size of the model; unquantized parameters at 16 bits."""
         return FLOAT_BYTES * self.other_parameters + sum(entry.bytes for entry in self.entries)
 
-    def quantizes(self, prefix: str) -> bool:
-        """Whether any module under ``prefix`` is quantized."""
-        return any(e.is_quantized and e.module.startswith(prefix) for e in self.entries)
-
     def to_mapping(self) -> dict[str, Any]:
         return {
             "precision": self.precision.to_mapping(),

@@ -1,4 +1,4 @@
-"""Analytic cost of a model for one utterance, operator by operator; nothing is run.
+"""Analytic cost of a model for one utterance, operator by operator.
 
 The definitions are those of Yeh et al., Table 1: a multiply-accumulate is two operations; with both
 operands quantized each counts max(weight bits, activation bits) in QuantOps, else 1 in FLOPs.
@@ -6,17 +6,15 @@ Convolutions, linears and the two products of attention count, norms and activat
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import nn
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.models import Hubert
-from fairseq_lowbit.models.extractor import output_lengths
-from fairseq_lowbit.nn import Conv1d, Linear, PositionalConv1d, SelfAttention
+from fairseq_lowbit.models.protocols import HasOperatorSteps
+from fairseq_lowbit.nn.work import HasWork, Steps, modules_with_work, recorded_steps
 from fairseq_lowbit.precision import PlanEntry
 from fairseq_lowbit.precision.grammar import FLOAT_BITS
 from fairseq_lowbit.precision.storage import FLOAT_BYTES
@@ -112,101 +110,67 @@ class Profile:
         return runtime
 
 
-def profile(model: Hubert, name: str, seconds: float = 10.0) -> Profile:
-    """Counts what ``model`` costs; it may be on the meta device.
+def profile(
+    model: nn.Module,
+    name: str,
+    seconds: float = 10.0,
+    run: Callable[[], object] | None = None,
+) -> Profile:
+    """Counts what a model with a ``plan`` costs for one utterance.
+
+    Args:
+        model: with :meth:`~HasOperatorSteps.operator_steps` it is not run, and may be on the meta
+            device.
+        run: for any other model, runs it on one utterance of so many seconds; the calls of its
+            operators and attentions are what is counted.
 
     Raises:
-        LowbitError: audio too short for a single frame.
+        LowbitError: audio too short for a single frame; a model that has to be run, without
+            ``run``.
     """
-    samples = int(seconds * SAMPLE_RATE)
-    lengths = _lengths(model, samples)
-    if lengths[-1] < 1:
+    if run is not None:
+        steps = recorded_steps(model, run)
+    elif isinstance(model, HasOperatorSteps):
+        steps = model.operator_steps(int(seconds * SAMPLE_RATE))
+    else:
+        raise LowbitError(
+            f"{type(model).__name__} does not state the calls of its operators (operator_steps): "
+            "give run, which runs it on one utterance"
+        )
+    if any(call.written < 1 for calls in steps.values() for call in calls):
         raise LowbitError(f"{seconds:g} s of audio give no frame: want more seconds")
     entries = {entry.module: entry for entry in model.plan.entries}
-    costs = [*_extractor(model, entries, lengths), *_behind_extractor(model, entries, lengths[-1])]
+    costs = [
+        cost
+        for name, module in modules_with_work(model)
+        for cost in _costs(name, module, entries, steps.get(name, ()))
+    ]
     other = model.plan.other_parameters
     costs.append(Cost("(norms, embeddings)", other, other * FLOAT_BYTES))
     return Profile(name, seconds, tuple(costs))
 
 
-def _lengths(model: Hubert, samples: int) -> list[int]:
-    """Values over time before the front-end and behind each of its convolutions."""
-    lengths = [samples]
-    for layer in model.conv_layers:
-        lengths.append(int(output_lengths(torch.tensor(lengths[-1]), [layer])))
-    return lengths
-
-
-def _extractor(
-    model: Hubert, entries: dict[str, PlanEntry], lengths: Sequence[int]
+def _costs(
+    name: str, module: HasWork, entries: Mapping[str, PlanEntry], calls: Sequence[Steps]
 ) -> Iterator[Cost]:
-    names = [name for name in entries if name.startswith("feature_extractor.")]
-    for index, name in enumerate(names):
-        conv = model.get_submodule(name)
-        yield _operator(conv, entries[name], lengths[index], lengths[index + 1])
-
-
-# Stored with the model, but no part of what an upstream computes.
-_NOT_RUN = ("final_proj",)
-
-
-def _behind_extractor(model: Hubert, entries: dict[str, PlanEntry], frames: int) -> Iterator[Cost]:
-    for name, module in model.named_modules():
-        if isinstance(module, SelfAttention):
-            yield from _products(name, module, entries, frames)
-        elif name in _NOT_RUN:
-            yield Cost(name, entries[name].parameters, entries[name].bytes)
-        elif name in entries and not name.startswith("feature_extractor."):
-            yield _operator(module, entries[name], frames, frames)
-
-
-def _operator(module: nn.Module, entry: PlanEntry, inputs: int, outputs: int) -> Cost:
-    """An operator with a weight, from ``inputs`` to ``outputs`` values over time."""
-    channels_in, channels_out, per_output = _shape(module)
-    read, written = channels_in * inputs, channels_out * outputs
-    return Cost(
-        entry.module,
-        entry.parameters,
-        entry.bytes,
-        operations=2 * per_output * channels_out * outputs,
-        bits=max(entry.weight_bits, entry.activation_bits),
-        # What follows value by value reads and writes as much as this one writes.
-        values=max(read, written) + written,
-    )
-
-
-def _shape(module: nn.Module) -> tuple[int, int, int]:
-    """Channels in and out, and multiply-accumulates of one output value."""
-    if isinstance(module, Linear):
-        return module.in_features, module.out_features, module.in_features
-    if isinstance(module, Conv1d):
-        inner = module.in_channels // module.groups * module.kernel_size[0]
-        return module.in_channels, module.out_channels, inner
-    if isinstance(module, PositionalConv1d):
-        channels = len(module.bias)
-        return channels, channels, channels // module.groups * module.kernel
-    raise TypeError(f"no cost is known for {type(module).__name__}")
-
-
-def _products(
-    name: str, attention: SelfAttention, entries: dict[str, PlanEntry], frames: int
-) -> Iterator[Cost]:
-    """The two matrix products of attention, with the operands' scales and shifts, and the softmax
-    between them, which reads and writes one map of each head."""
-    square = attention.heads * frames * frames
-    features = attention.dim * frames
-    for product, left, right, values in (
-        ("scores", "query", "key", 2 * features + square),
-        ("context", "probabilities", "value", square + 2 * features),
-    ):
-        operands = [entries[f"{name}.{operand}"] for operand in (left, right)]
+    """One for every part of the module; what is never called is stored all the same."""
+    for works in zip(*(module.work(steps) for steps in calls or [Steps(0, 0)]), strict=True):
+        part, operands = works[0].part, works[0].operands
+        names = [f"{name}.{operand}" for operand in operands] if part else [name]
+        own = [entries[name] for name in names]
+        operations = sum(2 * work.multiply_accumulates for work in works)
         yield Cost(
-            f"{name}.{product}",
-            0,
-            sum(operand.bytes for operand in operands),
-            operations=2 * features * frames,
-            bits=max(operand.activation_bits for operand in operands),
-            values=values,
+            f"{name}.{part}" if part else name,
+            sum(entry.parameters for entry in own),
+            sum(entry.bytes for entry in own),
+            operations,
+            max(_bits(entry) for entry in own) if operations else FLOAT_BITS,
+            max(work.values for work in works),
         )
-        if product == "scores":
-            yield Cost(f"{name}.softmax", 0, 0, values=2 * square)
+
+
+def _bits(entry: PlanEntry) -> int:
+    """Of an operation on what the entry describes, an operand or a weight and its input."""
+    if entry.kind == "operand":
+        return entry.activation_bits
+    return max(entry.weight_bits, entry.activation_bits)

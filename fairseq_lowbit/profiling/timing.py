@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.models import Architecture, Hubert
-from fairseq_lowbit.nn import calibrate, quantizers
-from fairseq_lowbit.precision import Precision
+from fairseq_lowbit.models.protocols import HiddenStates, SpeechModel
+from fairseq_lowbit.nn import calibrate, is_quantized, quantizers
 from fairseq_lowbit.profiling.cost import SAMPLE_RATE
 from fairseq_lowbit.profiling.memory import (
     peak_resident_bytes,
@@ -128,22 +127,21 @@ class Timing:
         }
 
 
-def runnable(model: Hubert) -> Runnable:
+def runnable(model: HiddenStates) -> Runnable:
     """``model`` as it stands, computing the output of every layer."""
-    is_quantized = next(quantizers(model), None) is not None
-    return Runnable(model.hidden_states, FAKE_QUANTIZATION if is_quantized else FLOAT)
+    return Runnable(model.hidden_states, FAKE_QUANTIZATION if is_quantized(model) else FLOAT)
 
 
-def with_random_weights(shape: Architecture, precision: Precision) -> Hubert:
-    """A model that runs, in eval mode: weights are drawn from a fixed seed, quantizers calibrated
-    on noise. What it takes to run does not depend on the values.
+def with_random_weights(build: Callable[[], SpeechModel]) -> SpeechModel:
+    """What ``build`` makes, in eval mode and ready to run: its weights are drawn from a fixed seed,
+    its quantizers calibrated on noise. What it takes to run does not depend on the values.
 
     Raises:
-        LowbitError: an impossible shape or precision.
+        LowbitError: see ``build``.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Hubert(shape, precision=precision).eval()
+        model = build().eval()
         noise = torch.randn(1, _CALIBRATION_SAMPLES)
     for _, quantizer in quantizers(model):
         if isinstance(quantizer, SquashedQuantizer):

@@ -17,6 +17,7 @@ from fairseq_lowbit.report.training.curve_figures import (
     silent_terms,
 )
 from fairseq_lowbit.report.training.curves import Training, read_bands, read_training
+from fairseq_lowbit.runs.folder import read_run
 
 _LOSS_TITLES = {"distillation": "Distillation", "hubert": "HuBERT loss"}
 
@@ -88,13 +89,14 @@ class Sections:
         """None for what is no run, or left nothing."""
         if subject.folder is None:
             return None
-        training = Training()
+        training, bands = Training(), {}
         try:
-            training = read_training(subject.folder)
+            checkpoints = (subject.checkpoint or read_run(subject.folder).checkpoint).parent
+            bands = read_bands(checkpoints)
+            training = read_training(checkpoints)
         except LowbitError as error:
             if subject.checkpoint is not None:  # else it has not come that far
                 self.problems.append(f"{subject.name}: {error}")
-        bands = read_bands(subject.checkpoint.parent) if subject.checkpoint else {}
         return Trained(subject, training, bands) if training.terms or bands else None
 
     def _inside(self, dissected: Iterable[Dissected], note: str) -> Section | None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_lowbit.errors import LowbitError, describe
-from fairseq_lowbit.models import Hubert, WithoutWeights, load_without_weights
+from fairseq_lowbit.models import WithoutWeights, load_without_weights
+from fairseq_lowbit.models.protocols import SpeechModel
 from fairseq_lowbit.precision import Plan
 from fairseq_lowbit.profiling import Profile, profile
 from fairseq_lowbit.profiling.cost import CONVERSION_RATE
@@ -171,7 +172,7 @@ def _with_unique_names(subjects: Sequence[Subject]) -> list[Subject]:
 
 def _with_costs(subjects: Sequence[Subject]) -> list[Subject]:
     """With what their checkpoints' shapes and precisions cost, or why that is not known."""
-    models: dict[str, Hubert] = {}
+    models: dict[str, SpeechModel] = {}
     problems: dict[str, str] = {}
     for subject in subjects:
         if subject.checkpoint is not None:
@@ -209,13 +210,13 @@ def _with_precision(subject: Subject, costs: Costs | None) -> Subject:
     return replace(subject, costs=costs, record=subject.record | known)
 
 
-def _costs(model: Hubert, reference: Profile) -> Costs:
+def _costs(model: SpeechModel, reference: Profile) -> Costs:
     counted = profile(model, model.plan.precision.name, SECONDS)
     runtime = counted.runtime(reference, CONVERSION_RATE)
     return Costs(model.plan, counted, runtime, reference.name)
 
 
-def _reference(subjects: Sequence[Subject], models: Mapping[str, Hubert]) -> Profile | None:
+def _reference(subjects: Sequence[Subject], models: Mapping[str, SpeechModel]) -> Profile | None:
     """Of a float model of the shape that most models have, of several such the one with the most
     work, so that a model of another shape rescales none of the others; None without any model."""
     if not models:
@@ -231,7 +232,7 @@ def _reference(subjects: Sequence[Subject], models: Mapping[str, Hubert]) -> Pro
     return replace(profiles[named[0].name], name=f"{named[0].name} in float")
 
 
-def _float_profile(model: Hubert) -> Profile:
+def _float_profile(model: SpeechModel) -> Profile:
     with WithoutWeights():
-        model = Hubert(model.shape)
+        model = model.untrained()
     return profile(model, FLOAT, SECONDS)

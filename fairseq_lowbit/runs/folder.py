@@ -25,6 +25,7 @@ FAILURE_FILE = "failure.txt"
 FINISHED_FILE = "finished.json"
 PLAN_FILE = "precision_plan.json"
 HEALTH_FILE = "health.jsonl"
+PROGRESS_FILE = "progress.jsonl"
 LAST_CHECKPOINT = "checkpoint_last.pt"
 LOSSES = {"lowbit_kd": "distillation", "lowbit_hubert": "hubert"}
 # Of a checkpoint that was quantized without training, in place of a loss.
@@ -284,9 +285,25 @@ def _overrides(path: Path) -> list[str]:
 
 
 def read_health(folder: Path) -> list[dict[str, Any]]:
-    """The health records beside checkpoints, without the half of a line that a kill may leave."""
+    """The health records beside checkpoints."""
+    return _read_records(folder / HEALTH_FILE)
+
+
+def read_progress(folder: Path) -> list[dict[str, Any]]:
+    """What was logged of the updates behind checkpoints: a record for every logged interval of
+    training and for every validation, in the order of the updates.
+
+    Each has ``update``, ``epoch``, ``phase`` (``train`` or ``valid``), ``split``, ``wall_seconds``
+    since the run was started last, and ``terms``, the means of what the criterion logs; those of
+    training also ``lr``, ``grad_norm`` and ``updates_per_second``.
+    """
+    return _read_records(folder / PROGRESS_FILE)
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    """One for each line, without the half of a line that a kill may leave."""
     records = []
-    for line in _read(folder / HEALTH_FILE).splitlines():
+    for line in _read(path).splitlines():
         with suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return records

@@ -6,6 +6,7 @@ import json
 import re
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -265,13 +266,14 @@ def small_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     def small(target: Target) -> Hubert:
         if target.has_weights:
             return load(target)
-        return with_random_weights(TINY, target.config().precision)
+        return with_random_weights(partial(Hubert, TINY, precision=target.config().precision))
 
     monkeypatch.setattr(Target, "load", small)
 
 
 def test_measured_beside_estimated(one_core, tmp_path: Path, capsys) -> None:
-    student = save(with_random_weights(TINY, Precision("bitla_w2a2")), tmp_path / "student.pt")
+    build = partial(Hubert, TINY, precision=Precision("bitla_w2a2"))
+    student = save(with_random_weights(build), tmp_path / "student.pt")
     file = tmp_path / "measured.csv"
     targets = ("bitla_w1a1", "bitla_w1a1", str(student))
     assert main(["profile", "--json", *targets, *OVERRIDE, *BRIEFLY, "--csv", str(file)]) == 0

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 import fairseq_lowbit
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.interop.huggingface import padding_mask
+from fairseq_lowbit.monitoring.health import measure_health
 from fairseq_lowbit.nn import quantizers, sites
 from fairseq_lowbit.nn.operators import Operator
 from fairseq_lowbit.precision import InputKind, Role, Rule
+from fairseq_lowbit.profiling.cost import profile
 
 transformers = pytest.importorskip("transformers")
 
@@ -187,6 +189,31 @@ def test_training_copies_and_checkpoints(name: str) -> None:
     model.train()
     model(waveform(), attention_mask=attention_mask()).last_hidden_state.square().sum().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_health_and_profile_read_the_result(name: str) -> None:
+    model = fairseq_lowbit.quantize(build(name), "bitla_w4a4")
+    fairseq_lowbit.calibrate(model, [waveform()])
+
+    def layers(batch: Tensor) -> tuple[Tensor, ...]:
+        return model(batch, output_hidden_states=True).hidden_states[1:]
+
+    health = measure_health(model, waveform(), layers)
+    assert {q.name for q in health.quantizers} == {name for name, _ in quantizers(model)}
+    assert len(health.centered_std) == 2
+    assert {q.layer for q in health.quantizers} == {0, 1}
+
+    samples = 16_000
+    counted = profile(model, name, 1.0, run=lambda: model(torch.randn(1, samples)))
+    frames = int(model._get_feat_extract_output_lengths(samples))
+    costs = {cost.module: cost for cost in counted.costs}
+    dense = costs["encoder.layers.1.feed_forward.output_dense"]
+    assert (dense.operations, dense.bits) == (2 * frames * 24 * 16, 4)
+    scores = costs["encoder.layers.1.attention.scores"]
+    assert (scores.operations, scores.bits) == (2 * frames**2 * 16, 4)
+    assert counted.storage_bytes == model.plan.bytes
+    assert counted.quantops > 0
 
 
 @pytest.mark.parametrize("name", MODELS)

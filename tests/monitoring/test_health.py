@@ -15,6 +15,7 @@ from fairseq_lowbit.monitoring.health import (
     centered_std,
     measure_health,
     refuse_collapsed,
+    split_layer,
 )
 from fairseq_lowbit.nn import calibrate, quantizers
 from fairseq_lowbit.precision import Precision, Rule
@@ -123,6 +124,20 @@ def test_centered_std() -> None:
     assert centered_std(torch.zeros(1, 4, 4)) == 0
     random = torch.randn(4, 50, 8, generator=torch.Generator().manual_seed(0))
     assert centered_std(random) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "name, layer, inside",
+    [
+        ("encoder.layers.3.self_attn.q_proj", 3, "self_attn.q_proj"),
+        ("hubert.encoder.layers.11.attention.q_proj", 11, "attention.q_proj"),
+        ("layers.0.fc1", 0, "fc1"),
+        ("feature_extractor.conv_layers.1.0", None, "feature_extractor.conv_layers.1.0"),
+        ("final_proj", None, "final_proj"),
+    ],
+)
+def test_layers_by_the_names_of_any_model(name: str, layer: int | None, inside: str) -> None:
+    assert split_layer(name) == (layer, inside)
 
 
 @pytest.fixture

@@ -119,8 +119,18 @@ class Run:
         return torch.load(self.last, map_location="cpu", weights_only=False)
 
     def health(self) -> list[dict[str, Any]]:
-        lines = (self.checkpoints / "health.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        return self._records("health.jsonl")
+
+    def progress(self) -> list[dict[str, Any]]:
+        """Without what clocks decide, which differs from run to run."""
+        clocks = ("wall_seconds", "updates_per_second")
+        return [
+            {key: value for key, value in record.items() if key not in clocks}
+            for record in self._records("progress.jsonl")
+        ]
+
+    def _records(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.checkpoints / name).read_text().splitlines()]
 
     def logged(self, key: str) -> list[float]:
         """Values of ``key`` in the log lines of the training updates, as they were printed."""

@@ -81,6 +81,8 @@ def test_two_processes_do_what_one_does(alone, trainer, teacher: Path, tmp_path:
         assert said not in second.output
     assert len((first.folder / "hydra_train.log").read_text().splitlines()) > 50
     assert [record["update"] for record in first.health()] == [0, 5]
+    updates = [(record["phase"], record["update"]) for record in first.progress()]
+    assert updates == [(record["phase"], record["update"]) for record in alone.progress()]
 
 
 @pytest.mark.full

@@ -54,6 +54,7 @@ def assert_same_end(run, uninterrupted) -> None:
     assert own["extra_state"]["train_iterator"] == expected["extra_state"]["train_iterator"]
     assert own["extra_state"]["best"] == expected["extra_state"]["best"]
     assert run.health() == uninterrupted.health()
+    assert run.progress() == uninterrupted.progress()
 
 
 def kill_at_update(command: list[str], folder: Path, env: dict, update: int) -> None:

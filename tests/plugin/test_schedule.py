@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fairseq_lowbit.models import load_model
+from fairseq_lowbit.runs.folder import read_progress
 
 STAGES = (
     "task.stages=["
@@ -82,8 +83,11 @@ def test_one_command_runs_all_stages(uninterrupted, teacher: Path) -> None:
     # The table at the end is the last stage's, and so is what lies where a plain run puts it.
     assert len(uninterrupted.health()) == 1
     assert uninterrupted.output.count("health at update") == 1
-    for folder in FOLDERS:
+    for folder, updates in zip(FOLDERS, UPDATES, strict=True):
         assert (uninterrupted.checkpoints / folder / "checkpoint_best.pt").is_file()
+        records = read_progress(uninterrupted.checkpoints / folder)
+        trained = [record["update"] for record in records if record["phase"] == "train"]
+        assert trained == list(range(1, updates + 1))
         events = uninterrupted.folder / "tensorboard" / folder / "train_inner"
         assert list(events.glob("events*"))
 

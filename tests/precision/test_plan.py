@@ -165,13 +165,6 @@ def test_bytes_of_convolutions_and_operands(method: str, weights: float, operand
     assert query.bytes == operand
 
 
-def test_quantizes_asks_by_prefix() -> None:
-    plan = base_plan("bitl_w1a1", encoder_layers=1)
-    assert plan.quantizes("encoder.layers.0.")
-    assert plan.quantizes("")
-    assert not plan.quantizes("feature_extractor.")
-
-
 def test_plan_and_precision_survive_json() -> None:
     rules = [
         Rule("*", granularity="per_channel"),

@@ -12,11 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import Architecture, Hubert, WithoutWeights
+from fairseq_lowbit.models.architecture import FASTCONV
+from fairseq_lowbit.nn.work import recorded_steps
 from fairseq_lowbit.precision import Precision, Rule
 from fairseq_lowbit.profiling import Profile, profile
 from tests.shapes import TINY
 
 SECONDS = 0.5
+HUBERT_FRONT_END = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
 
 
 def counted(precision: str, *rules: Rule, seconds: float = 10.0, **shape) -> Profile:
@@ -35,15 +38,22 @@ def test_float_operations_are_those_that_torch_counts(shape: Architecture) -> No
     model = Hubert(shape).eval()
     counter = FlopCounterMode(display=False)
     with torch.inference_mode(), counter:
-        frames = model.project(model.extract(torch.randn(1, int(SECONDS * 16_000))))
-        x = model.encoder.begin(frames.x, None)
-        for layer in model.encoder.layers:
+        x = model.begin(model.extract(torch.randn(1, int(SECONDS * 16_000))))
+        for layer in model.layers:
             x = layer(x, None, "probabilities").x  # so that attention is products torch counts
     own = profile(model, "float", SECONDS)
     # A "same" convolution with an even kernel computes one frame that is cut off.
     position = costs(own)["encoder.pos_conv.0"].operations
     extra = position // x.shape[1] if shape.conv_pos % 2 == 0 else 0
     assert counter.get_total_flops() == own.flops + extra
+
+
+@pytest.mark.parametrize("samples", [400, 8000, 8001])
+@pytest.mark.parametrize("front_end", [TINY.conv_feature_layers, FASTCONV, HUBERT_FRONT_END])
+def test_stated_calls_are_those_that_run(front_end: str, samples: int) -> None:
+    model = Hubert(replace(TINY, conv_feature_layers=front_end)).eval()
+    run = recorded_steps(model, lambda: model.hidden_states(torch.randn(1, samples)))
+    assert model.operator_steps(samples) == run
 
 
 def test_storage_is_the_size_of_the_stored_tensors() -> None:
@@ -134,9 +144,8 @@ class LargestOperator(TorchDispatchMode):
 def test_peak_activations_are_the_largest_that_runs(shape: Architecture, seconds: float) -> None:
     model = Hubert(shape).eval()
     with torch.inference_mode(), LargestOperator() as largest:
-        frames = model.project(model.extract(torch.randn(1, int(seconds * 16_000))))
-        x = model.encoder.begin(frames.x, None)
-        for layer in model.encoder.layers:
+        x = model.begin(model.extract(torch.randn(1, int(seconds * 16_000))))
+        for layer in model.layers:
             x = layer(x, None, "probabilities").x  # attention in single steps
     assert profile(model, "float", seconds).peak_activation_bytes == largest.bytes
 
@@ -145,8 +154,7 @@ def test_peak_activations_at_base_size() -> None:
     # Softmax of 12 heads' maps of 499 x 499, in and out: 23.9 MB.
     assert counted("float", encoder_layers=1).peak_activation_bytes == 23_904_096
     # The norm behind HuBERT Base's first convolution, 512 x 31,999 in and out.
-    front_end = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
-    own = counted("float", encoder_layers=1, conv_feature_layers=front_end)
+    own = counted("float", encoder_layers=1, conv_feature_layers=HUBERT_FRONT_END)
     assert own.peak_activation_bytes == 131_067_904
 
 

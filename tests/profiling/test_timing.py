@@ -1,6 +1,7 @@
 """Measured times with a clock of our own: who runs when, and what is made of the times."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -167,8 +168,9 @@ def test_a_model_that_fails_leaves_the_others(stage: Stage) -> None:
     "precision", ["float", "sqwq_w2", "bitla_w1a1", "bitl_w2a2", "minmax_w4a8"]
 )
 def test_models_of_random_weights_run(precision: str) -> None:
+    build = partial(Hubert, TINY, precision=Precision(precision))
     state = torch.get_rng_state()
-    model, again = (with_random_weights(TINY, Precision(precision)) for _ in range(2))
+    model, again = (with_random_weights(build) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert is_calibrated(model)
     assert not model.training

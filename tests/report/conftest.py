@@ -1,5 +1,7 @@
 """Runs as training leaves them, of models with random weights: see tests/evaluation/conftest.py."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.evaluation.conftest import data, make_run, model, save, teacher
@@ -9,20 +11,17 @@ __all__ = ["data", "make_run", "model", "save", "teacher"]
 _TERMS = ("loss", "loss_final", "loss_layers", "loss_attention")
 
 
-def log_line(tag: str, message: str) -> str:
-    return f"[2026-01-02 03:04:05,678][{tag}][INFO] - {message}\n"
+def progress(phase: str, update: int, terms: Mapping[str, float], split: str | None = None) -> str:
+    """A line of progress.jsonl, as far as a report reads it."""
+    record = {"update": update, "phase": phase, "split": split or phase, "terms": terms}
+    return json.dumps(record) + "\n"
 
 
-def write_log(folder: Path, updates: int) -> None:
-    """What fairseq logs of updates and one validation, with losses that fall."""
-    lines = [log_line("fairseq_cli.train", "{'_name': None}")]
-    for update in range(1, updates + 1):
-        losses = [(term, 1 / update) for term in _TERMS]
-        inner = ", ".join(f"{term}={value:.4g}" for term, value in losses)
-        lines.append(
-            log_line("train_inner", f"epoch 001:  {update:5d} / 99 {inner}, num_updates={update}")
-        )
-    valid = " | ".join(f"{term} {1.1 * value:.4g}" for term, value in losses)
-    message = f"epoch 001 | valid on 'valid' subset | {valid} | num_updates {updates}"
-    lines.append(log_line("valid", message))
-    (folder / "hydra_train.log").write_text("".join(lines))
+def write_progress(folder: Path, updates: int) -> None:
+    """What a run in ``folder`` records of updates and one validation, with losses that fall."""
+    lines = [
+        progress("train", update, dict.fromkeys(_TERMS, 1 / update))
+        for update in range(1, updates + 1)
+    ]
+    lines.append(progress("valid", updates, dict.fromkeys(_TERMS, 1.1 / updates)))
+    (folder / "checkpoints" / "progress.jsonl").write_text("".join(lines))

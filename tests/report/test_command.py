@@ -22,7 +22,7 @@ from fairseq_lowbit.runs import measured
 from fairseq_lowbit.runs.collection import Record, record_of_row
 from fairseq_lowbit.runs.sweep_table import write_csv
 from tests.evaluation.conftest import calibrated
-from tests.report.conftest import write_log
+from tests.report.conftest import write_progress
 from tests.report.page_parser import ReportPage
 
 QUICK = ("--no-evaluate", "--no-dissect")
@@ -94,7 +94,7 @@ def test_sources_that_are_not_well(
 ) -> None:
     """Each costs its own row only, and is told once on the page and once on stderr."""
     student = calibrated("bitla_w2a2")
-    write_log(make_run("exp/good", student), 10)
+    write_progress(make_run("exp/good", student), 10)
     make_run("exp/silent", student)
     (make_run("exp/failed", None) / "failure.txt").write_text("the loss is not finite\n")
     good = save("student", student)
@@ -114,7 +114,7 @@ def test_sources_that_are_not_well(
         f"half.pt: checkpoint {truncated} is truncated",
         f"lm.pt: checkpoint {other} holds a transformer_lm, not a HuBERT",
         "failed: the loss is not finite",
-        f"silent: {tmp_path / 'exp' / 'silent'} holds no training log",
+        f"silent: {tmp_path / 'exp' / 'silent' / 'checkpoints'} holds no progress.jsonl",
     ):
         assert sum(part in problem for problem in shown.problems) == 1, (part, shown.problems)
         assert part in shown.page.text
@@ -146,7 +146,7 @@ def test_checkpoints_that_break_their_reader_cost_their_own_rows_only(
         broken("weight", lambda state: state["model"].update(mask_emb="x")),
     ]
     folder = make_run("exp/good", student)
-    write_log(folder, 3)
+    write_progress(folder, 3)
     shown = report(folder, *files, *QUICK)
     assert {problem.split(":")[0] for problem in shown.problems} == {path.name for path in files}
     assert shown.page.row("good")[1] == "bitla_w1a1"
@@ -343,7 +343,7 @@ def test_what_cannot_be_taken_apart(
     report: Callable, make_run: Callable, tmp_path: Path, unmeasured: None
 ) -> None:
     folder = make_run("exp/deaf", calibrated("bitla_w1a1"), data=str(tmp_path / "nothing"))
-    write_log(folder, 3)
+    write_progress(folder, 3)
     shown = report(folder, "--no-evaluate", "--dissect=deaf")
     assert shown.status == 1
     (problem,) = shown.problems

@@ -1,6 +1,5 @@
 """The insides of a quantized model on one utterance: noise, levels, ranges, weights, attention."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from fairseq_lowbit.data.audio import SAMPLE_RATE
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.models import Hubert, LoadedModel
+from fairseq_lowbit.models import LoadedModel
 from fairseq_lowbit.models.encoder import EncoderLayer
 from fairseq_lowbit.models.extractor import receptive_field
 from fairseq_lowbit.nn import is_calibrated
@@ -85,7 +84,7 @@ def _check(student: LoadedModel, teacher: LoadedModel | None, waveform: Tensor) 
         _refuse_other_shape(student, teacher)
         _refuse_unusable(teacher)
     _refuse_unusable(student)
-    needed = receptive_field(student.model.conv_layers) + _samples_per_frame(student.model)
+    needed = receptive_field(student.model.conv_layers) + student.model.samples_per_frame
     if waveform.dim() != 2 or len(waveform) != 1 or waveform.shape[1] < needed:
         raise LowbitError(
             f"audio of shape {list(waveform.shape)}: want one utterance [1, samples] of at least "
@@ -120,10 +119,6 @@ def _refuse_other_shape(student: LoadedModel, teacher: LoadedModel) -> None:
         )
 
 
-def _samples_per_frame(model: Hubert) -> int:
-    return math.prod(stride for _, _, stride in model.conv_layers)
-
-
 def _middle(waveform: Tensor) -> Tensor:
     samples = int(MAX_SECONDS * SAMPLE_RATE)
     start = max(0, (waveform.shape[1] - samples) // 2)
@@ -135,14 +130,13 @@ def _advance_together(
 ) -> tuple[LayerAttention, ...]:
     """Runs both models whole; the attention of some layers."""
     pair = [loaded for loaded in (student, teacher) if loaded is not None]
-    states = [_begin(loaded.model, waveform) for loaded in pair]
-    frame_seconds = _samples_per_frame(student.model) / SAMPLE_RATE
+    states = [loaded.model.begin(loaded.model.extract(waveform)) for loaded in pair]
+    frame_seconds = student.model.samples_per_frame / SAMPLE_RATE
     shown = first_middle_last(range(student.model.shape.encoder_layers))
     found = []
     for index in range(student.model.shape.encoder_layers):
         steps = [
-            _step(loaded.model.encoder.layers[index], x)
-            for loaded, x in zip(pair, states, strict=True)
+            _step(loaded.model.layers[index], x) for loaded, x in zip(pair, states, strict=True)
         ]
         states = [x for x, _ in steps]
         if index in shown:
@@ -150,11 +144,6 @@ def _advance_together(
             found.append(layer_attention(index, frame_seconds, *maps))
     student.model.project_final(states[0])  # the last quantizers there may be
     return tuple(found)
-
-
-def _begin(model: Hubert, waveform: Tensor) -> Tensor:
-    frames = model.project(model.extract(waveform))
-    return model.encoder.begin(frames.x, frames.padding_mask)
 
 
 def _step(layer: EncoderLayer, x: Tensor) -> tuple[Tensor, Tensor]:

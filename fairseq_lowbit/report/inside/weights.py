@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.monitoring.health import split_layer
 from fairseq_lowbit.nn.operators import Operator
 from fairseq_lowbit.quantization import Codes, SquashedQuantizer
@@ -73,7 +72,7 @@ class WeightAnatomy:
         return split_layer(self.module)[1]
 
 
-def weight_anatomies(student: Hubert, teacher: Hubert | None) -> tuple[WeightAnatomy, ...]:
+def weight_anatomies(student: nn.Module, teacher: nn.Module | None) -> tuple[WeightAnatomy, ...]:
     """The weights of a few quantized operators: of the first, the middle and the last layer the
     query projection and the feed-forward network, or what else is quantized."""
     names = [

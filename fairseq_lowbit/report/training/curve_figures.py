@@ -146,7 +146,7 @@ def _loss_drawing(
     return Drawing(
         f"curve_{group}_{slug(term)}",
         name[0].upper() + name[1:],
-        f"{term}. Thin: training, means between two lines of the log; thick: validation."
+        f"{term}. Thin: training, means over the logged intervals; thick: validation."
         f"{scale}{_grey(runs, colors)}",
         figure,
         _ends(name, {r.subject.name: _both(r.training, term)[-1].values[-1] for r in runs}),

@@ -1,12 +1,7 @@
-"""What training left over its updates: the loss terms in the log, the health of quantizers.
+"""What training left over its updates: the terms of the loss, the health of quantizers."""
 
-The log is what every run leaves, whatever else is switched off, and it needs no reader but this.
-"""
-
-import json
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +9,8 @@ from statistics import median, quantiles
 from typing import Any
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.runs.folder import is_run, read_health
+from fairseq_lowbit.runs.folder import PROGRESS_FILE, read_health, read_progress
 
-# Hydra's way to write a line, around fairseq's.
-_LINE = re.compile(r"\[[^]]*\]\[(?P<tag>[^]]+)\]\[INFO\] - (?P<message>.*)")
-_STAGE = re.compile(r"stage (?P<number>\d+) of (?P<of>\d+) \((?P<precision>\S+)\): \d+ updates")
-_INNER, _EPOCH = "train_inner", "train"
-_NOT_TERMS = ("loss_scale", "best_loss")
 _MOST_POINTS = 400
 
 
@@ -30,14 +20,6 @@ class Curve:
 
     updates: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
-
-    def add(self, update: int, value: float) -> None:
-        """Replaces what stands at and behind ``update``: a resumed run makes it once more."""
-        while self.updates and self.updates[-1] >= update:
-            self.updates.pop()
-            self.values.pop()
-        self.updates.append(update)
-        self.values.append(value)
 
     def thinned(self, most: int = _MOST_POINTS) -> "Curve":
         """At most ``most`` means of equally many neighbours, without values that are not finite."""
@@ -59,7 +41,7 @@ class Training:
     """The loss terms of one run, or of one stage.
 
     Attributes:
-        train: term -> curve, means of the updates between two lines of the log.
+        train: term -> curve, means over the logged intervals.
         valid: term -> curve on the first validation set, by which fairseq keeps the best.
     """
 
@@ -92,81 +74,37 @@ def read_training(folder: Path) -> Training:
     """The curves of a run, or of a stage of one.
 
     Args:
-        folder: see :func:`fairseq_lowbit.runs.folder.find_runs`.
+        folder: of its checkpoints.
 
     Raises:
-        LowbitError: there is no log, or nothing about the training in it.
+        LowbitError: no progress is recorded there.
     """
-    run = next((place for place in (folder, *folder.parents) if is_run(place)), folder)
-    logs = sorted(run.glob("*.log"))
-    if not logs:
-        raise LowbitError(f"{run} holds no training log (hydra_train.log): no curves")
-    lines = (line for log in logs for line in log.read_text(errors="replace").splitlines())
-    stage = folder.name if folder != run else ""
-    training = parse_log(lines).get(stage)
-    if training is None:
-        raise LowbitError(f"{logs[0]} holds no losses yet: no curves")
-    return training
+    records = read_progress(folder)
+    if not records:
+        raise LowbitError(
+            f"{folder} holds no {PROGRESS_FILE} with losses: no curves. A run of an earlier "
+            "version has its losses in hydra_train.log only"
+        )
+    validations = [record for record in records if record["phase"] == "valid"]
+    return Training(
+        _curves(record for record in records if record["phase"] == "train"),
+        _curves(v for v in validations if v["split"] == validations[0]["split"]),
+    )
 
 
-def parse_log(lines: Iterable[str]) -> dict[str, Training]:
-    """The curves in a log of ``fairseq-hydra-train``, whose format is simple, json or tqdm.
-
-    Returns:
-        folder name of a stage (``stage1_bitla_w2a2``), empty for the last one and for a run without
-        stages -> its curves. Stages without any are left out.
-    """
-    logged: dict[str, dict[str, dict[str, Curve]]] = {}
-    stage = ""
-    for line in lines:
-        match = _LINE.match(line)
-        if match is None:
-            continue
-        begun = _STAGE.match(match["message"])
-        if begun:
-            is_last = begun["number"] == begun["of"]
-            stage = "" if is_last else f"stage{begun['number']}_{begun['precision']}"
-        values = _values(match["tag"], match["message"])
-        if values and "num_updates" in values:
-            curves = logged.setdefault(stage, {}).setdefault(match["tag"], {})
-            for term in filter(_is_term, values):
-                curves.setdefault(term, Curve()).add(int(values["num_updates"]), values[term])
-    trainings = {stage: _training(tags) for stage, tags in logged.items()}
-    return {stage: training for stage, training in trainings.items() if training.terms}
-
-
-def _training(tags: Mapping[str, dict[str, Curve]]) -> Training:
-    # Without lines within an epoch, as beside a progress bar, the means of epochs have to do.
-    train = tags.get(_INNER) or tags.get(_EPOCH, {})
-    valid = next((curves for tag, curves in tags.items() if tag not in (_INNER, _EPOCH)), {})
-    return Training(train, valid)
-
-
-def _values(tag: str, message: str) -> dict[str, float]:
-    """The numbers of a line; empty for a line that is not about the training."""
-    if message.startswith("{"):
-        with suppress(json.JSONDecodeError):
-            pairs = json.loads(message).items()
-            return _numbers((key.removeprefix(f"{tag}_"), value) for key, value in pairs)
-        return {}
-    if not message.startswith("epoch "):
-        return {}
-    if " | " in message:
-        return _numbers(text.split(" ", 1) for text in message.split(" | ") if text.count(" ") == 1)
-    return _numbers(re.findall(r"(\w+)=([^,\s]+)", message))
-
-
-def _numbers(pairs: Iterable[Sequence[Any]]) -> dict[str, float]:
-    numbers = {}
-    for key, value in pairs:
-        with suppress(TypeError, ValueError):
-            numbers[key] = float(value)
-    return numbers
+def _curves(records: Iterable[dict[str, Any]]) -> dict[str, Curve]:
+    curves: dict[str, Curve] = {}
+    for record in records:
+        for term in filter(_is_term, record["terms"]):
+            curve = curves.setdefault(term, Curve())
+            curve.updates.append(record["update"])
+            curve.values.append(record["terms"][term])
+    return curves
 
 
 def _is_term(key: str) -> bool:
     is_loss = key == "loss" or key.startswith("loss_") or key.endswith("_loss")
-    return key == "accuracy" or (is_loss and key not in _NOT_TERMS)
+    return is_loss or key == "accuracy"
 
 
 def read_bands(folder: Path) -> dict[str, Band]:

@@ -1,0 +1,123 @@
+"""Progress as data: what fairseq logs of training and of validations, one JSON line each, in a file
+beside the checkpoints.
+
+fairseq hands every logged interval to a progress bar, whatever the task, the criterion and the
+format of the log, and has its numbers on the host by then.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from fairseq.logging import metrics, progress_bar
+
+from fairseq_lowbit.files import atomic_write, writing
+from fairseq_lowbit.plugin.processes import is_first, together
+from fairseq_lowbit.runs.folder import PROGRESS_FILE, read_progress
+
+_TRAINING_INTERVAL = "train_inner"
+_NAMES = {"lr": "lr", "gnorm": "grad_norm", "ups": "updates_per_second"}
+# Logged by fairseq itself; whatever else is logged is a term of the criterion.
+_NOT_TERMS = {"num_updates", "wps", "wpb", "bsz", "clip", "loss_scale", "gb_free", "gb_total"}
+_NOT_TERMS |= {"train_wall", "wall"}
+
+
+def apply() -> None:
+    """Records what the bars of training are told, once."""
+    build = progress_bar.progress_bar
+
+    @wraps(build)
+    def built(*args: Any, **kwargs: Any) -> Any:
+        bar = build(*args, **kwargs)
+        # Only training and its validations name the folder of their checkpoints.
+        folder = kwargs.get("aim_param_checkpoint_dir")
+        return bar if folder is None else _RecordingBar(bar, Path(folder), **kwargs)
+
+    progress_bar.progress_bar = built
+
+
+def forget_after(folder: Path, update: int) -> None:
+    """Drops what a killed run recorded after the checkpoint of ``update``, from which this one goes
+    on."""
+    path = folder / PROGRESS_FILE
+    if is_first() and path.exists():
+        kept = [record for record in read_progress(folder) if record["update"] <= update]
+        with atomic_write(path) as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
+
+
+class _RecordingBar(progress_bar.BaseProgressBar):
+    """One of fairseq's bars, which records before it logs.
+
+    Args:
+        folder: of the checkpoints.
+        epoch: from 1.
+        prefix: fairseq gives one to validations only.
+    """
+
+    def __init__(
+        self,
+        bar: progress_bar.BaseProgressBar,
+        folder: Path,
+        epoch: int | None = None,
+        prefix: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._bar = bar
+        self._path = folder / PROGRESS_FILE
+        self._epoch = epoch
+        self._is_validation = prefix is not None
+
+    def __len__(self) -> int:
+        return len(self._bar)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._bar)
+
+    def update_config(self, config: Any) -> None:
+        self._bar.update_config(config)
+
+    def log(self, stats: dict[str, Any], tag: str | None = None, step: int | None = None) -> None:
+        if tag == _TRAINING_INTERVAL:
+            self._record(stats, "train", step)
+        self._bar.log(stats, tag=tag, step=step)
+
+    def print(self, stats: dict[str, Any], tag: str | None = None, step: int | None = None) -> None:
+        # What training prints are the means of an epoch, whose intervals are recorded.
+        if self._is_validation:
+            self._record(stats, tag, step)
+        self._bar.print(stats, tag=tag, step=step)
+
+    def _record(self, stats: dict[str, Any], split: str | None, step: int | None) -> None:
+        phase = "valid" if self._is_validation else "train"
+        record = {"update": step, "epoch": self._epoch, "phase": phase, "split": split}
+        # A process that cannot write stops the others too.
+        with together(), writing(self._path):
+            if is_first():
+                with open(self._path, "a") as file:
+                    file.write(json.dumps({**record, **_measured(stats)}) + "\n")
+
+
+def _measured(stats: dict[str, Any]) -> dict[str, Any]:
+    numbers = dict(_numbers(stats))
+    measured: dict[str, Any] = {
+        own: numbers[name] for name, own in _NAMES.items() if name in numbers
+    }
+    wall = metrics.get_meter("default", "wall")
+    if wall is not None:
+        measured["wall_seconds"] = round(wall.elapsed_time, 3)
+    measured["terms"] = {
+        name: value
+        for name, value in numbers.items()
+        if name not in _NAMES and name not in _NOT_TERMS and not name.startswith(("best_", "lr_"))
+    }
+    return measured
+
+
+def _numbers(stats: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in stats.items():
+        with suppress(TypeError, ValueError, RuntimeError):  # not a number, or several
+            yield name, float(value)
