@@ -11,10 +11,12 @@ from torch.nn.utils import prune
 
 import fairseq_lowbit
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.nn import quantizers
 from fairseq_lowbit.nn.operators import Conv1d, Linear, Operator, WeightNormConv1d
 from fairseq_lowbit.nn.swap import register_operator
-from fairseq_lowbit.precision import Role, Rule
+from fairseq_lowbit.precision import Precision, Role, Rule
+from tests.shapes import TINY
 
 
 class Tagger(nn.Module):
@@ -375,3 +377,10 @@ def test_handles_of_hooks_work_after_a_refusal(model: Tagger) -> None:
     handle.remove()
     assert len(model.old_norm._forward_pre_hooks) == 1  # its weight_norm
     assert list(model.embed.buffers()) == []
+
+
+def test_a_hubert_of_ours_becomes_what_it_is_when_built_so() -> None:
+    model = fairseq_lowbit.quantize(Hubert(TINY, precision=Precision("sqwq_w2")), "bitla_w4a4")
+    built = Hubert(TINY, precision=Precision("bitla_w4a4"))
+    assert model.plan == built.plan
+    assert list(model.state_dict()) == list(built.state_dict())
