@@ -142,10 +142,10 @@ def attach(model: nn.Module, precision: Precision) -> Plan:
 def detach(model: nn.Module) -> None:
     """Empties every slot for a quantizer: the model is float again, with the float weights that
     squashed ones stand for."""
-    for _, operator in _squashed_operators(model):
+    for quantizer, operator in _by_quantizer(model).items():
         weight = operator.stored_weight().detach()
-        if operator.weight_quantizer.is_calibrated:
-            weight = operator.weight_quantizer.target(weight)
+        if quantizer.is_calibrated:
+            weight = quantizer.target(weight)
         for name, value in operator.weight_state(weight).items():
             parameter = operator.get_parameter(name)
             parameter.data.copy_(value)
@@ -251,11 +251,10 @@ def forget_calibration(model: nn.Module) -> None:
 
 
 def squashed_weights(model: nn.Module) -> list[tuple[Tensor, float]]:
-    """The unsquashed weight P of every squashed operator, with its graph, and the standard
-    deviation that it is held to."""
+    """Every unsquashed weight P, with its graph, and the standard deviation that it is held to."""
     return [
-        (operator.stored_weight(), operator.weight_quantizer.target_std)
-        for _, operator in _squashed_operators(model)
+        (operator.stored_weight(), quantizer.target_std)
+        for quantizer, operator in _by_quantizer(model).items()
     ]
 
 
@@ -269,6 +268,11 @@ def float_state(model: nn.Module) -> dict[str, Tensor]:
             values = operator.weight_state(weight)
             state |= {f"{name}.{key}": value for key, value in values.items()}
     return state
+
+
+def _by_quantizer(model: nn.Module) -> dict[SquashedQuantizer, Operator]:
+    """One squashed operator for every squashed weight, which several may share."""
+    return {operator.weight_quantizer: operator for _, operator in _squashed_operators(model)}
 
 
 def _squashed_operators(model: nn.Module) -> Iterator[tuple[str, Operator]]:

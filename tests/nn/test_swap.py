@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 import fairseq_lowbit
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import Hubert
-from fairseq_lowbit.nn import quantizers
+from fairseq_lowbit.nn import quantizers, squashed_weights
 from fairseq_lowbit.nn.operators import Conv1d, Linear, Operator, WeightNormConv1d
 from fairseq_lowbit.nn.swap import register_operator
 from fairseq_lowbit.precision import Precision, Role, Rule
@@ -384,3 +384,13 @@ def test_a_hubert_of_ours_becomes_what_it_is_when_built_so() -> None:
     built = Hubert(TINY, precision=Precision("bitla_w4a4"))
     assert model.plan == built.plan
     assert list(model.state_dict()) == list(built.state_dict())
+
+
+def test_a_tied_squashed_weight_counts_once_and_comes_back_as_float() -> None:
+    model = TiedModel()
+    before = model.head.weight.detach().clone()
+    fairseq_lowbit.quantize(model, "sqwq_w8", [Rule("embed", weight_bits=8)])
+    fairseq_lowbit.calibrate(model, [words()])
+    assert len(squashed_weights(model)) == 2  # hidden and the table
+    fairseq_lowbit.quantize(model, "float")
+    assert (model.head.weight - before).abs().mean() < 2e-2 * before.abs().mean()
