@@ -94,12 +94,12 @@ def fold_rules(config: DictConfig) -> None:
         precision.rules = [*(rule for rules in files.values() for rule in rules or []), *own]
 
 
-def model_config(name: str, overrides: list[str]) -> ModelConfig:
-    """Shape and precision of a configuration name, of a precision name at base size, or of a shape
-    (``hubert_base``) as a float model.
+def training_config(name: str, overrides: list[str]) -> DictConfig:
+    """The whole configuration of a configuration name, of a precision name at base size, or of a
+    shape (``hubert_base``) as a float model.
 
     Raises:
-        LowbitError: an unknown name; an override, a key or a value that does not fit.
+        LowbitError: an unknown name; an override that does not fit.
     """
     if not is_configuration(name):
         _check_precision(name)
@@ -108,7 +108,16 @@ def model_config(name: str, overrides: list[str]) -> ModelConfig:
     elif name not in config_names():
         overrides = [f"model={name}", *overrides]
         name = "hubert_fastconv"
-    return read_model_config(compose_config(name, overrides).model)
+    return compose_config(name, overrides)
+
+
+def model_config(name: str, overrides: list[str]) -> ModelConfig:
+    """Shape and precision of what :func:`training_config` composes.
+
+    Raises:
+        LowbitError: as there; a key or a value that does not fit.
+    """
+    return read_model_config(training_config(name, overrides).model)
 
 
 def _check_precision(name: str) -> None:

@@ -41,7 +41,7 @@ speed_of_distillation() {
 learn() { distil "$1" "$work/$1" $(<"$work/$1.plan"); }
 
 evaluate() {
-    local precision arguments=(--ptq bitla_w1a1)
+    local precision arguments=(--ptq bitla_w1a1 --override run=demo_student)
     for precision in "${students[@]}"; do
         arguments+=(--student "QAT bitla_$precision=$work/$precision/checkpoints/checkpoint_last.pt")
     done

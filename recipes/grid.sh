@@ -124,8 +124,9 @@ train_row() {
 }
 
 calibrate_row() {
-    OMP_NUM_THREADS=1 fairseq-lowbit ptq "$teacher" --data "$data" --precision "${settings_of[$1]}" \
-        --out "$work/ptq/${1#ptq_}.pt" >"$work/$1.log" || die "calibration failed; its log is $work/$1.log"
+    OMP_NUM_THREADS=1 fairseq-lowbit ptq "$teacher" --data "$data" --override run=demo_student \
+        --precision "${settings_of[$1]}" --out "$work/ptq/${1#ptq_}.pt" >"$work/$1.log" ||
+        die "calibration failed; its log is $work/$1.log"
 }
 
 make_row() { if ((stages_of[$1])); then train_row "$1"; else calibrate_row "$1"; fi; }

@@ -2,15 +2,32 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 
-from fairseq_lowbit.configurations import model_config, rules_overrides
-from fairseq_lowbit.errors import LowbitError
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fairseq_lowbit.configurations import read_model_config, rules_overrides, training_config
+from fairseq_lowbit.data.calibration_audio import CalibrationAudio, CalibrationConfig
+from fairseq_lowbit.data.manifest import Manifest
+from fairseq_lowbit.data.recordings import LABEL_RATE, AudioConfig, AudioOptions, Recordings
+from fairseq_lowbit.errors import LowbitError, describe_config_error
+from fairseq_lowbit.evaluation.ptq import Calibrated, post_training_quantized
 from fairseq_lowbit.models import LoadedModel, WithoutWeights
+from fairseq_lowbit.models.extractor import receptive_field
 from fairseq_lowbit.precision import Precision
 from fairseq_lowbit.precision.grammar import LEARNED_SCALE
 from fairseq_lowbit.quantization import Criterion
 from fairseq_lowbit.quantization.calibration import CRITERIA
 
+# Options, and the keys of a training configuration that they set.
+_KEYS = {
+    "calibration": "task.calibration.criterion",
+    "percentile": "task.calibration.percentile",
+    "calibration_batches": "task.calibration.batches",
+    "calibration_seconds": "task.calibration.max_seconds",
+    "calibration_seed": "task.calibration.seed",
+}
 _DEFAULT = Criterion()
 
 
@@ -35,33 +52,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a file of config/rules, as per_channel, or a list as in model.precision.rules: "
         "[{match: ...}]",
     )
+    parser.add_argument(
+        "--override",
+        action="append",
+        metavar="OVERRIDE",
+        help="Hydra override of the training that this is the start of, for example "
+        "run=demo_student or task.min_sample_size=4000 (shorter files are left out)",
+    )
 
 
 def check_needed(args: argparse.Namespace, rows: Sequence[str]) -> None:
     """Raises LowbitError for options of calibration where nothing is calibrated."""
-    for name in ("calibration", "percentile", "rules"):
+    for name in ("calibration", "percentile", "rules", "override"):
         if not rows and getattr(args, name) is not None:
             raise LowbitError(f"--{name} belongs to --ptq: give a precision to calibrate too")
 
 
-def read_precision(name: str, args: argparse.Namespace) -> Precision:
-    """The precision of a name and of ``--rules``.
+def read_config(name: str, args: argparse.Namespace) -> DictConfig:
+    """The configuration of the training whose start is asked for: of a precision and the options.
 
     Raises:
-        LowbitError: an unknown name, rule or file of rules.
+        LowbitError: an unknown name, rule, file of rules or override.
     """
-    return model_config(name, rules_overrides(args.rules or "none")).precision
+    overrides = [] if args.rules is None else rules_overrides(args.rules)
+    overrides += args.override or []
+    for option, key in _KEYS.items():
+        value = getattr(args, option, None)
+        overrides += [] if value is None else [f"{key}={value}"]
+    return training_config(name, overrides)
 
 
-def read_criterion(
-    args: argparse.Namespace, teacher: LoadedModel, precision: Precision
-) -> Criterion:
-    """What ``--calibration`` and ``--percentile`` ask for.
+def read_precision(config: DictConfig) -> Precision:
+    """Raises LowbitError for a value that does not fit."""
+    return read_model_config(config.model).precision
 
-    Raises:
-        LowbitError: an option without effect in this combination; a precision that does not fit
-            ``teacher``.
-    """
+
+def check_criterion(args: argparse.Namespace, teacher: LoadedModel, precision: Precision) -> None:
+    """Raises LowbitError for an option without effect in this combination, and for a precision
+    that does not fit ``teacher``."""
     if args.percentile is not None and args.calibration != "percentile":
         raise LowbitError("--percentile belongs to --calibration percentile: give it too")
     if args.calibration is not None:
@@ -72,5 +100,37 @@ def read_criterion(
                 f"--calibration {args.calibration}: no scale of {precision.name} is learned, so "
                 "none is fitted: drop it"
             )
-    percentile = _DEFAULT.percentile if args.percentile is None else args.percentile
-    return Criterion(args.calibration or _DEFAULT.name, percentile)
+
+
+@dataclass
+class _TaskSection(AudioConfig):
+    """What calibration depends on; its types check what a user wrote."""
+
+    label_rate: float = LABEL_RATE
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+
+def _read_task(config: DictConfig) -> _TaskSection:
+    given = {e.name: config.task[e.name] for e in fields(_TaskSection) if e.name in config.task}
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_TaskSection), given))
+    except OmegaConfBaseException as error:
+        raise LowbitError(describe_config_error(error, "task")) from error
+
+
+def quantize(teacher: LoadedModel, config: DictConfig, manifest: Manifest) -> Calibrated:
+    """``teacher`` as a training of ``config`` on ``manifest`` starts with it.
+
+    Raises:
+        LowbitError: settings that make no sense; no file of a usable size; too many unusable ones.
+    """
+    task = _read_task(config)
+    frame = receptive_field(teacher.model.conv_layers)
+    options = AudioOptions.from_config(task, frame, config.common.seed)
+    return post_training_quantized(
+        teacher,
+        read_precision(config),
+        Recordings(manifest, replace(options, normalize=teacher.normalize)),
+        Criterion(task.calibration.criterion, task.calibration.percentile),
+        CalibrationAudio.from_config(task.calibration),
+    )

@@ -5,17 +5,15 @@ import logging
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 
 from fairseq_lowbit.cli import calibration_options
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.evaluation.compare import compare, comparison_table
 from fairseq_lowbit.evaluation.figures import draw_comparison
-from fairseq_lowbit.evaluation.ptq import post_training_quantized
 from fairseq_lowbit.evaluation.quality import SECONDS, Candidate, read_held_out
 from fairseq_lowbit.models import LoadedModel, load_model
-from fairseq_lowbit.precision import Precision
-from fairseq_lowbit.quantization import Criterion
 from fairseq_lowbit.terminal import print_table
 
 HELP = "compare models with their teacher on held-out audio: table, figure, JSON"
@@ -50,14 +48,13 @@ def run(args: argparse.Namespace) -> int:
     require_number("--seconds", args.seconds, 0, excluded=True)
     students = [_named_student(text) for text in args.student]
     calibration_options.check_needed(args, args.ptq)
-    precisions = [calibration_options.read_precision(name, args) for name in args.ptq]
+    configs = [calibration_options.read_config(name, args) for name in args.ptq]
+    precisions = [calibration_options.read_precision(config) for config in configs]
     teacher = load_model(args.teacher)
-    criteria = [calibration_options.read_criterion(args, teacher, p) for p in precisions]
+    for precision in precisions:
+        calibration_options.check_criterion(args, teacher, precision)
     held_out = read_held_out(args.data, teacher, args.seconds)
-    candidates = [
-        _calibrated(teacher, precision, args.data, criterion)
-        for precision, criterion in zip(precisions, criteria, strict=True)
-    ]
+    candidates = [_calibrated(teacher, config, args.data) for config in configs]
     candidates += [Candidate.of(load_model(path), name) for name, path in students]
     with torch.inference_mode():
         comparison = compare(teacher, candidates, held_out, _announce)
@@ -81,9 +78,7 @@ def _named_student(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def _calibrated(
-    teacher: LoadedModel, precision: Precision, data: Path, criterion: Criterion
-) -> Candidate:
+def _calibrated(teacher: LoadedModel, config: DictConfig, data: Path) -> Candidate:
     manifest = read_manifest(data / "train.tsv")
-    model = post_training_quantized(teacher, precision, manifest, criterion).model
-    return Candidate(f"PTQ {precision.name}", model, is_calibrated_only=True)
+    model = calibration_options.quantize(teacher, config, manifest).model
+    return Candidate(f"PTQ {model.plan.precision.name}", model, is_calibrated_only=True)

@@ -8,7 +8,6 @@ from fairseq_lowbit.cli import calibration_options
 from fairseq_lowbit.data.calibration_audio import CalibrationAudio
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.ptq import post_training_quantized
 from fairseq_lowbit.models import load_model, write_model
 from fairseq_lowbit.nn import describe_squashing
 from fairseq_lowbit.precision.plan_table import plan_table
@@ -26,37 +25,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train", help="manifest to calibrate on (train)")
     parser.add_argument(
         "--batches",
+        dest="calibration_batches",
         type=int,
-        default=CalibrationAudio.batches,
         metavar="N",
-        help=f"calibrate on N batches of {CalibrationAudio.batch_size} utterances (%(default)s)",
+        help=f"calibrate on N batches of {CalibrationAudio.batch_size} utterances "
+        f"({CalibrationAudio.batches})",
     )
     parser.add_argument(
         "--seconds",
+        dest="calibration_seconds",
         type=float,
-        default=CalibrationAudio.max_seconds,
         metavar="S",
-        help="cut utterances to S seconds (%(default)g)",
+        help=f"cut utterances to S seconds ({CalibrationAudio.max_seconds:g})",
     )
     parser.add_argument(
         "--seed",
+        dest="calibration_seed",
         type=int,
-        default=CalibrationAudio.seed,
         metavar="K",
-        help="which utterances (%(default)s)",
+        help=f"which utterances ({CalibrationAudio.seed})",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     out = args.out or Path(f"ptq_{args.precision}.pt")
     _check_out(out, args.teacher)
-    audio = CalibrationAudio(args.batches, max_seconds=args.seconds, seed=args.seed)
-    precision = calibration_options.read_precision(args.precision, args)
+    config = calibration_options.read_config(args.precision, args)
     teacher = load_model(args.teacher)
-    criterion = calibration_options.read_criterion(args, teacher, precision)
+    calibration_options.check_criterion(args, teacher, calibration_options.read_precision(config))
     manifest = read_manifest(args.data / f"{args.split}.tsv")
     started = time.monotonic()
-    calibrated = post_training_quantized(teacher, precision, manifest, criterion, audio)
+    calibrated = calibration_options.quantize(teacher, config, manifest)
     seconds = time.monotonic() - started
     write_model(out, calibrated.model, teacher, args.data)
     print_table(plan_table(calibrated.model.plan))

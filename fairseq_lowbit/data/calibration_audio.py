@@ -1,16 +1,20 @@
-"""Which utterances are calibrated on: seeded batches of which little is cut."""
+"""What is calibrated on, before training and without any: seeded batches of which little is cut."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from fairseq_lowbit.data.audio import SAMPLE_RATE
+from fairseq_lowbit.data.recordings import Recordings
 from fairseq_lowbit.errors import require_number
 
 
 @dataclass(frozen=True)
 class CalibrationAudio:
-    """How much audio is calibrated on, before training and without any.
+    """How much audio is calibrated on.
 
     Attributes:
         batches: at most; fewer where there are not as many utterances.
@@ -31,6 +35,10 @@ class CalibrationAudio:
         for name, least in (("batches", 1), ("batch_size", 1), ("seed", 0)):
             require_number(f"calibration.{name}", getattr(self, name), least)
         require_number("calibration.max_seconds", self.max_seconds, 0, excluded=True)
+
+    @classmethod
+    def from_config(cls, calibration: "CalibrationConfig") -> "CalibrationAudio":
+        return cls(**{entry.name: getattr(calibration, entry.name) for entry in fields(cls)})
 
     def require(self, frame: int, rate: int = SAMPLE_RATE) -> None:
         """Raises LowbitError when utterances are cut to less than a frame of so many samples."""
@@ -61,3 +69,60 @@ class CalibrationAudio:
         batches = np.array_split(by_size, -(-len(sizes) // self.batch_size))
         chosen = random.permutation(len(batches))[: self.batches]
         return [batches[index].tolist() for index in chosen]
+
+
+@dataclass
+class CalibrationConfig:
+    """The ``task.calibration`` section of a training configuration."""
+
+    batches: int = field(
+        default=CalibrationAudio.batches, metadata={"help": "batches of the calibration pass"}
+    )
+    batch_size: int = field(
+        default=CalibrationAudio.batch_size, metadata={"help": "utterances per batch"}
+    )
+    max_seconds: float = field(
+        default=CalibrationAudio.max_seconds, metadata={"help": "longest cut of an utterance"}
+    )
+    seed: int = field(default=CalibrationAudio.seed, metadata={"help": "which utterances"})
+    criterion: str = field(
+        default="mse", metadata={"help": "what a scale fits: mse, absmax or percentile"}
+    )
+    percentile: float = field(
+        default=99.9, metadata={"help": "percentage of magnitudes that are not clipped"}
+    )
+
+
+class CalibrationBatch(NamedTuple):
+    """Attributes:
+    waveform: [batch, samples], all of it valid.
+    unusable: (name, reason) of files that others were read in place of.
+    """
+
+    waveform: Tensor
+    unusable: list[tuple[str, str]]
+
+
+def calibration_batches(
+    recordings: Recordings, audio: CalibrationAudio, frame: int
+) -> Iterator[CalibrationBatch]:
+    """The batches that training starts from; the same in every process and at every start.
+
+    Args:
+        frame: samples of the model's first frame.
+
+    Raises:
+        LowbitError: utterances are cut to less than a frame; too many files are unusable.
+    """
+    rate = recordings.options.sample_rate
+    audio.require(frame, rate)
+    drawn = audio.draw(recordings.sizes, rate)
+    return (_unpadded(recordings, indices, audio.samples(rate)) for indices in drawn)
+
+
+def _unpadded(recordings: Recordings, indices: list[int], longest: int) -> CalibrationBatch:
+    """Recordings cut to their common length, at most ``longest`` samples."""
+    batch = [recordings.read(index) for index in indices]
+    length = min(longest, *(len(recording.audio) for recording in batch))
+    waveform, _ = recordings.cut(batch, [length] * len(batch))
+    return CalibrationBatch(waveform, [entry for r in batch for entry in r.unusable])

@@ -1,4 +1,7 @@
-"""What a run leaves beside its checkpoints: the precision plan, health records, skipped files."""
+"""What a run leaves beside its checkpoints: the precision plan, health records, skipped files.
+
+Only the first process writes.
+"""
 
 import json
 from collections.abc import Iterator
@@ -22,17 +25,13 @@ UNUSABLE_FILE = "skipped_files.tsv"
 
 
 class RunFiles:
-    """Writes into one run's folder, from the first process only."""
+    """The precision plan and the health records of one run."""
 
     def __init__(self, folder: Path, tensorboard_logdir: str | None) -> None:
         self.folder = folder
         self._writes = is_first()
         self._records_health = False
         self._tensorboard_logdir = tensorboard_logdir
-
-    @property
-    def unusable_path(self) -> Path:
-        return self.folder / UNUSABLE_FILE
 
     def refuse_other_plan(self, plan: Plan) -> None:
         """Raises LowbitError when the folder holds a run of another precision or shape."""
@@ -91,19 +90,6 @@ class RunFiles:
         with atomic_write(self.folder / HEALTH_FILE) as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)
 
-    def read_unusable(self) -> dict[str, str]:
-        """Names and reasons an interrupted run found before."""
-        if not self.unusable_path.is_file():
-            return {}
-        lines = self.unusable_path.read_text().splitlines()
-        return dict(line.split("\t", 1) for line in lines if "\t" in line)
-
-    def write_unusable(self, unusable: dict[str, str]) -> None:
-        if not self._writes:
-            return
-        with atomic_write(self.unusable_path) as file:
-            file.writelines(f"{name}\t{reason}\n" for name, reason in unusable.items())
-
     def _write_tensorboard(self, update: int, health: Health) -> None:
         # Among fairseq's own, which are closed in time.
         writers = progress_bar._tensorboard_writers
@@ -117,6 +103,25 @@ class RunFiles:
             for key in ("sqnr_db", "clipped", "levels_used"):
                 writer.add_scalar(f"{key}/{entry.name}", getattr(entry, key), update)
         writer.flush()
+
+
+class UnusableFiles:
+    """The list of a run's training files that no model can learn from."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / UNUSABLE_FILE
+
+    def read(self) -> dict[str, str]:
+        """Names and reasons an interrupted run found before."""
+        if not self.path.is_file():
+            return {}
+        lines = self.path.read_text().splitlines()
+        return dict(line.split("\t", 1) for line in lines if "\t" in line)
+
+    def write(self, unusable: dict[str, str]) -> None:
+        if is_first():
+            with atomic_write(self.path) as file:
+                file.writelines(f"{name}\t{reason}\n" for name, reason in unusable.items())
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """fairseq tasks: HuBERT pre-training and label-free distillation, float or quantized."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -11,85 +12,44 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II, OmegaConf, open_dict
 
-from fairseq_lowbit.data.calibration_audio import CalibrationAudio
+from fairseq_lowbit.data.calibration_audio import (
+    CalibrationAudio,
+    CalibrationConfig,
+    calibration_batches,
+)
 from fairseq_lowbit.data.label_file import LabelFile, count_classes, read_dictionary
 from fairseq_lowbit.data.manifest import check_manifest, read_manifest
+from fairseq_lowbit.data.recordings import LABEL_RATE, AudioConfig, AudioOptions, check_sizes
 from fairseq_lowbit.distillation import same_front_end
 from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.models import Hubert, LoadedModel, load_model, start_from
 from fairseq_lowbit.models.extractor import receptive_field
-from fairseq_lowbit.monitoring.collapse import CollapseWatch
-from fairseq_lowbit.monitoring.health import collapsed_layers, measure_health, refuse_collapsed
-from fairseq_lowbit.nn import calibrate, describe_squashing, is_calibrated, is_quantized
-from fairseq_lowbit.plugin.dataset import AudioOptions, SpeechDataset
-from fairseq_lowbit.plugin.processes import (
-    gather,
-    is_first,
-    refuse_different_data,
-    refuse_different_models,
-    share_weights,
-    together,
-)
-from fairseq_lowbit.plugin.run_files import RunFiles
+from fairseq_lowbit.monitoring.health import every_layer, measure_health, refuse_collapsed
+from fairseq_lowbit.nn import is_quantized
+from fairseq_lowbit.plugin.dataset import SpeechDataset
+from fairseq_lowbit.plugin.processes import gather, is_first, refuse_different_data, together
+from fairseq_lowbit.plugin.quantized_training import HEALTH_INTERVAL
+from fairseq_lowbit.plugin.run_files import UnusableFiles
 from fairseq_lowbit.plugin.stages import Stage
 from fairseq_lowbit.precision import Precision
-from fairseq_lowbit.quantization import Criterion
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class CalibrationConfig:
-    batches: int = field(
-        default=CalibrationAudio.batches, metadata={"help": "batches of the calibration pass"}
-    )
-    batch_size: int = field(
-        default=CalibrationAudio.batch_size, metadata={"help": "utterances per batch"}
-    )
-    max_seconds: float = field(
-        default=CalibrationAudio.max_seconds, metadata={"help": "longest cut of an utterance"}
-    )
-    seed: int = field(default=CalibrationAudio.seed, metadata={"help": "which utterances"})
-    criterion: str = field(
-        default="mse", metadata={"help": "what a scale fits: mse, absmax or percentile"}
-    )
-    percentile: float = field(
-        default=99.9, metadata={"help": "percentage of magnitudes that are not clipped"}
-    )
-
-
-@dataclass
-class SpeechTaskConfig(FairseqDataclass):
+class SpeechTaskConfig(AudioConfig, FairseqDataclass):
     data: Optional[str] = field(default=None, metadata={"help": "folder of the manifests"})
-    sample_rate: int = field(default=16_000, metadata={"help": "rate of the audio in Hz"})
-    normalize: bool = field(
-        default=False, metadata={"help": "zero mean, unit variance per utterance"}
-    )
-    pad_audio: bool = field(
-        default=False, metadata={"help": "pad a batch to its longest instead of cutting it"}
-    )
-    random_crop: bool = field(default=True, metadata={"help": "cut at a random place"})
-    min_sample_size: Optional[int] = field(
-        default=None, metadata={"help": "leave out shorter utterances, in samples"}
-    )
-    max_keep_size: Optional[int] = field(
-        default=None, metadata={"help": "leave out longer utterances, in samples"}
-    )
-    max_sample_size: Optional[int] = field(
-        default=250_000, metadata={"help": "cut utterances to this many samples"}
-    )
     max_unusable: float = field(
         default=0.05, metadata={"help": "share of unusable files at which a run gives up"}
     )
     health_interval: int = field(
-        default=200, metadata={"help": "updates between health records; 0: none"}
+        default=HEALTH_INTERVAL, metadata={"help": "updates between health records; 0: none"}
     )
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     stages: list[Stage] = field(
         default_factory=list, metadata={"help": "precisions on the way; see config/schedule"}
     )
     output_dir: str = II("checkpoint.save_dir")
-    tensorboard_logdir: Optional[str] = II("common.tensorboard_logdir")
     train_subset: str = II("dataset.train_subset")
     max_tokens: Optional[int] = II("dataset.max_tokens")
     seed: int = II("common.seed")
@@ -101,7 +61,7 @@ class LowbitPretrainingConfig(SpeechTaskConfig):
         default_factory=lambda: ["km"], metadata={"help": "extension of the label files"}
     )
     label_dir: Optional[str] = field(default=None, metadata={"help": "default: the data folder"})
-    label_rate: float = field(default=50.0, metadata={"help": "labels per second"})
+    label_rate: float = field(default=LABEL_RATE, metadata={"help": "labels per second"})
     teacher: Optional[str] = field(
         default=None, metadata={"help": "checkpoint a student starts from, trained on these labels"}
     )
@@ -121,7 +81,7 @@ class LowbitDistillationConfig(SpeechTaskConfig):
 
 
 class _SpeechTask(FairseqTask):
-    """What both tasks share: data, calibration, health, and the guards of a long run.
+    """What both tasks share: data, what is calibrated on, and the guards of a long run.
 
     Args:
         from_checkpoint: only to load a model back, where its data and its teacher may be gone.
@@ -136,24 +96,14 @@ class _SpeechTask(FairseqTask):
             raise LowbitError("task.data is not set: name the folder with train.tsv and valid.tsv")
         if not from_checkpoint and not Path(cfg.data).is_dir():
             raise LowbitError(f"task.data: there is no folder {cfg.data}")
-        calibration = cfg.calibration
         if not from_checkpoint:
             require_number("task.health_interval", cfg.health_interval, 0)
             require_number("task.max_unusable", cfg.max_unusable, 0)
-            _check_sizes(cfg)
-        self._criterion = Criterion(calibration.criterion, calibration.percentile)
-        self._calibration_audio = CalibrationAudio(
-            calibration.batches,
-            calibration.batch_size,
-            calibration.max_seconds,
-            calibration.seed,
-        )
+            check_sizes(cfg)
+        self._calibration_audio = CalibrationAudio.from_config(cfg.calibration)
         self.model: Hubert | None = None
-        self.files = RunFiles(Path(cfg.output_dir), cfg.tensorboard_logdir)
-        self.unusable = self.files.read_unusable()
-        self._health_batch: torch.Tensor | None = None
-        self._health_update: int | None = None
-        self._collapse_watch = CollapseWatch()
+        self.unusable_files = UnusableFiles(Path(cfg.output_dir))
+        self.unusable = self.unusable_files.read()
 
     @property
     def source_dictionary(self) -> None:
@@ -182,11 +132,6 @@ class _SpeechTask(FairseqTask):
         with together():
             self.model = super().build_model(cfg)
             self._initialize(self.model)
-        refuse_different_models(self.model.plan, self.files.folder)
-        with together():
-            self.files.refuse_other_plan(self.model.plan)
-            self.files.refuse_unwritable()
-            self.files.write_plan(self.model.plan)
         return self.model
 
     def _initialize(self, model: Hubert) -> None:
@@ -199,21 +144,23 @@ class _SpeechTask(FairseqTask):
             dataset = self._read_dataset(split)
         refuse_different_data(split, dataset)
         self.datasets[split] = dataset
-        # fairseq loads the training split after the checkpoint and before the optimizer: here, and
-        # only here, a new run calibrates and a resumed one does not.
-        if split == self.cfg.train_subset and self.model is not None:
-            with together():
-                self._prepare_training(dataset)
-            # Other hardware may round otherwise, and nothing would even it out again.
-            share_weights(self.model)
+
+    def calibration_batches(self) -> Iterator[torch.Tensor]:
+        """Waveforms [batch, samples]: see :class:`QuantizedTraining`."""
+        recordings = self.datasets[self.cfg.train_subset].recordings
+        frame = receptive_field(self.model.conv_layers)
+        batches = calibration_batches(recordings, self._calibration_audio, frame)
+        return (batch.waveform for batch in batches)
+
+    def forward_for_calibration(self, model: Hubert, batch: torch.Tensor) -> list[torch.Tensor]:
+        """The outputs of the layers: see :class:`QuantizedTraining`."""
+        return every_layer(model, batch)
 
     def _read_dataset(self, split: str) -> SpeechDataset:
         manifest = read_manifest(Path(self.cfg.data) / f"{split}.tsv")
         for message in check_manifest(manifest, self.cfg.sample_rate):
             logger.warning(f"{manifest.path}: {message}")
-        labels = self.load_labels(split)
-        rate = getattr(self.cfg, "label_rate", 50.0)
-        dataset = SpeechDataset(manifest, self._audio_options(), labels, rate)
+        dataset = SpeechDataset(manifest, self._audio_options(), self.load_labels(split))
         longest = int(dataset.sizes.max())
         if longest > (self.cfg.max_tokens or longest):
             raise LowbitError(
@@ -232,77 +179,12 @@ class _SpeechTask(FairseqTask):
         return ()
 
     def _audio_options(self) -> AudioOptions:
-        cfg = self.cfg
-        needed = 400 if self.model is None else receptive_field(self.model.conv_layers)
-        if cfg.max_sample_size is not None and cfg.max_sample_size < needed:
-            raise LowbitError(
-                f"task.max_sample_size {cfg.max_sample_size}: one frame of this model takes "
-                f"{needed} samples; give at least that many, or null for no limit"
-            )
-        return AudioOptions(
-            sample_rate=cfg.sample_rate,
-            normalize=cfg.normalize,
-            pad_audio=cfg.pad_audio,
-            random_crop=cfg.random_crop,
-            min_size=max(needed, cfg.min_sample_size or 0),
-            max_keep=cfg.max_keep_size,
-            max_size=cfg.max_sample_size,
-            seed=cfg.seed,
-        )
+        frame = 400 if self.model is None else receptive_field(self.model.conv_layers)
+        return AudioOptions.from_config(self.cfg, frame, self.cfg.seed)
 
-    def _prepare_training(self, dataset: SpeechDataset) -> None:
-        """Calibration batches are the same on every process: chosen by seed, not by rank."""
-        parameter = next(self.model.parameters())
-        self._calibration_audio.require(
-            receptive_field(self.model.conv_layers), self.cfg.sample_rate
-        )
-        batches = [
-            batch.to(parameter.device, parameter.dtype) for batch in self._fixed_batches(dataset)
-        ]
-        self._health_batch = batches[0]
-        if not is_calibrated(self.model):
-            logger.info(f"calibrating on {len(batches)} batches")
-            clipped = calibrate(self.model, batches, self.model.final_output, self._criterion)
-            if clipped:
-                logger.info(describe_squashing(clipped))
-
-    def _fixed_batches(self, dataset: SpeechDataset) -> list[torch.Tensor]:
-        audio, rate = self._calibration_audio, self.cfg.sample_rate
-        return [
-            dataset.unpadded_batch(indices, audio.samples(rate))["waveform"]
-            for indices in audio.draw(dataset.sizes, rate)
-        ]
-
-    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
+    def train_step(self, sample, *args: Any, **kwargs: Any):
         self._account_for(sample["unusable"])
-        loss, size, logged = super().train_step(
-            sample, model, criterion, optimizer, update_num, ignore_grad
-        )
-        if self.cfg.health_interval and update_num % self.cfg.health_interval == 0:
-            self._record_health(update_num)
-        return loss, size, logged
-
-    def _record_health(self, update_num: int) -> None:
-        # Once per update, although micro-batches of one update share its number.
-        if update_num == self._health_update:
-            return
-        self._health_update = update_num
-        with together():
-            if is_first():
-                self._measure_health(update_num)
-
-    def _measure_health(self, update_num: int) -> None:
-        health = measure_health(self.model, self._health_batch)
-        self.files.write_health(update_num, health)
-        dead = collapsed_layers(health.centered_std)
-        if dead:
-            logger.warning(
-                f"layers {dead} are constant over time at update {update_num}: the model is "
-                "collapsing; lower optimization.lr or lengthen its warm-up"
-            )
-        collapsed = self._collapse_watch.warning(health.quantizers)
-        if collapsed:
-            logger.warning(f"at update {update_num} {collapsed}")
+        return super().train_step(sample, *args, **kwargs)
 
     def begin_epoch(self, epoch: int, model: torch.nn.Module) -> None:
         self._share_unusable()
@@ -325,24 +207,13 @@ class _SpeechTask(FairseqTask):
                 self.unusable[name] = reason
                 if is_first():
                     logger.warning(f"skipped unusable file {reason} ({len(self.unusable)} so far)")
-                self.files.write_unusable(self.unusable)
+                self.unusable_files.write(self.unusable)
         total = len(self.datasets[self.cfg.train_subset])
         if len(self.unusable) > max(1.0, self.cfg.max_unusable * total):
             raise LowbitError(
                 f"{len(self.unusable)} of {total} training files are unusable, listed in "
-                f"{self.files.unusable_path.resolve()}; repair the data or raise task.max_unusable"
+                f"{self.unusable_files.path.resolve()}; repair the data or raise task.max_unusable"
             )
-
-
-def _check_sizes(cfg: SpeechTaskConfig) -> None:
-    """Raises LowbitError for limits between which no utterance can be."""
-    shortest, longest = cfg.min_sample_size or 0, cfg.max_keep_size
-    require_number("task.min_sample_size", shortest, 0)
-    if longest is not None and longest < shortest:
-        raise LowbitError(
-            f"task.max_keep_size {longest} is less than task.min_sample_size {shortest} and leaves "
-            "no utterance: raise the one or lower the other"
-        )
 
 
 @register_task("lowbit_pretraining", dataclass=LowbitPretrainingConfig)
@@ -431,10 +302,17 @@ class LowbitDistillationTask(_SpeechTask):
         if not is_quantized(model.feature_extractor):
             model.feature_extractor.requires_grad_(False)
 
-    def _prepare_training(self, dataset: SpeechDataset) -> None:
+    def load_dataset(self, split: str, **kwargs: Any) -> None:
+        super().load_dataset(split, **kwargs)
+        if split == self.cfg.train_subset and self.model is not None:
+            with together():
+                self._prepare_teacher()
+
+    def _prepare_teacher(self) -> None:
+        """Once the trainer has moved the student to its device."""
         parameter = next(self.model.parameters())
         self.teacher.model.to(parameter.device, parameter.dtype)
         self.shares_front_end = same_front_end(self.teacher.model, self.model)
-        super()._prepare_training(dataset)
-        health = measure_health(self.teacher.model, self._health_batch)
+        batch = next(self.calibration_batches()).to(parameter.device, parameter.dtype)
+        health = measure_health(self.teacher.model, batch)
         refuse_collapsed(health.centered_std, self.cfg.teacher)

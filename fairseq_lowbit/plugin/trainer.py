@@ -1,5 +1,5 @@
 """fairseq's trainer with what a run of days needs: it stops when asked to, says where numbers stop
-being finite, and keeps the fp32 weights of a bf16 or fp16 run."""
+being finite, keeps the fp32 weights of a bf16 or fp16 run, and looks after a model's quantizers."""
 
 import math
 import os
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fairseq import utils
+from fairseq.data.iterators import EpochBatchIterator
 from fairseq.trainer import Trainer
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.monitoring.divergence import first_non_finite
 from fairseq_lowbit.plugin import interruption, progress
 from fairseq_lowbit.plugin.processes import SharedError, gather, raise_shared, together
+from fairseq_lowbit.plugin.quantized_training import QuantizedTraining
+from fairseq_lowbit.precision import Plan
 
 _MISSED = "missed_validation"
 _CRASH_FILE = "crash.pt"
@@ -49,9 +53,23 @@ class LowbitTrainer(Trainer):
         self.loaded_state: dict[str, Any] | None = None
         self._signalled: Tensor | float = 0.0
         # With several GPUs fairseq moves the model to its own when it is first asked for: too late
-        # for the task, which calibrates it there.
+        # for calibration there.
         _ = self.model
+        is_planned = isinstance(getattr(self.get_model(), "plan", None), Plan)
+        self._quantized = QuantizedTraining(self) if is_planned else None
         interruption.listen()
+
+    # Quantizers
+
+    def get_train_iterator(self, *args: Any, **kwargs: Any) -> EpochBatchIterator:
+        iterator = super().get_train_iterator(*args, **kwargs)
+        if self._quantized is not None:
+            self._quantized.prepare()
+        return iterator
+
+    def to_device(self, sample: Any) -> Any:
+        """A sample as a training step hands it to the model."""
+        return self._fp_convert_sample(utils.move_to_cuda(sample) if self.cuda else sample)
 
     # Stopping
 
@@ -77,6 +95,8 @@ class LowbitTrainer(Trainer):
     def train_step(
         self, samples: list[dict[str, Any]], raise_oom: bool = False
     ) -> dict[str, Any] | None:
+        if self._quantized is not None:
+            self._quantized.record_health(self.get_num_updates())
         try:
             logged = super().train_step(samples, raise_oom)
         except _Diverged as error:

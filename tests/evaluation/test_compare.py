@@ -10,6 +10,7 @@ import pytest
 
 from fairseq_lowbit.cli.main import main
 from fairseq_lowbit.data.manifest import read_manifest
+from fairseq_lowbit.data.recordings import AudioOptions, Recordings
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.compare import Comparison, compare, comparison_table
 from fairseq_lowbit.evaluation.masked import MaskedAccuracy
@@ -29,6 +30,11 @@ def without(data: Path, *patterns: str) -> Path:
     return data
 
 
+def calibrated_on(data: Path, teacher: LoadedModel, precision: str) -> Hubert:
+    recordings = Recordings(read_manifest(data / "train.tsv"), AudioOptions())
+    return post_training_quantized(teacher, Precision(precision), recordings).model
+
+
 def run(teacher: LoadedModel, data: Path, *candidates: Candidate) -> Comparison:
     return compare(teacher, candidates, read_held_out(data, teacher, 300.0), lambda name: None)
 
@@ -36,9 +42,7 @@ def run(teacher: LoadedModel, data: Path, *candidates: Candidate) -> Comparison:
 def test_a_copy_of_the_teacher_and_a_quantized_one(
     teacher: LoadedModel, model: Hubert, data: Path
 ) -> None:
-    quantized = post_training_quantized(
-        teacher, Precision("bitla_w1a1"), read_manifest(data / "train.tsv")
-    ).model
+    quantized = calibrated_on(data, teacher, "bitla_w1a1")
     candidates = [Candidate("copy", model), Candidate("PTQ", quantized, is_calibrated_only=True)]
     comparison = run(teacher, data, *candidates)
     first, copy, ptq = comparison.rows
@@ -138,9 +142,7 @@ def test_the_command_writes_a_figure_and_numbers(
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    student = post_training_quantized(
-        teacher, Precision("bitla_w2a2"), read_manifest(data / "train.tsv")
-    ).model
+    student = calibrated_on(data, teacher, "bitla_w2a2")
     path, out = save("student", student), tmp_path / "new" / "results"
     options = ("--ptq=bitla_w1a1", "--ptq=bitla_w2a2", f"--student=mine={path}")
     assert evaluate(teacher, data, out, *options) == 0
@@ -203,7 +205,8 @@ def test_mistakes_of_the_command(
     assert "NAME=CHECKPOINT" in refused("--student=model.pt")
     assert "gone.pt does not exist" in refused(f"--student=mine={tmp_path}/gone.pt")
     assert "bitla_w9a9" in refused("--ptq=bitla_w9a9")
-    for option in ("--rules=per_channel", "--calibration=mse", "--percentile=99"):
+    useless = ("--calibration=mse", "--percentile=99", "--rules=per_channel", "--override=a=b")
+    for option in useless:
         assert f"{option.partition('=')[0]} belongs to --ptq" in refused(option)
     assert "no scale of absmax_w8a8" in refused("--ptq=absmax_w8a8", "--calibration=mse")
     assert "test.tsv" in refused(data=tmp_path)

@@ -82,13 +82,17 @@ def test_rules_and_criteria_reach_the_result(
         ((*W8A8, "--calibration", "mse", "--percentile", "99"), "--percentile belongs to"),
         (("--precision", "minmax_w4a8", "--calibration", "absmax"), "no scale of minmax_w4a8"),
         (("--precision", "sqwq_w2", "--calibration", "mse"), "no scale of sqwq_w2 is learned"),
-        ((*W8A8, "--rules", "per_chanel"), "want front_end_w4a4, front_end_w8a8, none, per_"),
+        ((*W8A8, "--rules", "per_chanel"), "among front_end_w4a4, front_end_w8a8, none, per_"),
         ((*W8A8, "--batches", "0"), "calibration.batches 0: give"),
         (
             (*W8A8, "--seconds", "0.001"),
             "calibration.max_seconds 0.001: give a number from 0.025 up",
         ),
         ((*W8A8, "--seed", "-1"), "seed -1"),
+        ((*W8A8, "--override", "task.min_sample_size=100000"), "see task.min_sample_size and"),
+        ((*W8A8, "--override", "task.min_sample_size=half"), "task.min_sample_size: Value 'half'"),
+        ((*W8A8, "--override", "task.min_sampl_size=1"), "task.min_sampl_size"),
+        ((*W8A8, "--override", "+task.label_rate=0"), "task.label_rate 0.0: give a number above 0"),
     ],
 )
 def test_mistakes_are_named_and_nothing_is_written(
@@ -139,6 +143,7 @@ def test_the_audio_is_chosen(teacher: LoadedModel, data: Path, tmp_path: Path) -
     usual, one, other = scales(), scales(*less), scales(*less, "--seed", "2")
     assert usual == scales("--batches", "8", "--seconds", "10", "--seed", "1")
     assert usual != one != other
+    assert usual != scales("--override", "task.min_sample_size=12000")
 
 
 def test_a_folder_that_is_not_there(teacher: LoadedModel, data: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fairseq_lowbit.configurations import ModelConfig, compose_config
+from fairseq_lowbit.data.calibration_audio import CalibrationConfig
 from fairseq_lowbit.errors import LowbitError, describe_config_error
 from fairseq_lowbit.plugin.callback import user_mistake
 from fairseq_lowbit.plugin.criterions import (
@@ -21,11 +22,7 @@ from fairseq_lowbit.plugin.criterions import (
     LowbitKdCriterion,
 )
 from fairseq_lowbit.plugin.optimizer import LowbitAdam, LowbitAdamConfig
-from fairseq_lowbit.plugin.tasks import (
-    CalibrationConfig,
-    LowbitDistillationConfig,
-    LowbitDistillationTask,
-)
+from fairseq_lowbit.plugin.tasks import LowbitDistillationConfig, LowbitDistillationTask
 from fairseq_lowbit.plugin.trainer import _describe
 
 NAN, INFINITY = math.nan, math.inf
@@ -43,9 +40,7 @@ NAN, INFINITY = math.nan, math.inf
     ],
 )
 def test_task(key: str, value: float, allowed: str, tmp_path: Path) -> None:
-    config = LowbitDistillationConfig(
-        data=str(tmp_path), output_dir=str(tmp_path), tensorboard_logdir=None
-    )
+    config = LowbitDistillationConfig(data=str(tmp_path), output_dir=str(tmp_path))
     section, _, name = key.rpartition(".")
     if section == "calibration":
         config = replace(config, calibration=replace(CalibrationConfig(), **{name: value}))

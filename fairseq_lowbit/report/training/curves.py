@@ -116,7 +116,8 @@ def read_bands(folder: Path) -> dict[str, Band]:
     Returns:
         ``sqnr_db``, ``clipped`` and ``levels_used``, each with median and quartiles of all
         quantizers, and ``centered_std`` with median and extremes of the layers; empty without
-        records, and without the first three for a model in float.
+        records, without the first three for a model in float, and without the last for a task
+        that does not know its layers.
     """
     rows: dict[str, list[tuple[float, ...]]] = {}
     for record in read_health(folder):
@@ -128,8 +129,9 @@ def read_bands(folder: Path) -> dict[str, Band]:
 
 def _health_rows(record: dict[str, Any]) -> dict[str, tuple[float, float, float, float]]:
     """Middle, low, high and worst of what one record says."""
-    layers = record["centered_std"]
-    rows = {"centered_std": (median(layers), min(layers), max(layers), min(layers))}
+    rows = {}
+    if layers := record["centered_std"]:
+        rows["centered_std"] = (median(layers), min(layers), max(layers), min(layers))
     for key, worst in (("sqnr_db", min), ("clipped", max), ("levels_used", min)):
         values = [entry[key] for entry in record["quantizers"]]
         if len(values) > 1:

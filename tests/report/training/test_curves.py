@@ -109,6 +109,14 @@ def test_health_over_updates(make_run: Callable, model: Hubert) -> None:
     assert (std.low[1], std.middle[1], std.high[1]) == (0.5, 0.7, 0.9)
 
 
+def test_health_of_a_task_that_does_not_know_its_layers(make_run: Callable, model: Hubert) -> None:
+    folder = make_run("exp/run", model) / "checkpoints"
+    entries = [{"sqnr_db": 3.0, "clipped": 0.0, "levels_used": 1.0}] * 2
+    record = {"update": 0, "quantizers": entries, "centered_std": []}
+    (folder / "health.jsonl").write_text(json.dumps(record) + "\n")
+    assert list(read_bands(folder)) == ["sqnr_db", "clipped", "levels_used"]
+
+
 def test_health_of_a_float_model(make_run: Callable, model: Hubert) -> None:
     folder = make_run("exp/run", model) / "checkpoints"
     record = {"update": 0, "quantizers": [], "centered_std": [0.9, 0.8]}
