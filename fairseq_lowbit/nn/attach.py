@@ -1,6 +1,7 @@
 """Attaching quantizers to a float model's operators by a plan, and calibrating them."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.nn.attention import OPERANDS, SelfAttention
-from fairseq_lowbit.nn.operators import Linear, Operator
+from fairseq_lowbit.nn.operators import Embedding, Linear, Operator
 from fairseq_lowbit.precision import InputKind, Plan, PlanEntry, Precision, Role, Site, resolve_plan
 from fairseq_lowbit.quantization import (
     Criterion,
@@ -27,11 +28,14 @@ Batch = TypeVar("Batch")
 def sites(model: nn.Module) -> list[Site]:
     """Everything in ``model`` that a plan can quantize, in model order; meta device too."""
     found, groups = [], _input_groups(model)
+    first_users: dict[object, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, SelfAttention):
             found += [_operand_site(name, module, operand) for operand in OPERANDS]
         elif isinstance(module, Operator):
-            found.append(_operator_site(name, module, groups.get(module, "")))
+            site = _operator_site(name, module, groups.get(module, ""))
+            first = first_users.setdefault(module._parameters.get("weight", module), name)
+            found.append(site if first == name else replace(site, tied_to=first))
     return found
 
 
@@ -57,44 +61,95 @@ def _operand_site(name: str, attention: SelfAttention, operand: str) -> Site:
 
 
 def _operator_site(name: str, module: Operator, input_group: str) -> Site:
-    total = sum(p.numel() for p in module.parameters())
+    total = _float_parameters(module)
     shape = module.weight_shape
+    is_embedding = isinstance(module, Embedding)
     weights = shape.numel()
     return Site(
         name,
-        "linear" if isinstance(module, Linear) else "conv",
+        "linear" if isinstance(module, Linear) else "embedding" if is_embedding else "conv",
         module.role,
         module.input_kind,
         input_group,
         weights=weights,
         others=total - weights,
         channels=shape[0],
-        shifts=1,
+        shifts=0 if is_embedding else 1,
     )
+
+
+def _float_parameters(module: nn.Module) -> int:
+    """How many values there are to train in the float model."""
+    of_quantizers = {p for _, quantizer in quantizers(module) for p in quantizer.parameters()}
+    return sum(p.numel() for p in module.parameters() if p not in of_quantizers)
+
+
+def planned(model: nn.Module, precision: Precision) -> Plan:
+    """Resolves ``precision`` for ``model``, which stays as it is.
+
+    Raises:
+        LowbitError: see :func:`fairseq_lowbit.precision.resolve_plan`; an input that has no
+            quantizer of its bits; or a quantized weight that another kind of module uses too.
+    """
+    places = sites(model)
+    inside = sum(site.others + (0 if site.tied_to else site.weights) for site in places)
+    plan = resolve_plan(precision, places, _float_parameters(model) - inside)
+    for entry in plan.entries:
+        if entry.input is not None and entry.kind != "operand":
+            _check_range(model.get_submodule(entry.module), entry)
+    _check_other_users(model, plan)
+    return plan
+
+
+def _check_other_users(model: nn.Module, plan: Plan) -> None:
+    """A quantized weight has no user that would read it as a float one."""
+    weights = {
+        model.get_submodule(entry.module)._parameters.get("weight"): entry.module
+        for entry in plan.entries
+        if entry.weight is not None
+    }
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter in weights and not isinstance(module, Operator):
+                raise LowbitError(
+                    f"the weight of {weights[parameter]} is {name}.{key} too, in a "
+                    f"{type(module).__name__}, which has no quantizer: leave both float with a "
+                    "rule of method none"
+                )
 
 
 def attach(model: nn.Module, precision: Precision) -> Plan:
     """Resolves ``precision`` for ``model`` and puts the planned quantizers into its slots, where
-    they replace those of an earlier precision.
+    they replace those of an earlier precision. On an error nothing has changed.
 
     Raises:
-        LowbitError: see :func:`fairseq_lowbit.precision.resolve_plan`.
+        LowbitError: see :func:`planned`.
     """
+    plan = planned(model, precision)
     detach(model)
-    places = sites(model)
-    inside = sum(site.weights + site.others for site in places)
-    outside = sum(p.numel() for p in model.parameters()) - inside
-    plan = resolve_plan(precision, places, outside)
     for entry in plan.entries:
         if entry.kind == "operand":
             _attach_operand(model, entry, precision.reference_frames)
         else:
             _attach_operator(model, entry)
+    for site in sites(model):
+        if site.tied_to:
+            reader, owner = (model.get_submodule(name) for name in (site.name, site.tied_to))
+            reader.weight_quantizer = owner.weight_quantizer
     return plan
 
 
 def detach(model: nn.Module) -> None:
-    """Empties every slot for a quantizer: the model is float again."""
+    """Empties every slot for a quantizer: the model is float again, with the float weights that
+    squashed ones stand for."""
+    for quantizer, operator in _by_quantizer(model).items():
+        weight = operator.stored_weight().detach()
+        if quantizer.is_calibrated:
+            weight = quantizer.target(weight)
+        for name, value in operator.weight_state(weight).items():
+            parameter = operator.get_parameter(name)
+            parameter.data.copy_(value)
+            del parameter.param_group
     for module in model.modules():
         if isinstance(module, Operator):
             _empty(module, "weight_quantizer", "input_quantizer")
@@ -141,7 +196,6 @@ def _attach_operator(model: nn.Module, entry: PlanEntry) -> None:
         return
     holder = model.get_submodule(entry.input_owner) if entry.input_owner else module
     if holder.input_quantizer is None:
-        _check_range(module, entry)
         holder.input_quantizer = build_quantizer(
             entry.input, module.input_features, module.frame_dim
         )
@@ -197,11 +251,10 @@ def forget_calibration(model: nn.Module) -> None:
 
 
 def squashed_weights(model: nn.Module) -> list[tuple[Tensor, float]]:
-    """The unsquashed weight P of every squashed operator, with its graph, and the standard
-    deviation that it is held to."""
+    """Every unsquashed weight P, with its graph, and the standard deviation that it is held to."""
     return [
-        (operator.stored_weight(), operator.weight_quantizer.target_std)
-        for _, operator in _squashed_operators(model)
+        (operator.stored_weight(), quantizer.target_std)
+        for quantizer, operator in _by_quantizer(model).items()
     ]
 
 
@@ -215,6 +268,11 @@ def float_state(model: nn.Module) -> dict[str, Tensor]:
             values = operator.weight_state(weight)
             state |= {f"{name}.{key}": value for key, value in values.items()}
     return state
+
+
+def _by_quantizer(model: nn.Module) -> dict[SquashedQuantizer, Operator]:
+    """One squashed operator for every squashed weight, which several may share."""
+    return {operator.weight_quantizer: operator for _, operator in _squashed_operators(model)}
 
 
 def _squashed_operators(model: nn.Module) -> Iterator[tuple[str, Operator]]:
@@ -255,7 +313,7 @@ def calibrate(
         for name, quantizer in quantizers(model)
         if isinstance(quantizer, ElasticQuantizer) and not name.endswith("weight_quantizer")
     ]
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     for quantizer in activations:
         quantizer.start_calibration(Calibrator(criterion))
@@ -265,7 +323,8 @@ def calibrate(
     finally:
         for quantizer in activations:
             quantizer.finish_calibration()
-        model.train(was_training)
+        for module, is_training in modes.items():
+            module.training = is_training
     idle = [name for name, quantizer in quantizers(model) if not quantizer.is_calibrated]
     if idle:
         raise RuntimeError(f"calibration never reached {len(idle)} quantizers, first {idle[0]}")
@@ -287,7 +346,7 @@ def _calibrate_weights(model: nn.Module, criterion: Criterion) -> dict[str, floa
             clipped[name] = quantizer.clipped_share(weight)
             # Last, because the stored weight may be the parameter itself.
             for key, value in module.weight_state(unsquashed).items():
-                getattr(module, key).copy_(value)
+                module.get_parameter(key).copy_(value)
     return clipped
 
 

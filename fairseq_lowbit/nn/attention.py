@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fairseq_lowbit.nn.operators import Linear
 from fairseq_lowbit.nn.work import Steps, Work
+from fairseq_lowbit.precision import InputKind, Role
 from fairseq_lowbit.quantization import Quantizer, recomputed
 
 OPERANDS = ("query", "key", "value", "probabilities")
@@ -43,10 +44,30 @@ class SelfAttention(nn.Module):
         self.v_proj = Linear(dim, dim)
         self.q_proj = Linear(dim, dim)
         self.out_proj = Linear(dim, dim)
+        self._add_slots()
+
+    def _add_slots(self) -> None:
         self.reference_frames: int | None = None
         self.input_quantizer: Quantizer | None = None
         for operand in OPERANDS:
             setattr(self, f"{operand}_quantizer", None)
+
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str:
+        """Why the float attention ``module`` cannot become this one; empty when it can."""
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            projection = getattr(module, name)
+            if type(projection) is not nn.Linear and not isinstance(projection, Linear):
+                return f"its {name} is a {type(projection).__name__}, not a Linear"
+        return ""
+
+    @classmethod
+    def adopt(cls, module: nn.Module, role: Role, input_kind: InputKind) -> None:
+        """Turns a float attention into this class, which derives from the one it has; see
+        :meth:`fairseq_lowbit.nn.operators.Operator.adopt`."""
+        module.__class__ = cls
+        module.dim, module.heads = module.embed_dim, module.num_heads
+        module._add_slots()
 
     @property
     def input_projections(self) -> tuple[Linear, Linear, Linear]:
@@ -72,7 +93,11 @@ class SelfAttention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, padding_mask: Tensor | None = None, need: AttentionMap | None = None
+        self,
+        x: Tensor,
+        padding_mask: Tensor | None = None,
+        need: AttentionMap | None = None,
+        bias: Tensor | None = None,
     ) -> AttentionOutput:
         """Attends over the valid frames.
 
@@ -81,6 +106,7 @@ class SelfAttention(nn.Module):
             padding_mask: [batch, frames], True at padding; None when there is none.
             need: also return the softmax output before its quantizer, or the scores before the
                 softmax (0 at padded keys).
+            bias: added to the scores, broadcastable to [batch, heads, frames, frames].
         """
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
@@ -88,9 +114,9 @@ class SelfAttention(nn.Module):
         key = self._heads(self._operand("key", self.k_proj(x)))
         value = self._heads(self._operand("value", self.v_proj(x)))
         if need is None and self.probabilities_quantizer is None:
-            attended, attention_map = self._fused(query, key, value, padding_mask), None
+            attended, attention_map = self._fused(query, key, value, padding_mask, bias), None
         else:
-            attended, attention_map = self._explicit(query, key, value, padding_mask, need)
+            attended, attention_map = self._explicit(query, key, value, padding_mask, need, bias)
         attended = attended.transpose(1, 2).flatten(2)
         return AttentionOutput(self.out_proj(attended), attention_map)
 
@@ -101,14 +127,20 @@ class SelfAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def _fused(self, query, key, value, padding_mask: Tensor | None) -> Tensor:
+    def _fused(self, query, key, value, padding_mask, bias) -> Tensor:
         mask = None if padding_mask is None else ~padding_mask[:, None, None]
+        if bias is not None:
+            mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+            mask = mask.to(query.dtype)
         dropout = self.dropout if self.training else 0.0
         return F.scaled_dot_product_attention(query, key, value, mask, dropout)
 
-    def _explicit(self, query, key, value, padding_mask, need) -> tuple[Tensor, Tensor | None]:
+    def _explicit(
+        self, query, key, value, padding_mask, need, bias
+    ) -> tuple[Tensor, Tensor | None]:
         # Scaled before the product: there are fewer queries than scores.
         scores = (query * (self.dim // self.heads) ** -0.5) @ key.transpose(-1, -2)
+        scores = scores if bias is None else scores + bias
         padded = None if padding_mask is None else padding_mask[:, None, None]
         logits = scores if padded is None else scores.masked_fill(padded, float("-inf"))
         probabilities = torch.softmax(logits.float(), -1)

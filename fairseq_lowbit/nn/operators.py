@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fairseq_lowbit.nn.work import Steps, Work
 from fairseq_lowbit.precision import InputKind, Role
@@ -85,6 +86,21 @@ class Operator(nn.Module):
             for parameter in self.weight_parameters:
                 parameter.param_group = SQUASHED_GROUP
 
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str:
+        """Why the float ``module`` cannot become this operator; empty when it can."""
+        if not isinstance(module._parameters.get("weight"), nn.Parameter):
+            return "its weight is no parameter of its own but computed, by pruning for example"
+        return ""
+
+    @classmethod
+    def adopt(cls, module: nn.Module, role: Role, input_kind: InputKind) -> None:
+        """Turns the float ``module`` into this operator. It stays the same object with the same
+        parameters, hooks and state-dict keys; only its class changes."""
+        module.__class__ = cls
+        module.role, module.input_kind = role, input_kind
+        module.weight_quantizer = module.input_quantizer = None
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.name_groups()  # a deep copy strips parameters of their attributes
@@ -149,10 +165,112 @@ class Conv1d(Operator, nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, in, samples] -> [batch, out, frames]."""
-        x = _quantized(x, self.input_quantizer)
+        x = self.quantized_input(x)
         weight = _effective_weight(self, x.dtype)
         with recomputed(x, weight):
             return self._conv_forward(x, weight, self.bias)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        return _quantized(x, self.input_quantizer)
+
+
+class WeightNormConv1d(Conv1d):
+    """A convolution under one of torch's two ``weight_norm`` functions, with their parameters.
+
+    Made from a float one only. A frame of zeros stays zero behind a quantizer with a shift, because
+    encoders zero what is padded before their positional convolution.
+    """
+
+    gain_name: str
+    direction_name: str
+    norm_dim: int
+
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str:
+        return ""
+
+    @classmethod
+    def adopt(cls, module: nn.Module, role: Role, input_kind: InputKind) -> None:
+        hook = weight_norm_hook(module)
+        if hook is None:
+            names = ("parametrizations.weight.original0", "parametrizations.weight.original1")
+            module.norm_dim = module.parametrizations.weight[0].dim
+        else:
+            # The hook would set ``weight``, which nobody reads any more and no deep copy survives.
+            key, normalization = hook
+            del module._forward_pre_hooks[key], module.weight
+            names, module.norm_dim = ("weight_g", "weight_v"), normalization.dim
+        module.gain_name, module.direction_name = names
+        super().adopt(module, role, input_kind)
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        return self.get_parameter(self.direction_name).shape
+
+    @property
+    def weight_parameters(self) -> tuple[nn.Parameter, ...]:
+        return self.get_parameter(self.direction_name), self.get_parameter(self.gain_name)
+
+    @property
+    def weight(self) -> Tensor:
+        """gain * direction / |direction|, [out, in/groups, kernel]."""
+        direction, gain = self.weight_parameters
+        return direction * (gain / torch.norm_except_dim(direction, 2, self.norm_dim))
+
+    def weight_state(self, weight: Tensor) -> dict[str, Tensor]:
+        norm = torch.norm_except_dim(weight, 2, self.norm_dim)
+        return {self.direction_name: weight, self.gain_name: norm}
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        if self.input_quantizer is None:
+            return x
+        return self.input_quantizer(x).masked_fill((x == 0).all(1, keepdim=True), 0)
+
+
+def weight_norm_hook(module: nn.Module) -> tuple[int, WeightNorm] | None:
+    """Key and hook of ``torch.nn.utils.weight_norm`` on the weight of ``module``; None without."""
+    for key, hook in module._forward_pre_hooks.items():
+        if isinstance(hook, WeightNorm) and hook.name == "weight":
+            return key, hook
+    return None
+
+
+class Embedding(Operator, nn.Embedding):
+    """``nn.Embedding`` with a quantizer slot for its table; its inputs are indices.
+
+    Made from a float one only.
+    """
+
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str:
+        if module.max_norm is not None or module.sparse:
+            return "its max_norm or sparse gradients need the float table"
+        return super().obstacle(module)
+
+    @classmethod
+    def adopt(cls, module: nn.Module, role: Role, input_kind: InputKind) -> None:
+        super().adopt(module, role, input_kind)
+        # Follows the dtype of the model, as a quantized table does not.
+        module.register_buffer("dtype_holder", module.weight.new_empty(0), persistent=False)
+
+    @property
+    def input_features(self) -> int:
+        return 1
+
+    @property
+    def output_features(self) -> int:
+        return self.embedding_dim
+
+    def work(self, steps: Steps) -> tuple[Work]:
+        """Rows are copied; nothing is multiplied."""
+        return (Work(0, 2 * self.embedding_dim * steps.written),)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Integers of any shape -> [..., embedding_dim]."""
+        weight = _effective_weight(self, self.dtype_holder.dtype)
+        return F.embedding(
+            indices, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq
+        )
 
 
 class PositionalConv1d(Operator):

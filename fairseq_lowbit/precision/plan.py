@@ -313,7 +313,7 @@ def _check_ties(sites: Sequence[Site], choices: Sequence[_Choice]) -> None:
                 f"{site.tied_to} and {site.name} share one weight, but the precision gives it "
                 f"{first.weight_bits} bits ({first.method}) by the first name and "
                 f"{second.weight_bits} bits ({second.method}) by the second: write a rule that "
-                "matches both"
+                "matches both, with method none to leave it float"
             )
 
 

@@ -18,6 +18,7 @@ class Role(StrEnum):
     POSITIONAL_CONVOLUTION = "positional convolution"
     HEAD = "head"
     EMBEDDING = "embedding"
+    GATE = "gate"
 
 
 class InputKind(StrEnum):

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.nn import Linear, attach, calibrate, is_calibrated, quantizers, sites
 from fairseq_lowbit.precision import Precision, Rule
@@ -338,3 +339,25 @@ def test_a_model_attached_again_is_what_a_new_one_would_be() -> None:
     assert str(model) == str(fresh)
     attach(model, Precision())
     assert not list(quantizers(model))
+
+
+def test_attaching_again_gives_the_float_weights_of_squashed_ones_back() -> None:
+    model = build(name="sqwq_w8")
+    before = model.encoder.layers[0].fc1.weight.detach().clone()
+    calibrate(model, [waveform()], model_forward(model))
+    squashed = model.encoder.layers[0].fc1.weight
+    assert not torch.allclose(squashed, before, atol=0.1)
+    attach(model, Precision("float"))
+    weight = model.encoder.layers[0].fc1.weight
+    assert weight is squashed
+    # What squashing clipped is gone.
+    assert (weight - before).abs().mean() < 1e-2 * before.abs().mean()
+    assert not hasattr(weight, "param_group")
+
+
+def test_a_refused_precision_changes_nothing() -> None:
+    model = build()
+    before = repr(model)
+    with pytest.raises(LowbitError, match="1 bit of the waveform"):
+        attach(model, Precision("float", [Rule("*.0.0", "absmax", 4, 1)]))
+    assert repr(model) == before

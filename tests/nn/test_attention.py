@@ -211,3 +211,15 @@ def test_gradients_reach_inputs_through_every_quantizer() -> None:
 def test_heads_must_divide_the_features() -> None:
     with pytest.raises(ValueError, match="16 features.*3 attention heads"):
         SelfAttention(16, 3)
+
+
+def test_a_bias_is_added_to_the_scores() -> None:
+    attention = SelfAttention(8, 2).eval()
+    x, bias = torch.randn(2, 5, 8), torch.randn(2, 2, 5, 5)
+    padding = torch.arange(5).expand(2, 5) >= torch.tensor([[5], [3]])
+    fused = attention(x, padding, bias=bias).values
+    explicit, probabilities = attention(x, padding, "probabilities", bias)
+    torch.testing.assert_close(fused, explicit)
+    plain = attention(x, padding, "scores").map
+    scores = (plain + bias).masked_fill(padding[:, None, None], float("-inf"))
+    torch.testing.assert_close(probabilities, scores.softmax(-1))

@@ -1,0 +1,1 @@
+"""Models of other libraries, none of which is imported here."""
