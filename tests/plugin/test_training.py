@@ -15,6 +15,8 @@ from fairseq_lowbit.configurations import compose_config, config_names
 from fairseq_lowbit.models import load_model
 from fairseq_lowbit.nn import quantizers
 from fairseq_lowbit.plugin import register
+from fairseq_lowbit.runs.run import read_run
+from tests.plugin.conftest import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("bitl", "bitla")
@@ -325,3 +327,20 @@ def test_a_calibrated_checkpoint_serves_fairseq_and_training(
     assert torch.equal(loaded.eval().final_output(waveform), own.final_output(waveform))
     run = train("bitla_w1a1", f"task.teacher={teacher}", f"task.init_from={out}")
     assert run.logged("loss")
+
+
+def test_rules_of_several_files_are_trained_stored_and_resumed(
+    trainer: Trainer, teacher: Path, tmp_path: Path
+) -> None:
+    given = (f"task.teacher={teacher}", "rules=[front_end_w8a8,per_channel]")
+    folder = tmp_path / "run"
+    for updates in (1, 2):
+        run = trainer.fork(folder, "bitla_w1a1", *given, f"optimization.max_update={updates}")
+        assert run.status == 0, run.output
+    stored = run.state()["cfg"]["model"]["precision"]
+    assert len(stored["rules"]) == 4
+    assert "rule_files" not in stored
+    entries = {e.module: e for e in load_model(run.last).model.plan.entries}
+    assert entries["encoder.pos_conv.0"].method == "minmax"
+    assert entries["encoder.layers.0.fc1"].granularity == "per_channel"
+    assert read_run(folder).rules == 4
