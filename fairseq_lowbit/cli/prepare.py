@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         table.add_column(column, justify="left" if column == "split" else "right")
     for split in ("train", "valid", "test"):
         table.add_row(split, f"{summary.minutes[split]:.1f}", str(summary.files[split]))
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     kept_whole = "folders" if summary.grouped_by_folder else "files"
     counts = f"{summary.converted} converted, {summary.reused} finished before"
@@ -46,5 +46,5 @@ def run(args: argparse.Namespace) -> int:
     if summary.skipped:
         name, reason = summary.skipped[0]
         rest = f"{len(summary.skipped)} skipped (all in {summary.out / 'skipped.txt'})"
-        console.print(f"{rest}: {name}: {reason}", markup=False, soft_wrap=True)
+        console.print(f"{rest}: {name}: {reason}", soft_wrap=True)
     return 0

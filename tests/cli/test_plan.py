@@ -113,3 +113,9 @@ def test_mistakes_get_one_message(
     assert captured.err.startswith("error: ")
     for part in named:
         assert part in captured.err
+
+
+def test_brackets_of_a_pattern_are_printed(capsys: pytest.CaptureFixture) -> None:
+    rule = "model.precision.rules=[{match: 'encoder.layers.[ab0]*.fc1', weight_bits: 4}]"
+    assert main(["plan", "bitla_w1a1", TINY, rule]) == 0
+    assert "rule encoder.layers.[ab0]*.fc1" in capsys.readouterr().out
