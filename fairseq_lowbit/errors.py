@@ -2,8 +2,11 @@
 
 import math
 import re
+from dataclasses import fields
 
 _INTERNALS = re.compile(r"\s*(full_key: |object_type=|reference_type=)")
+# Of an object in a list OmegaConf forgets where the list is.
+_LISTS = {"Rule": "model.precision.rules"}
 
 
 class LowbitError(Exception):
@@ -26,7 +29,12 @@ def describe_config_error(error: Exception, section: str = "") -> str:
         section: where the configuration is that the error's own key belongs to.
     """
     lines = [line.strip() for line in str(error).splitlines() if not _INTERNALS.match(line)]
-    keys = [key for key in (section, getattr(error, "full_key", None)) if key]
+    kind = getattr(error, "object_type", None)
+    place = _LISTS.get(getattr(kind, "__name__", ""))
+    if place is not None:
+        known = ", ".join(entry.name for entry in fields(kind))
+        lines.append(f"(each entry has fields among {known})")
+    keys = [key for key in (place or section, getattr(error, "full_key", None)) if key]
     return ": ".join(filter(None, [".".join(keys), " ".join(filter(None, lines))]))
 
 

@@ -94,7 +94,10 @@ def test_rules_reach_a_name_outside_of_the_configurations(capsys: pytest.Capture
         (["bitla_w0a1"], ["bitla_w0a1", "0 bits", "1 to 8"]),
         (["bitter_w1a1"], ["bitter_w1a1", "bitla_wNaM"]),
         (["bitla_w1a1", "model.precision.rules=[{match: no.such}]"], ["no.such", "fc1"]),
-        (["bitla_w1a1", "model.precision.rules=[{match: '*.fc1', bits: 1}]"], ["bits"]),
+        (
+            ["bitla_w1a1", "model.precision.rules=[{match: '*.fc1', bits: 1}]"],
+            ["model.precision.rules.bits: Key 'bits' not in", "match, method, weight_bits"],
+        ),
         (["bitla_w1a1", "+model.precision.nmae=float"], ["nmae"]),
         (["bitla_w1a1", "model=no_such_model"], ["no_such_model", "fastconv_tiny"]),
         (["bitla_w1a1", "model.no_such_key=1"], ["no_such_key"]),

@@ -44,7 +44,10 @@ RULE = "match: '*.fc1'"
         ("model.precision.rules=[{match: 'encoder.layer.*'}]", ["encoder.layer.*", "fc1"]),
         (f"model.precision.rules=[{{{RULE}, method: none, weight_bits: 2}}]", ["*.fc1", "none"]),
         (f"model.precision.rules=[{{{RULE}, method: lsq}}]", ["lsq", "elastic"]),
-        (f"model.precision.rules=[{{{RULE}, bits: 2}}]", ["bits"]),
+        (
+            f"model.precision.rules=[{{{RULE}, bits: 2}}]",
+            ["model.precision.rules.bits", "weight_bits"],
+        ),
         ("model.precision.rules=[{weight_bits: 2}]", ["match"]),
         ("+model.precision.lenght_scaled=false", ["lenght_scaled"]),
         ("+model.encoder_layer=2", ["encoder_layer"]),
