@@ -43,6 +43,11 @@ def _shape_names() -> list[str]:
     return sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
 
 
+def _rules_names() -> list[str]:
+    """Names for ``rules=``."""
+    return sorted(path.stem for path in (config_dir() / "rules").glob("*.yaml"))
+
+
 def is_configuration(name: str) -> bool:
     """Whether :func:`model_config` finds ``name`` among our files."""
     return name in config_names() or name in _shape_names()
@@ -59,6 +64,10 @@ def compose_config(name: str, overrides: list[str]) -> DictConfig:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             return compose(name, overrides)
     except (HydraException, OmegaConfBaseException) as error:
+        missing = getattr(error, "missing_cfg_file", None) or ""
+        if missing.startswith("rules/"):  # of a list Hydra does not name the files there are
+            names = ", ".join(_rules_names())
+            raise LowbitError(f"rules: there is no {missing}; want names among {names}") from error
         raise LowbitError(f"configuration {name}: {describe_config_error(error)}") from error
 
 
@@ -68,9 +77,10 @@ def rules_overrides(text: str) -> list[str]:
     Raises:
         LowbitError: neither of them.
     """
-    names = sorted(path.stem for path in (config_dir() / "rules").glob("*.yaml"))
-    if all(name in names for name in text.split(",")):
-        return [f"rules=[{text}]"]
+    names = _rules_names()
+    given = [name.strip() for name in text.split(",")]
+    if all(name in names for name in given):
+        return [f"rules=[{','.join(given)}]"]
     if text.strip().startswith("["):
         return [f"model.precision.rules={text}"]
     raise LowbitError(

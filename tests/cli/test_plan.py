@@ -100,6 +100,7 @@ def test_rules_reach_a_name_outside_of_the_configurations(capsys: pytest.Capture
         ),
         (["bitla_w1a1", "+model.precision.nmae=float"], ["nmae"]),
         (["bitla_w1a1", "model=no_such_model"], ["no_such_model", "fastconv_tiny"]),
+        (["bitla_w1a1", "rules=[per_channel,nope]"], ["rules/nope", "front_end_w4a4, front_end"]),
         (["bitla_w1a1", "model.no_such_key=1"], ["no_such_key"]),
         (["bitla_w1a1", "model.encoder_layers"], ["model.encoder_layers"]),
         (["bitla_w1a1", "model.conv_pos_groups=7"], ["conv_pos_groups 7"]),
