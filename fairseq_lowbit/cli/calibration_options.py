@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rules",
         metavar="NAME|LIST",
-        help="a file of config/rules, as per_channel, or a list as in model.precision.rules: "
-        "[{match: ...}]",
+        help="files of config/rules, as front_end_w8a8,per_channel, or a list as in "
+        "model.precision.rules: [{match: ...}]",
     )
     parser.add_argument(
         "--override",
@@ -72,14 +72,27 @@ def read_config(name: str, args: argparse.Namespace) -> DictConfig:
     """The configuration of the training whose start is asked for: of a precision and the options.
 
     Raises:
-        LowbitError: an unknown name, rule, file of rules or override.
+        LowbitError: an unknown name, rule, file of rules or override; an override of what an option
+            decides.
     """
-    overrides = [] if args.rules is None else rules_overrides(args.rules)
-    overrides += args.override or []
+    given = [] if args.rules is None else rules_overrides(args.rules)
+    precision = "--ptq" if "ptq" in args else "--precision"
+    decided = {"model.precision.name": precision, "quant": precision, "rules": "--rules"}
+    decided |= {_key(text): "--rules" for text in given}
     for option, key in _KEYS.items():
         value = getattr(args, option, None)
-        overrides += [] if value is None else [f"{key}={value}"]
-    return training_config(name, overrides)
+        if value is not None:
+            given.append(f"{key}={value}")
+            decided[key] = f"--{option.removeprefix('calibration_')}"
+    own = args.override or []
+    for text in own:
+        if _key(text) in decided:
+            raise LowbitError(f"--override {text}: drop it; {decided[_key(text)]} decides that")
+    return training_config(name, own + given)
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0].strip()
 
 
 def read_precision(config: DictConfig) -> Precision:

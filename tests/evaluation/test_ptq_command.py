@@ -92,6 +92,14 @@ def test_rules_and_criteria_reach_the_result(
         ((*W8A8, "--override", "task.min_sample_size=100000"), "see task.min_sample_size and"),
         ((*W8A8, "--override", "task.min_sample_size=half"), "task.min_sample_size: Value 'half'"),
         ((*W8A8, "--override", "task.min_sampl_size=1"), "task.min_sampl_size"),
+        ((*W8A8, "--rules", "none", "--override", "rules=per_channel"), "drop it; --rules decides"),
+        ((*W8A8, "--rules", RULE, "--override", "model.precision.rules=[]"), "--rules decides"),
+        ((*W8A8, "--override", "model.precision.name=sqwq_w4"), "drop it; --precision decides"),
+        ((*W8A8, "--override", "quant=sqwq_w4"), "drop it; --precision decides"),
+        (
+            (*W8A8, "--batches", "2", "--override", "task.calibration.batches=3"),
+            "task.calibration.batches=3: drop it; --batches decides",
+        ),
         ((*W8A8, "--override", "+task.label_rate=0"), "task.label_rate 0.0: give a number above 0"),
     ],
 )
@@ -128,7 +136,7 @@ def test_the_teacher_is_not_overwritten(
 
 def test_rules_by_the_name_of_their_file(teacher: LoadedModel, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "ptq.pt"
-    assert ptq(teacher, data, out, *W8A8, "--rules", "per_channel") == 0
+    assert ptq(teacher, data, out, *W8A8, "--rules", "per_channel, none") == 0
     entries = load_model(out).model.plan.entries
     assert {entry.granularity for entry in entries if entry.is_quantized} == {"per_channel"}
 
