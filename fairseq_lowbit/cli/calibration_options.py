@@ -102,17 +102,22 @@ def read_precision(config: DictConfig) -> Precision:
 
 def check_criterion(args: argparse.Namespace, teacher: LoadedModel, precision: Precision) -> None:
     """Raises LowbitError for an option without effect in this combination, and for a precision
-    that does not fit ``teacher``."""
+    that does not fit ``teacher`` or quantizes nothing."""
     if args.percentile is not None and args.calibration != "percentile":
         raise LowbitError("--percentile belongs to --calibration percentile: give it too")
-    if args.calibration is not None:
-        with WithoutWeights():
-            plan = teacher.model.untrained(precision).plan
-        if not any(entry.method in LEARNED_SCALE for entry in plan.entries):
-            raise LowbitError(
-                f"--calibration {args.calibration}: no scale of {precision.name} is learned, so "
-                "none is fitted: drop it"
-            )
+    with WithoutWeights():
+        entries = teacher.model.untrained(precision).plan.entries
+    if not any(entry.is_quantized for entry in entries):
+        raise LowbitError(
+            f"{precision.name} has nothing to calibrate: name a precision that quantizes, for "
+            "example bitl_w8a8"
+        )
+    learned = any(entry.method in LEARNED_SCALE for entry in entries)
+    if args.calibration is not None and not learned:
+        raise LowbitError(
+            f"--calibration {args.calibration}: no scale of {precision.name} is learned, so none "
+            "is fitted: drop it"
+        )
 
 
 @dataclass

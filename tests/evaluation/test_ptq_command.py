@@ -92,6 +92,8 @@ def test_rules_and_criteria_reach_the_result(
         ((*W8A8, "--override", "task.min_sample_size=100000"), "see task.min_sample_size and"),
         ((*W8A8, "--override", "task.min_sample_size=half"), "task.min_sample_size: Value 'half'"),
         ((*W8A8, "--override", "task.min_sampl_size=1"), "task.min_sampl_size"),
+        (("--precision", "float"), "float has nothing to calibrate"),
+        (("--precision", "hubert_fastconv"), "float has nothing to calibrate"),
         ((*W8A8, "--rules", "none", "--override", "rules=per_channel"), "drop it; --rules decides"),
         ((*W8A8, "--rules", RULE, "--override", "model.precision.rules=[]"), "--rules decides"),
         ((*W8A8, "--override", "model.precision.name=sqwq_w4"), "drop it; --precision decides"),
