@@ -1,9 +1,7 @@
 """Speech models with 1, 2, 4 and 8-bit weights and activations, trained in fairseq.
 
-Importing the package is light: it loads neither torch, fairseq nor Hydra. Every folder below it is
-one room with one concern, and imports run one way: quantization (numbers and codes), precision
-(which bits where), nn (quantized operators), models, distillation, interop (models of other
-libraries), evaluation, plugin (the only room that knows fairseq), cli. ``data`` stands by itself.
+Importing the package is light: it loads neither torch, fairseq nor Hydra. ``docs/design.md`` says
+what each folder is for and which way imports run.
 """
 
 import sys

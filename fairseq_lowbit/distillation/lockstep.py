@@ -13,8 +13,8 @@ from fairseq_lowbit.nn.attention import AttentionMap
 
 
 class DistillationTerms(NamedTuple):
-    """The three terms, each () fp32: mean over valid frames, and over layers for the last two.
-    None is a term that was not asked for."""
+    """The three terms, each () fp32: mean over valid frames, and over layers for the last two,
+    which are None when they were not asked for."""
 
     final: Tensor
     layers: Tensor | None

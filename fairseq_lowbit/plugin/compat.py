@@ -1,4 +1,4 @@
-"""What fairseq needs on today's torch. Each mend says which failure it answers."""
+"""What fairseq needs on today's torch. Each fix says which failure it answers."""
 
 import argparse
 import logging
@@ -36,7 +36,7 @@ _LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 
 
 def apply() -> None:
-    """Applies every mend once."""
+    """Applies every fix once."""
     _allow_checkpoint_classes()
     _save_whole_files()
     _explain_broken_checkpoints()
