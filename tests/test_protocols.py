@@ -119,6 +119,8 @@ def test_health_of_a_model_without_layers() -> None:
     health = measure_health(model, batch, lambda batch: [model(batch)])
     assert len(health.quantizers) == 4
     assert len(health.centered_std) == 1
+    with pytest.raises(LowbitError, match="Sequential has no hidden_states: give forward="):
+        measure_health(model, batch)
 
 
 def test_agreement_and_pooled_features() -> None:

@@ -102,7 +102,15 @@ def measure_health(
         forward: runs ``model`` on ``batch`` and returns the outputs of its layers; none are needed
             for the health of quantizers. Default: :func:`every_layer` of waveforms
             [batch, samples].
+
+    Raises:
+        LowbitError: a model without ``hidden_states``, and no ``forward``.
     """
+    if forward is None and not hasattr(model, "hidden_states"):
+        raise LowbitError(
+            f"{type(model).__name__} has no hidden_states: give forward=, which runs it on the "
+            "batch and returns the outputs of its layers"
+        )
     forward = forward or partial(every_layer, model)
     was_training = model.training
     model.eval()
