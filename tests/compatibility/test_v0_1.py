@@ -80,9 +80,7 @@ def test_a_half_done_run_goes_on(trainer: Trainer, tmp_path: Path) -> None:
     state = run.state()["model"]
     assert sorted(state) == sorted(ended)
     # Not to the bit: the processor that the fixture was made on may round otherwise.
-    for key in ("encoder.layers.1.fc2.weight", "encoder.layers.0.self_attn.q_proj.weight"):
-        moved = (
-            ended[key]
-            - load_model(HALF_DONE / "checkpoints/checkpoint_last.pt").model.state_dict()[key]
-        ).norm()
-        assert (state[key] - ended[key]).norm() < 0.1 * moved
+    began = load_model(HALF_DONE / "checkpoints/checkpoint_last.pt").model.state_dict()
+    for key in (key for key, value in ended.items() if value.is_floating_point()):
+        moved = (ended[key] - began[key]).norm()
+        assert (state[key] - ended[key]).norm() <= 0.1 * moved, key  # equal where nothing moved
