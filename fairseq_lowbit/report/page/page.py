@@ -110,7 +110,6 @@ class Page:
     Attributes:
         created: date and time.
         problems: what could not be read, or did not work.
-        findings: sentences below the comparison.
         environment: (topic, lines).
     """
 
@@ -120,7 +119,6 @@ class Page:
     problems: Sequence[str]
     columns: Sequence[Column]
     lines: Sequence[Line]
-    findings: Sequence[str]
     sections: Sequence[Section]
     details: Sequence[Details]
     environment: Sequence[tuple[str, Sequence[str]]]
