@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import platform
 import shutil
-import subprocess
 import sys
 import sysconfig
 import warnings
@@ -148,20 +147,6 @@ def check_registration() -> Finding:
     return Finding("registration", lines, problems)
 
 
-def check_config() -> Finding:
-    """Composes the primary config the way a training run does."""
-    result = composed_common()
-    if result.returncode != 0:
-        problem = Problem(
-            f"the config {PRIMARY_CONFIG} does not compose: {result.stderr.strip()}",
-            "fix the problems above first; else install again: pip install -e .",
-        )
-        return Finding("config", ("failed",), (problem,))
-    if "\nuser_dir: null" in result.stdout:  # check_hydra reports the cause
-        return Finding("config", ("fairseq's bare defaults, nothing of ours",))
-    return Finding("config", (f"{PRIMARY_CONFIG} composes",))
-
-
 def check_extras() -> Finding:
     """Optional modules: a missing one is a line, not a problem."""
     lines = []
@@ -188,7 +173,6 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_fairseq,
     check_hydra,
     check_registration,
-    check_config,
     check_extras,
     check_machine,
 )
@@ -231,13 +215,6 @@ def registered_names() -> dict[str, list[str]]:
         kind: sorted(name for name, cls in registry.items() if _is_ours(cls))
         for kind, registry in registries.items()
     }
-
-
-def composed_common() -> subprocess.CompletedProcess[str]:
-    """What training would be configured with: fairseq's own command prints the group ``common``."""
-    command = [sys.executable, "-W", "ignore", "-m", "fairseq_cli.hydra_train"]
-    options = ["--config-name", PRIMARY_CONFIG, "--cfg", "job", "--package", "common"]
-    return subprocess.run([*command, *options], capture_output=True, text=True, check=False)
 
 
 def report(findings: list[Finding]) -> str:

@@ -63,10 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the page (report.html)",
     )
-    parser.add_argument(
-        "--figures", type=Path, metavar="DIR", help="PNG and PDF files (<page>_figures beside it)"
-    )
-    parser.add_argument("--title", default="Low-bit speech models", help="of the page")
     add_measuring_arguments(parser)
     parser.add_argument(
         "--dissect",
@@ -80,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    figures = args.figures or args.out.with_name(f"{args.out.stem}_figures")
+    figures = args.out.with_name(f"{args.out.stem}_figures")
     check_measuring_arguments(args)
     if args.dissect and args.no_dissect:
         raise LowbitError("--dissect and --no-dissect contradict each other")
@@ -139,7 +135,6 @@ def _page(
     )
     columns, lines = comparison(subjects, colored)
     return Page(
-        title=args.title,
         created=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         summary=summary_of(subjects),
         problems=[*problems, *problems_of(subjects), *sections.problems],

@@ -22,7 +22,10 @@ def test_a_run_starts_from_what_ptq_writes(
     out = tmp_path / "ptq.pt"
     command = ["ptq", str(teacher), "--precision", precision, "--data", str(broken)]
     overrides = [f"--override={override}" for override in READING]
-    assert main([*command, "--out", str(out), "--batches=3", *overrides]) == 0
+    assert (
+        main([*command, "--out", str(out), "--override=task.calibration.batches=3", *overrides])
+        == 0
+    )
     run = train(
         precision,
         f"task.teacher={teacher}",

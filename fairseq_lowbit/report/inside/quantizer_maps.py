@@ -111,16 +111,18 @@ def _noise_drawing(quantizers: Sequence[QuantizerHealth]) -> Drawing:
 
 
 def _clipping_drawing(quantizers: Sequence[QuantizerHealth]) -> Drawing:
-    def text(quantizer: QuantizerHealth) -> str:
-        return "<1%" if 0 < quantizer.clipped < 0.005 else f"{quantizer.clipped:.0%}"
-
     return Drawing(
         "clipping",
         "clipped values by layer",
         "The share of values more than half a step beyond the outermost level. Dark is better: "
         "much clipping means a scale that is too small, none together with few levels in use one "
         "that is too large.",
-        _maps(quantizers, lambda q: q.clipped, text, lambda table: Normalize(0, 1)),
+        _maps(
+            quantizers,
+            lambda q: q.clipped,
+            lambda q: f"{q.clipped:.0%}",
+            lambda table: Normalize(0, 1),
+        ),
         _in_numbers(quantizers, lambda q: 100 * q.clipped, "clipped values", "%"),
     )
 

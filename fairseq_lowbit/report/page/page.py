@@ -113,7 +113,6 @@ class Page:
         environment: (topic, lines).
     """
 
-    title: str
     created: str
     summary: str
     problems: Sequence[str]

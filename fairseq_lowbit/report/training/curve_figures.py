@@ -82,7 +82,7 @@ class Trained:
 
 
 def loss_drawings(runs: Sequence[Trained], colors: Mapping[str, str], group: str) -> list[Drawing]:
-    """A figure for every term of runs that were trained with the same loss.
+    """A figure for every term of runs that were trained with the same loss, if it is not always 0.
 
     Args:
         group: name of the loss.
@@ -93,12 +93,6 @@ def loss_drawings(runs: Sequence[Trained], colors: Mapping[str, str], group: str
         for term in terms
         if not _is_zero(runs, term)
     ]
-
-
-def silent_terms(runs: Sequence[Trained]) -> list[str]:
-    """Terms that were 0 all along."""
-    terms = dict.fromkeys(term for run in runs for term in run.training.terms)
-    return [_TERMS.get(term, term) for term in terms if _is_zero(runs, term)]
 
 
 def health_drawings(runs: Sequence[Trained], colors: Mapping[str, str]) -> list[Drawing]:

@@ -137,7 +137,7 @@ def test_noise_clipping_and_levels_are_told_of_every_quantizer() -> None:
     sqnr, clipping, levels, _ = anatomy_drawings("x", anatomy)
     health = anatomy.quantizers
     assert sorted(texts_of(sqnr.figure)) == sorted(f"{h.sqnr_db:.1f}" for h in health)
-    shares = [float(text.strip("<%")) for text in texts_of(clipping.figure)]
+    shares = [float(text.strip("%")) for text in texts_of(clipping.figure)]
     assert sorted(shares) == pytest.approx(sorted(100 * h.clipped for h in health), abs=1)
     assert sorted(texts_of(levels.figure)) == sorted(f"{h.entropy:.2f}/{h.bits}" for h in health)
     weights, activations, outside = sqnr.figure.axes
@@ -188,7 +188,6 @@ def test_teacher_and_student_share_a_scale() -> None:
     assert np.array_equal(student.images[0].get_array(), head.student)
     seconds = len(head.student) * 20 / 16000
     assert list(student.images[0].get_extent()) == pytest.approx([0, seconds, seconds, 0])
-    assert teacher.get_ylabel().startswith("most different head")
 
 
 def test_uniform_attention_says_so() -> None:
