@@ -68,7 +68,7 @@ def check_python() -> Finding:
 
 
 def check_torch() -> Finding:
-    """Version, build and number of threads of torch."""
+    """Version, build and number of threads of torch, and the GPUs it can use."""
     try:
         import torch
     except ImportError as error:
@@ -76,7 +76,9 @@ def check_torch() -> Finding:
         problem = Problem(f"torch cannot be imported: {error}", fix)
         return Finding("torch", ("not importable",), (problem,))
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    return Finding("torch", (f"{torch.__version__} ({build}), {torch.get_num_threads()} threads",))
+    gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    version_line = f"{torch.__version__} ({build}), {torch.get_num_threads()} threads"
+    return Finding("torch", (version_line, f"GPUs: {gpus or 'none'}"))
 
 
 def check_fairseq() -> Finding:
@@ -157,14 +159,8 @@ def check_extras() -> Finding:
 
 
 def check_machine() -> Finding:
-    """Processor, its instruction sets, and GPUs."""
-    return Finding(
-        "machine",
-        (
-            f"{platform.machine()}, {this_machine()}",
-            f"GPUs: {', '.join(gpus()) or 'none'}",
-        ),
-    )
+    """Processor and its instruction sets."""
+    return Finding("machine", (f"{platform.machine()}, {this_machine()}",))
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (
@@ -176,15 +172,6 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_extras,
     check_machine,
 )
-
-
-def gpus() -> list[str]:
-    """Names of the GPUs torch can use."""
-    try:
-        import torch
-    except ImportError:
-        return []
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
 def config_search_path() -> list[tuple[str, str]]:

@@ -17,16 +17,7 @@ from fairseq_lowbit.report.inside.attention import HeadAttention, most_moved_hea
 from fairseq_lowbit.report.inside.weights import WeightAnatomy, first_middle_last, weight_anatomies
 
 # Besides the front-end, student and teacher have to agree in these fields of their shape.
-_SHAPE = (
-    "encoder_layers",
-    "encoder_embed_dim",
-    "encoder_ffn_embed_dim",
-    "encoder_attention_heads",
-    "layer_norm_first",
-    "conv_pos",
-    "conv_pos_groups",
-    "final_dim",
-)
+_SHAPE = ("encoder_layers", "encoder_embed_dim", "encoder_ffn_embed_dim", "encoder_attention_heads")
 
 
 @dataclass(frozen=True)

@@ -135,21 +135,12 @@ def _loss_drawing(
         f"{term}. Thin: training, means over the logged intervals; thick: validation."
         f"{scale}{_grey(runs, colors)}",
         figure,
-        _ends(name, {r.subject.name: _both(r.training, term)[-1].values[-1] for r in runs}),
+        numbers(
+            {r.subject.name: _both(r.training, term)[-1].values[-1] for r in runs},
+            f"{name} at the end",
+            "",
+        ),
     )
-
-
-def _ends(
-    name: str,
-    last: Mapping[str, float],
-    unit: str = "",
-    worst: Mapping[str, float] | None = None,
-) -> str:
-    """What the curves come to, in words."""
-    ends = numbers(last, "", unit)
-    if worst is not None:
-        ends = f"median {ends}; worst {numbers(worst, '', unit)}"
-    return f"{name} over updates, at the end: {ends}"
 
 
 def _plot_term(axes: Axes, training: Training, term: str, color: str) -> None:
@@ -188,11 +179,10 @@ def _health_drawing(runs: Sequence[Trained], colors: Mapping[str, str], key: str
         told.title[0].upper() + told.title[1:],
         f"Median {told.of}. Dashed: {told.worst}.{_grey(runs, colors)}",
         figure,
-        _ends(
-            told.title,
-            {r.subject.name: factor * r.health[key].median[-1] for r in runs},
-            told.unit,
+        numbers(
             {r.subject.name: factor * r.health[key].worst[-1] for r in runs},
+            f"{told.title} at the end, {told.worst}:",
+            told.unit,
         ),
     )
 
