@@ -67,17 +67,17 @@ def gather(own: Iterable[ModelRecord], others: Iterable[ModelRecord]) -> list[Su
 
     Args:
         own: of runs and checkpoints. The run of a teacher replaces what its students know of it.
-        others: of tables; left out are those of the same run as one of ``own``.
+        others: of tables; left out are those of a run that is there already.
     """
     subjects = [Subject(r["name"], r, checkpoint_of(r["folder"])) for r in own]
     known = {s.record["folder"] for s in subjects} - {None}
     trained = {s.checkpoint for s in subjects if s.record["status"]} - {None}
     subjects = [s for s in subjects if s.record["status"] or s.checkpoint not in trained]
-    subjects += [
-        Subject(r["name"], r, checkpoint_of(r["folder"]))
-        for r in others
-        if r["folder"] not in known
-    ]
+    for record in others:
+        place = record["folder"] or record["name"]
+        if place not in known:
+            known.add(place)
+            subjects.append(Subject(record["name"], record, checkpoint_of(record["folder"])))
     return sorted(_with_costs(list(_with_unique_names(subjects))), key=_rank)
 
 

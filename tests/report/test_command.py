@@ -206,7 +206,8 @@ def test_tables_made_before(
     table = tmp_path / "table.csv"
     assert main(["sweep-table", str(tmp_path / "exp"), "--no-evaluate", f"--csv={table}"]) == 0
     shutil.rmtree(tmp_path / "exp" / "gone")
-    shown = report(tmp_path / "exp", table, *QUICK)
+    again = shutil.copy(table, tmp_path / "again.csv")
+    shown = report(tmp_path / "exp", table, again, *QUICK)
     kept, gone = (shown.page.row(name) for name in ("kept", "gone"))
     assert sorted(shown.names) == sorted(["gone", "kept", teacher_name(tmp_path)])
     assert kept[3] != "–" == gone[3]
