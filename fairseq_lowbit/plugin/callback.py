@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -221,7 +222,7 @@ def _train_to_end(config: DictConfig, stage: Stage | None = None) -> bool:
         SharedError: no word of its end could be left.
     """
     last = Path(config.checkpoint.save_dir) / LAST_CHECKPOINT
-    if last.is_file():
+    with suppress(LowbitError):  # none yet, or one of which fairseq will say that it is damaged
         adopt_stored_form(config, read_checkpoint(last, mmap=True))
     if config.common.log_file:
         with writing(config.common.log_file), open(config.common.log_file, "a"):

@@ -15,6 +15,8 @@ from fairseq_lowbit.configurations import compose_config, config_names
 from fairseq_lowbit.models import load_model
 from fairseq_lowbit.nn import quantizers
 from fairseq_lowbit.plugin import register
+from fairseq_lowbit.runs.run import read_run
+from tests.plugin.conftest import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("bitl", "bitla")
@@ -177,7 +179,8 @@ def test_rules_survive_the_checkpoint(train: Callable, teacher: Path) -> None:
     assert model.plan.to_mapping() == written
     bits = {e.module: (e.weight_bits, e.activation_bits) for e in model.plan.entries}
     assert bits["encoder.layers.0.fc1"] == (1, 4)
-    assert bits["encoder.layers.0.fc2"] == (8, 2)
+    # Each of two rules that match sets a field of its own.
+    assert bits["encoder.layers.0.fc2"] == (8, 4)
     assert bits["encoder.layers.1.fc1"] == (2, 2)
     assert bits["encoder.layers.1.self_attn.query"] == (16, 16)
     assert bits["post_extract_proj"] == (3, 16)
@@ -325,3 +328,20 @@ def test_a_calibrated_checkpoint_serves_fairseq_and_training(
     assert torch.equal(loaded.eval().final_output(waveform), own.final_output(waveform))
     run = train("bitla_w1a1", f"task.teacher={teacher}", f"task.init_from={out}")
     assert run.logged("loss")
+
+
+def test_rules_of_several_files_are_trained_stored_and_resumed(
+    trainer: Trainer, teacher: Path, tmp_path: Path
+) -> None:
+    given = (f"task.teacher={teacher}", "rules=[front_end_w8a8,per_channel]")
+    folder = tmp_path / "run"
+    for updates in (1, 2):
+        run = trainer.fork(folder, "bitla_w1a1", *given, f"optimization.max_update={updates}")
+        assert run.status == 0, run.output
+    stored = run.state()["cfg"]["model"]["precision"]
+    assert len(stored["rules"]) == 4
+    assert "rule_files" not in stored
+    entries = {e.module: e for e in load_model(run.last).model.plan.entries}
+    assert entries["encoder.pos_conv.0"].method == "minmax"
+    assert entries["encoder.layers.0.fc1"].granularity == "per_channel"
+    assert read_run(folder).rules == 4

@@ -6,7 +6,10 @@ import torch
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import Architecture, Hubert
-from fairseq_lowbit.precision import Plan, Precision, Role, Rule, Site, resolve_plan
+from fairseq_lowbit.precision import InputKind, Plan, Precision, Role, Rule, Site, resolve_plan
+from fairseq_lowbit.precision.plan import input_levels
+from fairseq_lowbit.quantization import LevelSet, non_negative, signed
+from fairseq_lowbit.quantization.calibration import fit_scale
 
 PLAIN_FRONT_END = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
 
@@ -231,3 +234,21 @@ def test_what_the_names_leave_float_is_most_of_a_one_bit_model() -> None:
     assert bytes_of["encoder.pos_conv.0"] == pytest.approx(768 * 48 * 128 + (768 + 128) * 2 + 12)
     # 58 % of the bytes, nearly all of them in these modules, halved.
     assert smaller.bytes / one_bit.bytes == pytest.approx(0.72, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", [InputKind.GELU, InputKind.SILU, InputKind.RELU])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_the_set_behind_an_activation_function_is_the_better_one(
+    kind: InputKind, bits: int
+) -> None:
+    normal = torch.randn(1, 16_384, generator=torch.Generator().manual_seed(0))
+    values = getattr(torch.nn.functional, kind)(normal)
+
+    def error(levels: LevelSet) -> float:
+        scale, shift = fit_scale(values, levels, with_shift=levels.lowest == 0)
+        decoded = levels.encode((values - (0.0 if shift is None else shift)) / scale) * scale
+        return float((decoded - values).square().mean())
+
+    chosen = input_levels(kind, bits)
+    other = signed(bits) if chosen == non_negative(bits) else non_negative(bits)
+    assert error(chosen) < error(other)

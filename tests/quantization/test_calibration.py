@@ -8,7 +8,6 @@ from fairseq_lowbit.quantization import (
     Criterion,
     ElasticQuantizer,
     LevelSet,
-    after_gelu,
     mid_rise,
     non_negative,
     signed,
@@ -216,22 +215,6 @@ def test_nearly_constant_values_keep_their_gradients() -> None:
     u = (values[0] - shift) / scale
     assert ((u >= 0) & (u <= 1 + 1e-3)).all()
     assert abs(float(shift)) <= float(scale) / 12
-
-
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_the_set_behind_a_gelu_is_the_better_one(bits: int) -> None:
-    values = torch.nn.functional.gelu(
-        torch.randn(1, 16_384, generator=torch.Generator().manual_seed(0))
-    )
-
-    def error(levels: LevelSet) -> float:
-        scale, shift = fit_scale(values, levels, with_shift=levels.name == "non_negative")
-        decoded = levels.encode((values - (0.0 if shift is None else shift)) / scale) * scale
-        return float((decoded - values).square().mean())
-
-    chosen = after_gelu(bits)
-    other = signed(bits) if chosen.name == "non_negative" else non_negative(bits)
-    assert error(chosen) < error(other)
 
 
 @pytest.mark.parametrize("levels", WIDE_SETS, ids=str)
