@@ -42,7 +42,6 @@ def apply() -> None:
     _explain_broken_checkpoints()
     _explain_tensorboard_failures()
     _close_tensorboard_writers()
-    _log_every_line_once()
     _log_no_configuration()
     _launch_processes()
     if not torch.cuda.is_available():
@@ -129,18 +128,6 @@ def _close_tensorboard_writers() -> None:
     # fairseq closes them when the interpreter ends, which spawned processes end without: their
     # threads would lose the last events and print tracebacks.
     multiprocessing.util.Finalize(None, progress_bar._close_writers, exitpriority=100)
-
-
-def _log_every_line_once() -> None:
-    # fairseq opens common.log_file again for every epoch, and writes each line as often.
-    build = progress_bar.progress_bar
-
-    @wraps(build)
-    def built(*args: Any, log_file: str | None = None, **kwargs: Any) -> Any:
-        is_open = any(isinstance(h, logging.FileHandler) for h in progress_bar.logger.handlers)
-        return build(*args, log_file=None if is_open else log_file, **kwargs)
-
-    progress_bar.progress_bar = built
 
 
 def _log_no_configuration() -> None:

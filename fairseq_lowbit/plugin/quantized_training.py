@@ -49,7 +49,7 @@ class QuantizedTraining:
     Otherwise these are the first batches of the first epoch, run through the criterion.
 
     Raises:
-        LowbitError: the run's folder holds a run of another plan, or cannot be written.
+        LowbitError: the run's folder cannot be written.
     """
 
     def __init__(self, trainer: "LowbitTrainer") -> None:
@@ -66,8 +66,6 @@ class QuantizedTraining:
         self._files = RunFiles(folder, config.common.tensorboard_logdir)
         refuse_different_models(self._model.plan, folder)
         with together():
-            self._files.refuse_other_plan(self._model.plan)
-            self._files.refuse_unwritable()
             self._files.write_plan(self._model.plan)
 
     # Calibration

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from fairseq.logging import progress_bar
 
@@ -16,11 +15,10 @@ from fairseq_lowbit.files import atomic_write, writing
 from fairseq_lowbit.monitoring.health import Health
 from fairseq_lowbit.monitoring.health_table import health_table
 from fairseq_lowbit.plugin.processes import is_first
-from fairseq_lowbit.precision import Plan, Precision
+from fairseq_lowbit.precision import Plan
 from fairseq_lowbit.precision.plan_table import plan_table
 from fairseq_lowbit.runs.folder import (
     HEALTH_FILE,
-    LAST_CHECKPOINT,
     PLAN_FILE,
     UNUSABLE_FILE,
     read_health,
@@ -36,35 +34,6 @@ class RunFiles:
         self._writes = is_first()
         self._records_health = False
         self._tensorboard_logdir = tensorboard_logdir
-
-    def refuse_other_plan(self, plan: Plan) -> None:
-        """Raises LowbitError when the folder holds a run of another precision or shape."""
-        path = self.folder / PLAN_FILE
-        if not path.is_file() or not (self.folder / LAST_CHECKPOINT).is_file():
-            return
-        stored, own = json.loads(path.read_text()), plan.to_mapping()
-        # What an earlier version did not know yet.
-        stored["precision"] = Precision.from_mapping(stored["precision"]).to_mapping()
-        if stored["precision"] != own["precision"]:
-            kinds = [
-                f"precision {p['name']} with {len(p['rules'])} rules"
-                for p in (stored["precision"], own["precision"])
-            ]
-        elif _shape(stored) != _shape(own):
-            kinds = [f"a model of {m['parameters']:,} parameters" for m in (stored, own)]
-        else:
-            return
-        raise LowbitError(
-            f"{self.folder.resolve()} holds a run of {kinds[0]}, not of {kinds[1]}: give this run "
-            "a hydra.run.dir of its own"
-        )
-
-    def refuse_unwritable(self) -> None:
-        """Raises LowbitError when a folder that training will write into cannot be made."""
-        for folder in (self.folder, self._tensorboard_logdir):
-            if self._writes and folder:
-                with writing(folder):
-                    Path(folder).mkdir(parents=True, exist_ok=True)
 
     def write_plan(self, plan: Plan) -> None:
         if not self._writes:
@@ -153,9 +122,3 @@ def print_summary(folder: Path) -> None:
     if skipped.is_file():
         names = skipped.read_text().splitlines()
         print(f"{len(names)} unusable files were skipped, listed in {skipped}; first: {names[0]}")
-
-
-def _shape(plan: dict[str, Any]) -> list[tuple[str, int]]:
-    """What of a stored plan a checkpoint has to agree with."""
-    modules = [(entry["module"], entry["parameters"]) for entry in plan["entries"]]
-    return [*modules, ("others", plan["other_parameters"])]

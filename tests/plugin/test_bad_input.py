@@ -65,7 +65,6 @@ RULE = "match: '*.fc1'"
         ),
         ("optimizer.squashed_lr_ratio=-1", ["optimizer.squashed_lr_ratio -1", "from 0 up"]),
         ("criterion.layer_weight=nan", ["criterion.layer_weight nan: give a number from 0 up"]),
-        ("common.log_file=/no/such/folder/x.log", ["cannot write /no/such/folder/x.log"]),
         ("common.amp=true", ["common.amp=true", "common.bf16=true"]),
         ("task.min_sample_size=-1", ["task.min_sample_size -1", "from 0 up"]),
         ("task.max_sample_size=10", ["task.max_sample_size 10", "at least", "400 samples"]),

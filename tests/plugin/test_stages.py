@@ -295,7 +295,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., li
             save(folder / "checkpoint_last.pt", end)
 
         monkeypatch.setattr(callback, "_hydra_main", train)
-        own = {"checkpoint__save_dir": str(tmp_path), "common__log_file": None}
+        own = {"checkpoint__save_dir": str(tmp_path)}
         made = config(THREE, **own, **(NO_EARLY_STOP | changes))
         callback.train_in_stages(made)
         return precisions
