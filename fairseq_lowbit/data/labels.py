@@ -44,16 +44,6 @@ class Clusters:
         with atomic_write(path, "wb") as file:
             np.savez(file, **vars(self))
 
-    @classmethod
-    def load(cls, path: str | Path) -> Clusters:
-        """Raises LowbitError when the file is missing or not such a model."""
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                fields = {name: arrays[name] for name in cls.__dataclass_fields__}
-        except (OSError, KeyError, ValueError) as error:
-            raise LowbitError(f"{path} is not a k-means model of this package: {error}") from error
-        return cls(**fields | {"label_rate": int(fields["label_rate"])})
-
 
 @dataclass
 class LabelSummary:

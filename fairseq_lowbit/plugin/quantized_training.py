@@ -20,7 +20,7 @@ from fairseq_lowbit.monitoring.health import collapsed_layers, measure_health
 from fairseq_lowbit.nn import calibrate, describe_squashing, is_calibrated, quantizers
 from fairseq_lowbit.plugin.processes import (
     is_first,
-    refuse_different_models,
+    refuse_different,
     share_weights,
     together,
 )
@@ -64,7 +64,8 @@ class QuantizedTraining:
         self._collapse_watch = CollapseWatch()
         folder = Path(config.checkpoint.save_dir)
         self._files = RunFiles(folder, config.common.tensorboard_logdir)
-        refuse_different_models(self._model.plan, folder)
+        # Some processes may not see which stages of a schedule are finished.
+        refuse_different("models", lambda: (self._model.plan.to_mapping(), folder.name))
         with together():
             self._files.write_plan(self._model.plan)
 
