@@ -28,7 +28,7 @@ from fairseq_lowbit.errors import LowbitError, describe_config_error
 from fairseq_lowbit.files import writing
 from fairseq_lowbit.models import read_checkpoint, updates_of
 from fairseq_lowbit.plugin import register
-from fairseq_lowbit.plugin.continuing import OtherRun, adopt_stored_form, refuse_other_run
+from fairseq_lowbit.plugin.continuing import PATHS, OtherRun, adopt_stored_form, refuse_other_run
 from fairseq_lowbit.plugin.processes import SharedError, gather, is_first, rank, together
 from fairseq_lowbit.plugin.run_files import print_summary
 from fairseq_lowbit.plugin.stages import Schedule, Stage, stage_configs, stops_early
@@ -54,7 +54,6 @@ USER_DIR = "common.user_dir"
 # How the last line of a traceback begins that came as text.
 _MISTAKE = re.compile(r"^fairseq_lowbit\.[\w.]+\.(LowbitError|SharedError): ", re.MULTILINE)
 _LOST_PEER = re.compile(r"Connection (closed|reset) by peer")
-PATHS = (USER_DIR, "task.data", "task.label_dir", "task.teacher", "task.init_from")
 
 
 class FairseqJob(Callback):
@@ -243,7 +242,7 @@ def _make_paths_absolute(config: DictConfig, start: str) -> None:
     """Paths are meant from ``start``, where the command was started; Hydra changes into the run's
     folder before anybody opens them."""
     with read_write(config), open_dict(config):
-        for key in PATHS:
+        for key in (USER_DIR, *PATHS):
             value = OmegaConf.select(config, key)
             if value:
                 OmegaConf.update(config, key, _absolute(key, value, start))

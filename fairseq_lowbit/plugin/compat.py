@@ -27,7 +27,6 @@ from torch.multiprocessing import ProcessExitedException
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import writing
 from fairseq_lowbit.plugin import interruption
-from fairseq_lowbit.plugin.run_files import writing_tensorboard
 
 _BUFFER_BYTES = 16384
 _CPU_BACKENDS = ("legacy_ddp", "no_c10d")
@@ -118,8 +117,16 @@ def _explain_tensorboard_failures() -> None:
 
     @wraps(log)
     def explained(self: Any, *args: Any, **kwargs: Any) -> None:
-        with writing_tensorboard(self.tensorboard_logdir):
-            log(self, *args, **kwargs)
+        try:
+            with writing(self.tensorboard_logdir):
+                log(self, *args, **kwargs)
+        except LowbitError:
+            # They would try again, with a traceback each, when the interpreter ends.
+            for writer in progress_bar._tensorboard_writers.values():
+                for file in getattr(writer, "all_writers", {}).values():
+                    file.event_writer._closed = True
+            progress_bar._tensorboard_writers.clear()
+            raise
 
     progress_bar.TensorboardProgressBarWrapper._log_to_tensorboard = explained
 

@@ -21,9 +21,7 @@ from fairseq_lowbit.precision import Precision
 class HubertConfig(Architecture, FairseqDataclass):
     """Shape, regularisation and precision; the defaults are a float base-size HuBERT-FastConv."""
 
-    precision: Precision = field(
-        default_factory=Precision, metadata={"help": "name of the precision and its rules"}
-    )
+    precision: Precision = field(default_factory=Precision)
 
 
 @register_model("hubert_fastconv", dataclass=HubertConfig)

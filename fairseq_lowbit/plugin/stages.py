@@ -8,7 +8,7 @@ import copy
 import json
 import re
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Optional
 
@@ -41,16 +41,10 @@ _CONTRADICTIONS = {
 class Stage:
     """One entry of ``task.stages``."""
 
-    precision: str = field(
-        default=MISSING, metadata={"help": "a name, or its bits alone: the model's method"}
-    )
-    updates: Optional[int] = field(
-        default=None, metadata={"help": "default: optimization.max_update"}
-    )
-    teacher: str = field(
-        default=ORIGINAL, metadata={"help": "original: task.teacher; previous: the stage before"}
-    )
-    lr: Optional[float] = field(default=None, metadata={"help": "default: optimization.lr"})
+    precision: str = MISSING  # a name, or its bits alone: the model's method
+    updates: Optional[int] = None  # default: optimization.max_update
+    teacher: str = ORIGINAL  # original: task.teacher; previous: the stage before
+    lr: Optional[float] = None  # default: optimization.lr
 
 
 def read_stages(config: DictConfig) -> list[Stage]:
@@ -107,11 +101,6 @@ def _check_stages(stages: list[Stage], config: DictConfig) -> None:
             )
         if index == 0 and stage.teacher == PREVIOUS:
             raise LowbitError(f"{where}.teacher: no stage comes before the first; write {ORIGINAL}")
-        if index and stage.precision == stages[index - 1].precision:
-            raise LowbitError(
-                f"{where}.precision: the stage before is {stage.precision} too; leave one of them "
-                "out and give the other its updates"
-            )
     own = config.model.precision.name
     if stages[-1].precision != own:
         raise LowbitError(
@@ -130,12 +119,7 @@ def updates_of(stage: Stage, config: DictConfig) -> int:
 
 
 class Schedule:
-    """The stages of one run, and how far they have come in its folder.
-
-    Args:
-        stages: see :func:`read_stages`.
-        folder: ``checkpoint.save_dir`` of the run.
-    """
+    """The stages of one run, and how far they have come in its ``checkpoint.save_dir``."""
 
     def __init__(self, stages: list[Stage], folder: Path) -> None:
         self.stages = stages

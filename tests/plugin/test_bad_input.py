@@ -154,7 +154,7 @@ def test_manifests(refuse: Callable, broken: Path) -> None:
         "is empty": f"{broken}\n",
         "does not exist": original.replace(f"{broken}\n", "/moved/away\n"),
         "train.tsv:3": original.replace("\t", " ").replace(" ", "\t", 1),
-        "cannot be read": original.replace("audio/", "audios/"),
+        "files in a row are unusable": original.replace("audio/", "audios/"),
     }
     for words, content in damages.items():
         train.write_text(content)
@@ -184,8 +184,7 @@ def test_mostly_unreadable(refuse: Callable, broken: Path) -> None:
     for path in sorted((broken / "audio").glob("train*"))[2:]:
         path.write_bytes(b"not audio")
     message = refuse(f"task.data={broken}")
-    assert "14 of 16" in message
-    assert "train02.flac" in message
+    assert re.search(r"\d+ of 16 training files are unusable, listed in", message)
 
 
 def cut_short(path: Path) -> None:

@@ -114,7 +114,7 @@ def test_one_command_spawns_them_and_hands_signals_on(
     assert f"stopped by SIGTERM and saved at update {updates}: run the same command" in output
     assert sum(line.startswith("precision bitla_w2a2") for line in lines) == 1
     assert output.count(f"num_updates={updates},") == 1
-    assert {path.name for path in (folder / "tensorboard").iterdir()} >= {"train_inner", "health"}
+    assert (folder / "tensorboard" / "train_inner").is_dir()
 
 
 def test_both_stop_in_the_same_update(alone, trainer, teacher: Path, tmp_path: Path) -> None:

@@ -166,7 +166,6 @@ W2 = {"precision": "w2a2"}
         ([{"precision": "w8a8", "steps": 5}, W2], ["task.stages.0.steps", "precision, updates"]),
         ([{"precision": "w8a8"}, {**W2, "teacher": "last"}], ["stages.1.teacher", "'last'"]),
         ([{"precision": "w8a8", "teacher": "previous"}, W2], ["stages.0.teacher", "original"]),
-        ([W2, W2], ["task.stages.1.precision", "bitla_w2a2"]),
         ([{"precision": "w8"}, W2], ["stages.0.precision", "bitla_w8'", "write bitla_w8aM"]),
         ([{"precision": "w4a4"}, {"precision": "w1a1"}], ["this is a run of bitla_w2a2"]),
         ("w8a8", ["task.stages", "w8a8"]),
