@@ -161,15 +161,14 @@ class Recordings:
             except UnusableAudio as error:
                 unusable.append((name, str(error)))
                 continue
-            return Recording(candidate, line, name, self._normalized(audio), tuple(unusable))
+            waveform = torch.from_numpy(audio)
+            if self.options.normalize:
+                waveform = F.layer_norm(waveform, waveform.shape)
+            return Recording(candidate, line, name, waveform, tuple(unusable))
         raise LowbitError(
             f"{self.manifest.path}: {len(unusable)} files in a row are unusable, first "
             f"{unusable[0][1]}"
         )
-
-    def _normalized(self, audio: np.ndarray) -> Tensor:
-        waveform = torch.from_numpy(audio)
-        return F.layer_norm(waveform, waveform.shape) if self.options.normalize else waveform
 
     def cut(
         self, batch: list[Recording], lengths: list[int], epoch: int = FIRST_EPOCH

@@ -186,10 +186,11 @@ class _SpeechTask(FairseqTask):
                     logger.warning(f"skipped unusable file {reason} ({len(self.unusable)} so far)")
                 write_unusable(Path(self.cfg.output_dir), self.unusable)
         total = len(self.datasets[self.cfg.train_subset])
+        listed = Path(self.cfg.output_dir, UNUSABLE_FILE).resolve()
         if len(self.unusable) > max(1.0, self.cfg.max_unusable * total):
             raise LowbitError(
-                f"{len(self.unusable)} of {total} training files are unusable, listed in "
-                f"{Path(self.cfg.output_dir, UNUSABLE_FILE).resolve()}; repair the data or raise task.max_unusable"
+                f"{len(self.unusable)} of {total} training files are unusable, listed in {listed}; "
+                "repair the data or raise task.max_unusable"
             )
 
 
