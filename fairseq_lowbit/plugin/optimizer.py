@@ -8,30 +8,21 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.optim import FairseqOptimizer, register_optimizer
 from omegaconf import II
 
-from fairseq_lowbit.errors import LowbitError, require_number
+from fairseq_lowbit.errors import require_number
 from fairseq_lowbit.quantization.quantizer import SCALE_GROUP, SHIFT_GROUP
 from fairseq_lowbit.quantization.squashed import SQUASHED_GROUP
 
 
 @dataclass
 class LowbitAdamConfig(FairseqDataclass):
-    adam_betas: list[float] = field(
-        default_factory=lambda: [0.9, 0.98], metadata={"help": "betas of Adam"}
-    )
-    adam_eps: float = field(default=1e-6, metadata={"help": "epsilon of Adam"})
-    weight_decay: float = field(
-        default=0.01,
-        metadata={"help": "decoupled decay; squashed weights and quantizer parameters have none"},
-    )
-    scale_lr_ratio: float = field(
-        default=1.0, metadata={"help": "rate of log scales relative to optimization.lr"}
-    )
-    shift_lr_ratio: float = field(
-        default=1.0, metadata={"help": "rate of shifts relative to optimization.lr"}
-    )
-    squashed_lr_ratio: float = field(
-        default=3.0, metadata={"help": "rate of squashed weights relative to optimization.lr"}
-    )
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    adam_eps: float = 1e-6
+    # Decoupled; squashed weights and quantizer parameters have none.
+    weight_decay: float = 0.01
+    # Rates relative to optimization.lr: of log scales, of shifts, of squashed weights.
+    scale_lr_ratio: float = 1.0
+    shift_lr_ratio: float = 1.0
+    squashed_lr_ratio: float = 3.0
     lr: list[float] = II("optimization.lr")
 
 
@@ -56,10 +47,6 @@ class LowbitAdam(FairseqOptimizer):
         groups: dict[str, list] = {"weights": [], **{name: [] for name in ratios}}
         for param in params:
             groups[getattr(param, "param_group", "weights")].append(param)
-        if len(params) == 1 and params[0].dim() == 1:
-            raise LowbitError(
-                "lowbit_adam got one flat parameter: set common.fp16_no_flatten_grads=true"
-            )
         self._optimizer = torch.optim.AdamW(
             [
                 {

@@ -25,11 +25,11 @@ from fairseq_lowbit.nn import (
 )
 from fairseq_lowbit.plugin.processes import (
     is_first,
-    refuse_different_models,
+    refuse_different,
     share_weights,
     together,
 )
-from fairseq_lowbit.plugin.run_files import RunFiles
+from fairseq_lowbit.plugin.run_files import write_health, write_plan
 from fairseq_lowbit.quantization import Criterion
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class QuantizedTraining:
     Otherwise these are the first batches of the first epoch, run through the criterion.
 
     Raises:
-        LowbitError: the run's folder holds a run of another plan, or cannot be written.
+        LowbitError: the run's folder cannot be written.
     """
 
     def __init__(self, trainer: "LowbitTrainer") -> None:
@@ -66,13 +66,11 @@ class QuantizedTraining:
         self._health_batch: Any = None
         self._health_update: int | None = None
         self._collapse_watch = CollapseWatch()
-        folder = Path(config.checkpoint.save_dir)
-        self._files = RunFiles(folder, config.common.tensorboard_logdir)
-        refuse_different_models(self._model.plan, folder)
+        self._folder = Path(config.checkpoint.save_dir)
+        # Some processes may not see which stages of a schedule are finished.
+        refuse_different("models", lambda: (self._model.plan.to_mapping(), self._folder.name))
         with together():
-            self._files.refuse_other_plan(self._model.plan)
-            self._files.refuse_unwritable()
-            self._files.write_plan(self._model.plan)
+            write_plan(self._folder, self._model.plan)
 
     # Calibration
 
@@ -167,7 +165,7 @@ class QuantizedTraining:
     def _measure_health(self, update: int) -> None:
         with self._fixed_random_numbers():
             health = measure_health(self._model, self._health_batch, self._forward)
-        self._files.write_health(update, health)
+        write_health(self._folder, update, health)
         dead = collapsed_layers(health.centered_std)
         if dead:
             logger.warning(
