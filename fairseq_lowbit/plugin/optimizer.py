@@ -8,7 +8,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.optim import FairseqOptimizer, register_optimizer
 from omegaconf import II
 
-from fairseq_lowbit.errors import require_number
+from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.quantization.quantizer import SCALE_GROUP, SHIFT_GROUP
 from fairseq_lowbit.quantization.squashed import SQUASHED_GROUP
 
@@ -47,6 +47,10 @@ class LowbitAdam(FairseqOptimizer):
         groups: dict[str, list] = {"weights": [], **{name: [] for name in ratios}}
         for param in params:
             groups[getattr(param, "param_group", "weights")].append(param)
+        if len(params) == 1 and params[0].dim() == 1:
+            raise LowbitError(
+                "lowbit_adam got one flat parameter: set common.fp16_no_flatten_grads=true"
+            )
         self._optimizer = torch.optim.AdamW(
             [
                 {
