@@ -65,18 +65,25 @@ def calibrate(
     """Fits every quantizer of a quantized model to its weights and to what it sees in ``batches``.
 
     Args:
-        batches: without padding. A mapping is passed by keywords, anything else as one argument.
+        batches: a list or loader of batches without padding. A mapping is passed by keywords, a
+            tuple or list by positions, anything else as one argument.
         forward: runs the model on one batch in another way.
 
     Returns:
         by module, the share of its weights that squashing clipped.
 
     Raises:
-        RuntimeError: a quantizer that was never called.
+        LowbitError: ``batches`` is empty or itself a batch, or a quantizer was never called.
     """
+    from fairseq_lowbit.errors import LowbitError
     from fairseq_lowbit.nn import calibrate as fit
 
+    if isinstance(batches, Mapping) or hasattr(batches, "shape"):
+        raise LowbitError("batches is a single batch: give a list of batches")
+
     def call(batch: Any) -> object:
-        return model(**batch) if isinstance(batch, Mapping) else model(batch)
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
     return fit(model, batches, forward or call)

@@ -3,7 +3,6 @@
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -168,13 +167,3 @@ def meta_model(config: ModelConfig) -> Hubert:
     """The model without its weights; raises as :func:`build_model`."""
     with WithoutWeights():
         return build_model(config)
-
-
-def model_group(name: str) -> dict[str, Any]:
-    """The values of ``config/model/<name>.yaml``, what it builds on included."""
-    values: dict[str, Any] = {}
-    raw = OmegaConf.to_container(OmegaConf.load(config_dir() / "model" / f"{name}.yaml"))
-    for base in raw.pop("defaults", []):
-        if base != "_self_":
-            values |= model_group(base)
-    return values | raw

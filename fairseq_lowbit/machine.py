@@ -22,16 +22,11 @@ _ARM_FEATURES = {"asimd": "neon", "asimddp": "dotprod", "sve": "sve"}
 
 @dataclass(frozen=True)
 class Machine:
-    """What a measured time depends on.
-
-    Attributes:
-        cores: that this process may use.
-        instruction_sets: those that low-bit arithmetic profits from; None where the system does
-            not tell.
-    """
+    """What a measured time depends on."""
 
     cpu: str
-    cores: int
+    cores: int  # that this process may use
+    # Those that low-bit arithmetic profits from; None where the system does not tell.
     instruction_sets: tuple[str, ...] | None
 
     def __str__(self) -> str:

@@ -69,7 +69,7 @@ logging.getLogger().setLevel(logging.WARNING)
 from fairseq_lowbit.plugin.criterions import LowbitKdConfig, LowbitKdCriterion  # noqa: E402
 from fairseq_lowbit.plugin.models import HubertFastConvModel  # noqa: E402
 from fairseq_lowbit.plugin.optimizer import LowbitAdam, LowbitAdamConfig  # noqa: E402
-from fairseq_lowbit.plugin.run_files import RunFiles  # noqa: E402
+from fairseq_lowbit.plugin.run_files import write_health  # noqa: E402
 
 FLOAT = "float"
 PRECISIONS = ("bitla_w1a1", "bitl_w1a1", "sqwq_w1")
@@ -133,9 +133,9 @@ class Student:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def record_health(self, files: RunFiles) -> None:
+    def record_health(self, folder: Path) -> None:
         """What training does every ``health_interval`` updates."""
-        files.write_health(0, measure_health(self.model, self._health_batch))
+        write_health(folder, 0, measure_health(self.model, self._health_batch))
 
 
 def _values(config_class: type, values: Any) -> Any:
@@ -261,11 +261,10 @@ def time_parts(student: Student) -> dict[tuple[str, str], float]:
 def health_cost(student: Student, repeats: int) -> dict[str, Any]:
     """Milliseconds of steps without and with the health figures, and their share of training."""
     with tempfile.TemporaryDirectory() as folder:
-        files = RunFiles(Path(folder), str(Path(folder) / "tensorboard"))
 
         def step_with_health() -> None:
             student.step()
-            student.record_health(files)
+            student.record_health(Path(folder))
 
         plain, watched = take_turns((student.step, step_with_health), repeats)
     added = statistics.median(own - other for own, other in zip(watched, plain, strict=True))

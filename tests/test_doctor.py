@@ -112,24 +112,6 @@ def test_registration_without_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "returncode, stdout, line, problems",
-    [
-        (0, "# @package common\nuser_dir: ${fairseq_lowbit.user_dir:}\n", "composes", 0),
-        (0, "# @package common\nuser_dir: null\n", "bare defaults", 0),
-        (1, "", "failed", 1),
-    ],
-)
-def test_composition(
-    monkeypatch: pytest.MonkeyPatch, returncode: int, stdout: str, line: str, problems: int
-) -> None:
-    result = subprocess.CompletedProcess([], returncode, stdout, "Could not find 'quant/w9'")
-    monkeypatch.setattr(doctor, "composed_common", lambda: result)
-    finding = doctor.check_config()
-    assert line in finding.lines[0]
-    assert len(finding.problems) == problems
-
-
 def test_report_ends_with_problems_and_fixes() -> None:
     problem = Problem("it is broken", "do this")
     text = doctor.report([Finding("python", ("3.11",)), Finding("torch", ("none",), (problem,))])

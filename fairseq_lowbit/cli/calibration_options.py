@@ -24,9 +24,6 @@ from fairseq_lowbit.quantization.calibration import CRITERIA
 _KEYS = {
     "calibration": "task.calibration.criterion",
     "percentile": "task.calibration.percentile",
-    "calibration_batches": "task.calibration.batches",
-    "calibration_seconds": "task.calibration.max_seconds",
-    "calibration_seed": "task.calibration.seed",
 }
 _DEFAULT = Criterion()
 
@@ -57,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="OVERRIDE",
         help="Hydra override of the training that this is the start of, for example "
-        "run=demo_student or task.min_sample_size=4000 (shorter files are left out)",
+        "task.calibration.batches=16 or task.min_sample_size=4000 (shorter files are left out)",
     )
 
 
@@ -80,10 +77,10 @@ def read_config(name: str, args: argparse.Namespace) -> DictConfig:
     decided = {"model.precision.name": precision, "quant": precision, "rules": "--rules"}
     decided |= {_key(text): "--rules" for text in given}
     for option, key in _KEYS.items():
-        value = getattr(args, option, None)
+        value = getattr(args, option)
         if value is not None:
             given.append(f"{key}={value}")
-            decided[key] = f"--{option.removeprefix('calibration_')}"
+            decided[key] = f"--{option}"
     own = args.override or []
     for text in own:
         if _key(text) in decided:

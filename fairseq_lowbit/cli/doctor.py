@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import platform
 import shutil
-import subprocess
 import sys
 import sysconfig
 import warnings
@@ -69,7 +68,7 @@ def check_python() -> Finding:
 
 
 def check_torch() -> Finding:
-    """Version, build and number of threads of torch."""
+    """Version, build and number of threads of torch, and the GPUs it can use."""
     try:
         import torch
     except ImportError as error:
@@ -77,7 +76,9 @@ def check_torch() -> Finding:
         problem = Problem(f"torch cannot be imported: {error}", fix)
         return Finding("torch", ("not importable",), (problem,))
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    return Finding("torch", (f"{torch.__version__} ({build}), {torch.get_num_threads()} threads",))
+    gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    version_line = f"{torch.__version__} ({build}), {torch.get_num_threads()} threads"
+    return Finding("torch", (version_line, f"GPUs: {gpus or 'none'}"))
 
 
 def check_fairseq() -> Finding:
@@ -148,20 +149,6 @@ def check_registration() -> Finding:
     return Finding("registration", lines, problems)
 
 
-def check_config() -> Finding:
-    """Composes the primary config the way a training run does."""
-    result = composed_common()
-    if result.returncode != 0:
-        problem = Problem(
-            f"the config {PRIMARY_CONFIG} does not compose: {result.stderr.strip()}",
-            "fix the problems above first; else install again: pip install -e .",
-        )
-        return Finding("config", ("failed",), (problem,))
-    if "\nuser_dir: null" in result.stdout:  # check_hydra reports the cause
-        return Finding("config", ("fairseq's bare defaults, nothing of ours",))
-    return Finding("config", (f"{PRIMARY_CONFIG} composes",))
-
-
 def check_extras() -> Finding:
     """Optional modules: a missing one is a line, not a problem."""
     lines = []
@@ -172,14 +159,8 @@ def check_extras() -> Finding:
 
 
 def check_machine() -> Finding:
-    """Processor, its instruction sets, and GPUs."""
-    return Finding(
-        "machine",
-        (
-            f"{platform.machine()}, {this_machine()}",
-            f"GPUs: {', '.join(gpus()) or 'none'}",
-        ),
-    )
+    """Processor and its instruction sets."""
+    return Finding("machine", (f"{platform.machine()}, {this_machine()}",))
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (
@@ -188,19 +169,9 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_fairseq,
     check_hydra,
     check_registration,
-    check_config,
     check_extras,
     check_machine,
 )
-
-
-def gpus() -> list[str]:
-    """Names of the GPUs torch can use."""
-    try:
-        import torch
-    except ImportError:
-        return []
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
 def config_search_path() -> list[tuple[str, str]]:
@@ -231,13 +202,6 @@ def registered_names() -> dict[str, list[str]]:
         kind: sorted(name for name, cls in registry.items() if _is_ours(cls))
         for kind, registry in registries.items()
     }
-
-
-def composed_common() -> subprocess.CompletedProcess[str]:
-    """What training would be configured with: fairseq's own command prints the group ``common``."""
-    command = [sys.executable, "-W", "ignore", "-m", "fairseq_cli.hydra_train"]
-    options = ["--config-name", PRIMARY_CONFIG, "--cfg", "job", "--package", "common"]
-    return subprocess.run([*command, *options], capture_output=True, text=True, check=False)
 
 
 def report(findings: list[Finding]) -> str:

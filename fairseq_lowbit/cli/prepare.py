@@ -18,8 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="folder to write audio and manifests to")
     parser.add_argument("--valid-fraction", type=float, default=0.05, help="default 0.05")
     parser.add_argument("--test-fraction", type=float, default=0.1, help="default 0.1")
-    parser.add_argument("--min-seconds", type=float, default=0.5, help="skip shorter (default 0.5)")
-    parser.add_argument("--max-seconds", type=float, default=30, help="cut longer (default 30)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another split")
 
 
@@ -30,8 +28,6 @@ def run(args: argparse.Namespace) -> int:
         valid_fraction=args.valid_fraction,
         test_fraction=args.test_fraction,
         seed=args.seed,
-        min_seconds=args.min_seconds,
-        max_seconds=args.max_seconds,
     )
     table = Table()
     for column in ("split", "minutes", "files"):

@@ -13,13 +13,12 @@ from fairseq_lowbit.configurations import meta_model, model_config
 from fairseq_lowbit.errors import LowbitError, describe, require_number
 from fairseq_lowbit.profiling import Profile, profile
 from fairseq_lowbit.profiling.cost import CONVERSION_RATE
-from fairseq_lowbit.profiling.paper import ORIGINS, SOURCE, TABLE, UNITS, PaperRow
+from fairseq_lowbit.profiling.paper import REASONS, SOURCE, TABLE
 from fairseq_lowbit.profiling.tables import (
     ProfileRow,
     measured_table,
     module_rows,
     module_table,
-    paper_notes,
     paper_rows,
     paper_table,
     profile_row,
@@ -36,7 +35,6 @@ HELP = (
 # What estimated and measured runtimes are relative to.
 REFERENCE = "hubert_fastconv"
 _PAPER_SECONDS = 10.0
-_PaperRows = list[tuple[PaperRow, list[ProfileRow]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -213,24 +211,19 @@ def _print_tables(rows: list[ProfileRow], args: argparse.Namespace) -> None:
 
 
 def _paper(reference: Profile, args: argparse.Namespace) -> int:
-    rows: _PaperRows = []
+    cells: list[ProfileRow] = []
     for published in TABLE:
         model = meta_model(model_config(published.precision, [f"model={published.model}"]))
         counted = profile(model, published.name, _PAPER_SECONDS)
         if published.without_final_projection:
             costs = tuple(c for c in counted.costs if c.module != "final_proj")
             counted = replace(counted, costs=costs)
-        row = profile_row(counted, reference, args.conversion_rate)
-        rows.append((published, paper_rows(published, row)))
+        cells += paper_rows(published, profile_row(counted, reference, args.conversion_rate))
     if args.json:
-        print(json.dumps([cell for _, cells in rows for cell in cells], indent=1))
-    else:
-        _print_paper(rows, args)
+        print(json.dumps(cells, indent=1))
+        return 0
+    print_table(paper_table(cells))
+    print(f"{SOURCE}. K = {args.conversion_rate:g}.")
+    print("WER is measured, not counted: this code has not been run at that scale.")
+    print("\n".join(REASONS))
     return 0
-
-
-def _print_paper(rows: _PaperRows, args: argparse.Namespace) -> None:
-    print_table(paper_table(rows))
-    print(f"{SOURCE}. K = {args.conversion_rate:g}.\n{UNITS}\n{ORIGINS}")
-    print("WER is measured, not counted: this code has not been run at that scale.\n")
-    print("\n".join(paper_notes(rows)))

@@ -75,15 +75,13 @@ def run_targets(targets: Mapping[str, Target], args: argparse.Namespace) -> Outc
         for name, target in targets.items()
     ]
     grid = conditions(lengths(args), (1, usable_cores()))
-    record, problems, is_interrupted = TimingRecord(), [], False
+    record, is_interrupted = TimingRecord(), False
     try:
         time_models(models, grid, args.repeats or _REPEATS, record, _announce)
-    except LowbitError as error:
-        problems.append(str(error))
     except KeyboardInterrupt:
         is_interrupted = True
-    problems += [f"{name}: {reason}" for name, reason in record.failures.items()]
-    return Outcome(record, tuple(problems), is_interrupted)
+    problems = tuple(f"{name}: {reason}" for name, reason in record.failures.items())
+    return Outcome(record, problems, is_interrupted)
 
 
 def _announce(what: str) -> None:

@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 from fairseq_lowbit.cli import calibration_options
-from fairseq_lowbit.data.calibration_audio import CalibrationAudio
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import load_model, write_model
@@ -23,28 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="checkpoint to write (default ptq_<precision>.pt)")
     calibration_options.add_arguments(parser)
     parser.add_argument("--split", default="train", help="manifest to calibrate on (train)")
-    parser.add_argument(
-        "--batches",
-        dest="calibration_batches",
-        type=int,
-        metavar="N",
-        help=f"calibrate on N batches of {CalibrationAudio.batch_size} utterances "
-        f"({CalibrationAudio.batches})",
-    )
-    parser.add_argument(
-        "--seconds",
-        dest="calibration_seconds",
-        type=float,
-        metavar="S",
-        help=f"cut utterances to S seconds ({CalibrationAudio.max_seconds:g})",
-    )
-    parser.add_argument(
-        "--seed",
-        dest="calibration_seed",
-        type=int,
-        metavar="K",
-        help=f"which utterances ({CalibrationAudio.seed})",
-    )
 
 
 def run(args: argparse.Namespace) -> int:

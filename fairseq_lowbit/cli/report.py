@@ -32,9 +32,10 @@ from fairseq_lowbit.report.overview.comparison import (
 )
 from fairseq_lowbit.report.page.page import Page, Pictures, write_page
 from fairseq_lowbit.report.sections import Sections
-from fairseq_lowbit.report.sources import Sources, read_sources
 from fairseq_lowbit.report.subjects import Subject, gather
 from fairseq_lowbit.runs.collection import Entry, collect, model_records
+from fairseq_lowbit.runs.columns import ModelRecord
+from fairseq_lowbit.runs.tables import read_csv
 
 HELP = "one page from runs, checkpoints and tables: costs, quality, curves, the insides of models"
 MOST_DISSECTED = 3
@@ -52,8 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="SOURCE",
         type=Path,
-        help="a run, a folder with runs, a checkpoint (.pt), a table of sweep-table --csv, or a "
-        "comparison.json of evaluate",
+        help="a run, a folder with runs, a checkpoint (.pt), or a table of sweep-table --csv",
     )
     parser.add_argument(
         "-o",
@@ -63,10 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the page (report.html)",
     )
-    parser.add_argument(
-        "--figures", type=Path, metavar="DIR", help="PNG and PDF files (<page>_figures beside it)"
-    )
-    parser.add_argument("--title", default="Low-bit speech models", help="of the page")
     add_measuring_arguments(parser)
     parser.add_argument(
         "--dissect",
@@ -80,19 +76,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    figures = args.figures or args.out.with_name(f"{args.out.stem}_figures")
+    figures = args.out.with_name(f"{args.out.stem}_figures")
     check_measuring_arguments(args)
     if args.dissect and args.no_dissect:
         raise LowbitError("--dissect and --no-dissect contradict each other")
-    sources = read_sources(args.sources)
-    entries = with_places(collect(sources.places), args)
-    _check_content(entries, sources, args.dissect)
+    tables = [path for path in args.sources if path.suffix == ".csv"]
+    places = [path for path in args.sources if path not in tables]
+    known, problems = _read_tables(tables)
+    entries = with_places(collect(places), args)
+    if not known and not any(entry.run for entry in entries):
+        raise LowbitError("; ".join([*problems, *(f"{e.name}: {e.problem}" for e in entries)]))
+    _check_dissect(entries, args.dissect)
     for path in (args.out, figures / "any"):
         check_writable(path)
     measure_entries(entries, args.seconds, only_known=args.no_evaluate)
     groups = model_records(entries, "storage")
-    subjects = gather((r for group in groups for r in group), sources.records)
-    page = _page(args, sources, subjects, Pictures(figures))
+    subjects = gather([r for group in groups for r in group], known)
+    page = _page(args, problems, subjects, Pictures(figures))
     write_page(page, args.out)
     for problem in page.problems:
         print(f"problem: {problem}", file=sys.stderr)
@@ -101,11 +101,19 @@ def run(args: argparse.Namespace) -> int:
     return int(bool(page.problems))
 
 
-def _check_content(entries: Sequence[Entry], sources: Sources, dissect: Sequence[str]) -> None:
-    """Raises LowbitError if there is nothing to show, or --dissect names an unknown run."""
-    if not sources.records and not any(entry.run for entry in entries):
-        known = [f"{entry.name}: {entry.problem}" for entry in entries]
-        raise LowbitError("; ".join([*sources.problems, *known]))
+def _read_tables(paths: Sequence[Path]) -> tuple[list[ModelRecord], list[str]]:
+    """The rows of tables, and why a table cannot be read."""
+    records, problems = [], []
+    for path in paths:
+        try:
+            records += read_csv(path)
+        except LowbitError as error:
+            problems.append(str(error))
+    return records, problems
+
+
+def _check_dissect(entries: Sequence[Entry], dissect: Sequence[str]) -> None:
+    """Raises LowbitError if --dissect names an unknown run."""
     names = [entry.name for entry in entries if entry.run and entry.run.updates is not None]
     unknown = [name for name in dissect if name not in names]
     if unknown:
@@ -116,7 +124,7 @@ def _check_content(entries: Sequence[Entry], sources: Sources, dissect: Sequence
 
 
 def _page(
-    args: argparse.Namespace, sources: Sources, subjects: list[Subject], pictures: Pictures
+    args: argparse.Namespace, problems: list[str], subjects: list[Subject], pictures: Pictures
 ) -> Page:
     colored = colors(subjects)
     chosen, why = _chosen(subjects, args)
@@ -127,13 +135,11 @@ def _page(
     )
     columns, lines = comparison(subjects, colored)
     return Page(
-        title=args.title,
         created=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         summary=summary_of(subjects),
-        problems=[*sources.problems, *problems_of(subjects), *sections.problems],
+        problems=[*problems, *problems_of(subjects), *sections.problems],
         columns=columns,
         lines=lines,
-        findings=sources.findings,
         sections=drawn,
         details=all_details(subjects),
         environment=[(found.topic, found.lines) for found in (check() for check in _ENVIRONMENT)],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import gcd
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import soundfile
@@ -12,6 +14,7 @@ from scipy.signal import resample_poly
 from fairseq_lowbit.errors import LowbitError
 
 SAMPLE_RATE = 16000
+Content = TypeVar("Content")
 
 
 class UnusableAudio(LowbitError):
@@ -19,18 +22,12 @@ class UnusableAudio(LowbitError):
 
     def __init__(self, path: str | Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
-        self.path = Path(path)
         self.reason = reason
 
 
 def audio_info(path: str | Path) -> soundfile._SoundFileInfo:
     """Header facts (samplerate, channels, frames); raises UnusableAudio when there is no header."""
-    if not Path(path).is_file():
-        raise UnusableAudio(path, "no such file")
-    try:
-        return soundfile.info(str(path))
-    except (soundfile.SoundFileError, OSError, TypeError) as error:
-        raise UnusableAudio(path, f"unreadable ({error})") from error
+    return _open(path, soundfile.info)
 
 
 def read_audio(path: str | Path, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
@@ -38,7 +35,7 @@ def read_audio(path: str | Path, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
 
     Raises UnusableAudio when it is unreadable, empty, constant, non-finite, or in another format.
     """
-    samples, rate = _read(path)
+    samples, rate = _open(path, _read)
     if rate != sample_rate:
         raise UnusableAudio(path, f"{rate} Hz where {sample_rate} Hz is needed")
     if samples.shape[1] != 1:
@@ -51,7 +48,7 @@ def convert_audio(path: str | Path, sample_rate: int = SAMPLE_RATE) -> np.ndarra
 
     Raises UnusableAudio only when nothing can be made of the file.
     """
-    samples, rate = _read(path)
+    samples, rate = _open(path, _read)
     mono = _checked(path, samples.mean(axis=1))
     if rate == sample_rate:
         return mono
@@ -59,12 +56,16 @@ def convert_audio(path: str | Path, sample_rate: int = SAMPLE_RATE) -> np.ndarra
     return resample_poly(mono, sample_rate // common, rate // common).astype(np.float32)
 
 
-def _read(path: str | Path) -> tuple[np.ndarray, int]:
+def _read(path: str) -> tuple[np.ndarray, int]:
     """Samples, float32 [samples, channels], and the rate in Hz."""
+    return soundfile.read(path, dtype="float32", always_2d=True)
+
+
+def _open(path: str | Path, read: Callable[[str], Content]) -> Content:
     if not Path(path).is_file():
         raise UnusableAudio(path, "no such file")
     try:
-        return soundfile.read(str(path), dtype="float32", always_2d=True)
+        return read(str(path))
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         raise UnusableAudio(path, f"unreadable ({error})") from error
 

@@ -1,7 +1,7 @@
 """What is calibrated on, before training and without any: seeded batches of which little is cut."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -14,22 +14,12 @@ from fairseq_lowbit.errors import require_number
 
 @dataclass(frozen=True)
 class CalibrationAudio:
-    """How much audio is calibrated on.
+    """How much audio is calibrated on; raises LowbitError for a value that makes no sense."""
 
-    Attributes:
-        batches: at most; fewer where there are not as many utterances.
-        batch_size: utterances per batch.
-        max_seconds: longest cut of an utterance.
-        seed: which utterances.
-
-    Raises:
-        LowbitError: a value that makes no sense.
-    """
-
-    batches: int = 8
-    batch_size: int = 4
-    max_seconds: float = 10.0
-    seed: int = 1
+    batches: int = 8  # at most; fewer where there are not as many utterances
+    batch_size: int = 4  # utterances per batch
+    max_seconds: float = 10.0  # longest cut of an utterance
+    seed: int = 1  # which utterances
 
     def __post_init__(self) -> None:
         for name, least in (("batches", 1), ("batch_size", 1), ("seed", 0)):
@@ -39,10 +29,6 @@ class CalibrationAudio:
     @classmethod
     def from_config(cls, calibration: "CalibrationConfig") -> "CalibrationAudio":
         return cls(**{entry.name: getattr(calibration, entry.name) for entry in fields(cls)})
-
-    def require(self, frame: int, rate: int = SAMPLE_RATE) -> None:
-        """Raises LowbitError when utterances are cut to less than a frame of so many samples."""
-        require_number("calibration.max_seconds", self.max_seconds, frame / rate)
 
     def samples(self, rate: int = SAMPLE_RATE) -> int:
         """Longest cut in samples."""
@@ -75,32 +61,17 @@ class CalibrationAudio:
 class CalibrationConfig:
     """The ``task.calibration`` section of a training configuration."""
 
-    batches: int = field(
-        default=CalibrationAudio.batches, metadata={"help": "batches of the calibration pass"}
-    )
-    batch_size: int = field(
-        default=CalibrationAudio.batch_size, metadata={"help": "utterances per batch"}
-    )
-    max_seconds: float = field(
-        default=CalibrationAudio.max_seconds, metadata={"help": "longest cut of an utterance"}
-    )
-    seed: int = field(default=CalibrationAudio.seed, metadata={"help": "which utterances"})
-    criterion: str = field(
-        default="mse", metadata={"help": "what a scale fits: mse, absmax or percentile"}
-    )
-    percentile: float = field(
-        default=99.9, metadata={"help": "percentage of magnitudes that are not clipped"}
-    )
+    batches: int = CalibrationAudio.batches
+    batch_size: int = CalibrationAudio.batch_size
+    max_seconds: float = CalibrationAudio.max_seconds
+    seed: int = CalibrationAudio.seed
+    criterion: str = "mse"  # what a scale fits: mse, absmax or percentile
+    percentile: float = 99.9  # percentage of magnitudes that are not clipped
 
 
 class CalibrationBatch(NamedTuple):
-    """Attributes:
-    waveform: [batch, samples], all of it valid.
-    unusable: (name, reason) of files that others were read in place of.
-    """
-
-    waveform: Tensor
-    unusable: list[tuple[str, str]]
+    waveform: Tensor  # [batch, samples], all of it valid
+    unusable: list[tuple[str, str]]  # (name, reason) of files that others were read in place of
 
 
 def calibration_batches(
@@ -115,7 +86,7 @@ def calibration_batches(
         LowbitError: utterances are cut to less than a frame; too many files are unusable.
     """
     rate = recordings.options.sample_rate
-    audio.require(frame, rate)
+    require_number("calibration.max_seconds", audio.max_seconds, frame / rate)
     drawn = audio.draw(recordings.sizes, rate)
     return (_unpadded(recordings, indices, audio.samples(rate)) for indices in drawn)
 

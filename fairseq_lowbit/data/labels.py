@@ -24,14 +24,12 @@ _NO_FRAMES = np.empty((0, 39), dtype=np.float32)
 
 @dataclass(frozen=True)
 class Clusters:
-    """A fitted k-means model with the statistics its features are standardised by.
+    """A fitted k-means model with the statistics its features are standardised by: the deltas are
+    an order of magnitude smaller than the cepstra and would not count otherwise."""
 
-    `centers` is [clusters, 39] in standardised units, `mean` and `deviation` are [39].
-    """
-
-    centers: np.ndarray
-    mean: np.ndarray
-    deviation: np.ndarray
+    centers: np.ndarray  # [clusters, 39] in standardised units
+    mean: np.ndarray  # [39]
+    deviation: np.ndarray  # [39]
     label_rate: int
 
     def assign(self, features: np.ndarray) -> np.ndarray:
@@ -43,16 +41,6 @@ class Clusters:
     def save(self, path: str | Path) -> None:
         with atomic_write(path, "wb") as file:
             np.savez(file, **vars(self))
-
-    @classmethod
-    def load(cls, path: str | Path) -> Clusters:
-        """Raises LowbitError when the file is missing or not such a model."""
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                fields = {name: arrays[name] for name in cls.__dataclass_fields__}
-        except (OSError, KeyError, ValueError) as error:
-            raise LowbitError(f"{path} is not a k-means model of this package: {error}") from error
-        return cls(**fields | {"label_rate": int(fields["label_rate"])})
 
 
 @dataclass
@@ -79,13 +67,11 @@ def make_labels(
     """Labels every file of `<split>.tsv` in `data_dir`; writes `<split>.km` next to it.
 
     k-means is fitted on at most `fit_seconds` of randomly chosen files of the first split only.
-    Features are standardised per dimension with the statistics of those files: the deltas are an
-    order of magnitude smaller than the cepstra and would not count otherwise. Also writes
-    `dict.km.txt` (the dictionary for fairseq) and `kmeans.npz` (see `Clusters`).
+    Also writes `dict.km.txt` (the dictionary for fairseq) and `kmeans.npz` (see `Clusters`).
 
     Label t stands for samples t * hop to t * hop + 400 with hop = 16000 / label_rate, which is the
     field of view of the convolutional front-end: at 50 Hz there are exactly as many labels as
-    frames. A file that cannot be used gets an empty line, a warning and a place in the summary.
+    frames. A file that cannot be used gets an empty line and a place in the summary.
 
     Raises LowbitError for missing manifests or too little usable audio.
     """

@@ -15,7 +15,8 @@ FRAME_RATE = 100
 _CEPSTRA = 13
 _MEL_BINS = 23
 _LOWEST_HZ = 20.0
-_LIFTER = 22
+# Raises the higher cepstra, which are small, to about the scale of the lower.
+_LIFTER = 1 + 22 / 2 * np.sin(np.pi * np.arange(_CEPSTRA) / 22)
 _PREEMPHASIS = 0.97
 _DELTA_REACH = 2
 # Kaldi's floor below which an energy counts as none: the resolution of float32.
@@ -50,22 +51,13 @@ def _cepstra(samples: np.ndarray, sample_rate: int) -> np.ndarray:
     frames = frames - frames.mean(axis=1, keepdims=True)
     # The first sample has no predecessor and stands in for it.
     previous = np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
-    frames = (frames - _PREEMPHASIS * previous) * _povey_window(window)
+    # Povey's window is one of Hann with steeper flanks.
+    frames = (frames - _PREEMPHASIS * previous) * np.hanning(window) ** 0.85
     size = 1 << (window - 1).bit_length()
     power = np.abs(np.fft.rfft(frames, size)) ** 2
     energies = power[:, : size // 2] @ _mel_filters(size, sample_rate)
     cepstra = dct(np.log(np.maximum(energies, _FLOOR)), norm="ortho")[:, :_CEPSTRA]
-    return cepstra * _lifter()
-
-
-def _povey_window(length: int) -> np.ndarray:
-    """A Hann window to the power 0.85: the ends are zero but the flanks are steeper."""
-    return np.hanning(length) ** 0.85
-
-
-def _lifter() -> np.ndarray:
-    """Raises the higher cepstra, which are small, to about the scale of the lower: [13]."""
-    return 1 + _LIFTER / 2 * np.sin(np.pi * np.arange(_CEPSTRA) / _LIFTER)
+    return cepstra * _LIFTER
 
 
 @lru_cache(maxsize=4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from fairseq_lowbit.data.manifest import write_manifest
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import atomic_write
 
+MIN_SECONDS, MAX_SECONDS = 0.5, 30.0
 # With this many folders they are taken for speakers (or books, or sessions) and kept whole.
 _LEAST_FOLDERS = 10
 _SPLITS = ("test", "valid", "train")
@@ -63,25 +63,20 @@ def prepare_directory(
     valid_fraction: float = 0.05,
     test_fraction: float = 0.1,
     seed: int = 0,
-    min_seconds: float = 0.5,
-    max_seconds: float = 30.0,
 ) -> PrepareSummary:
     """Converts the audio under `source` to 16 kHz mono FLAC in `out/audio` and splits it.
 
-    Files longer than `max_seconds` are cut into equal pieces; shorter than `min_seconds` or
-    unusable ones are listed in `out/skipped.txt`. Train, valid and test share no source file and,
+    Files longer than 30 s are cut into equal pieces; shorter than half a second or unusable ones
+    are listed in `out/skipped.txt`. Train, valid and test share no source file and,
     where there are ten folders or more, no folder. A second run converts only what is missing.
 
-    Raises LowbitError when nothing usable is found, when there is too little for three splits, or
-    when `out` holds a corpus made with other lengths.
+    Raises LowbitError when nothing usable is found, or too little for three splits.
     """
     source, out = Path(source), Path(out)
-    _check_options(source, valid_fraction, test_fraction, min_seconds, max_seconds)
+    _check_options(source, valid_fraction, test_fraction)
     found = _find_audio(source, out)
-    _remember_lengths(out, min_seconds, max_seconds)
-    results = _convert_all(
-        found, lambda path: _convert(source, path, out, min_seconds, max_seconds)
-    )
+    out.mkdir(parents=True, exist_ok=True)
+    results = _convert_all(found, lambda path: _convert(source, path, out))
     skipped = [(str(r.source), r.problem) for r in results if r.problem]
     with atomic_write(out / "skipped.txt") as file:
         file.writelines(f"{name}\t{reason}\n" for name, reason in skipped)
@@ -101,19 +96,13 @@ def prepare_directory(
     return summary
 
 
-def _check_options(
-    source: Path, valid_fraction: float, test_fraction: float, shortest: float, longest: float
-) -> None:
+def _check_options(source: Path, valid_fraction: float, test_fraction: float) -> None:
     if not source.is_dir():
         raise LowbitError(f"{source} is not a folder")
     if min(valid_fraction, test_fraction) <= 0 or valid_fraction + test_fraction >= 1:
         raise LowbitError(
             "the fractions for valid and test must be positive and leave something to train on, "
             f"not {valid_fraction} and {test_fraction}"
-        )
-    if not 0 <= shortest <= longest / 2:  # equal pieces may be half as long as the longest
-        raise LowbitError(
-            f"min_seconds must be at most half of max_seconds, not {shortest} and {longest}"
         )
 
 
@@ -132,24 +121,13 @@ def _find_audio(source: Path, out: Path) -> list[PurePath]:
     return found
 
 
-def _remember_lengths(out: Path, shortest: float, longest: float) -> None:
-    """Refuses to mix pieces of different runs: finished files are not looked into again."""
-    (out / "audio").mkdir(parents=True, exist_ok=True)
-    path = out / "prepare.json"
-    lengths = {"min_seconds": shortest, "max_seconds": longest}
-    if path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))) != lengths:
-        raise LowbitError(f"{out} was prepared with {before}, not {lengths}: use another folder")
-    with atomic_write(path) as file:
-        json.dump(lengths, file)
-
-
 def _convert_all(paths: list[PurePath], convert: Callable[[PurePath], _Result]) -> list[_Result]:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         bar = tqdm(pool.map(convert, paths), "files", len(paths), disable=None, leave=False)
         return list(bar)
 
 
-def _convert(source: Path, path: PurePath, out: Path, shortest: float, longest: float) -> _Result:
+def _convert(source: Path, path: PurePath, out: Path) -> _Result:
     # The extension stays in the name: a folder may hold both talk.wav and talk.mp3.
     target = PurePath("audio", path.parent, f"{path.stem}_{path.suffix[1:]}")
     if finished := _finished(out, target):
@@ -158,10 +136,10 @@ def _convert(source: Path, path: PurePath, out: Path, shortest: float, longest: 
         if set("\t\n\r") & set(str(path)):
             raise UnusableAudio(path, "its name would break the lines of a manifest")
         samples = convert_audio(source / path)
-        if len(samples) < shortest * SAMPLE_RATE:
+        if len(samples) < MIN_SECONDS * SAMPLE_RATE:
             seconds = len(samples) / SAMPLE_RATE
-            raise UnusableAudio(path, f"{seconds:.2f} s are less than {shortest} s")
-        return _Result(path, _write_pieces(out, target, samples, longest))
+            raise UnusableAudio(path, f"{seconds:.2f} s are less than {MIN_SECONDS} s")
+        return _Result(path, _write_pieces(out, target, samples))
     except UnusableAudio as error:
         return _Result(path, [], problem=error.reason)
 
@@ -183,11 +161,9 @@ def _is_piece(path: Path, target: PurePath) -> bool:
     return path.suffix == ".flac" and stem == target.name and number.isdecimal()
 
 
-def _write_pieces(
-    out: Path, target: PurePath, samples: np.ndarray, longest: float
-) -> list[tuple[str, int]]:
-    """Writes equal pieces of at most `longest` seconds, from the last to the first."""
-    count = ceil(len(samples) / (longest * SAMPLE_RATE))
+def _write_pieces(out: Path, target: PurePath, samples: np.ndarray) -> list[tuple[str, int]]:
+    """Writes equal pieces, from the last to the first."""
+    count = ceil(len(samples) / (MAX_SECONDS * SAMPLE_RATE))
     pcm = np.round(np.clip(samples, -1, 1) * 32767).astype(np.int16)
     pieces = []
     for i, piece in reversed(list(enumerate(np.array_split(pcm, count)))):

@@ -1,6 +1,6 @@
 """The usable recordings of a manifest, as training and calibration read and cut them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from logging import getLogger
 from typing import Optional
 
@@ -25,47 +25,20 @@ class AudioConfig:
     """The keys of a training configuration's ``task`` section that say how utterances are chosen,
     read and cut."""
 
-    sample_rate: int = field(default=SAMPLE_RATE, metadata={"help": "rate of the audio in Hz"})
-    normalize: bool = field(
-        default=False, metadata={"help": "zero mean, unit variance per utterance"}
-    )
-    pad_audio: bool = field(
-        default=False, metadata={"help": "pad a batch to its longest instead of cutting it"}
-    )
-    random_crop: bool = field(default=True, metadata={"help": "cut at a random place"})
-    min_sample_size: Optional[int] = field(
-        default=None, metadata={"help": "leave out shorter utterances, in samples"}
-    )
-    max_keep_size: Optional[int] = field(
-        default=None, metadata={"help": "leave out longer utterances, in samples"}
-    )
-    max_sample_size: Optional[int] = field(
-        default=250_000, metadata={"help": "cut utterances to this many samples"}
-    )
-
-
-def check_sizes(task: AudioConfig) -> None:
-    """Raises LowbitError for limits between which no utterance can be."""
-    shortest, longest = task.min_sample_size or 0, task.max_keep_size
-    require_number("task.min_sample_size", shortest, 0)
-    if longest is not None and longest < shortest:
-        raise LowbitError(
-            f"task.max_keep_size {longest} is less than task.min_sample_size {shortest} and leaves "
-            "no utterance: raise the one or lower the other"
-        )
+    sample_rate: int = SAMPLE_RATE  # of the audio in Hz
+    normalize: bool = False  # zero mean, unit variance per utterance
+    pad_audio: bool = False  # pad a batch to its longest instead of cutting it
+    random_crop: bool = True  # cut at a random place
+    # In samples: shorter and longer utterances are left out, others are cut.
+    min_sample_size: Optional[int] = None
+    max_keep_size: Optional[int] = None
+    max_sample_size: Optional[int] = 250_000
 
 
 @dataclass(frozen=True)
 class AudioOptions:
-    """How utterances are chosen, read and cut; sizes in samples.
-
-    Attributes:
-        label_rate: labels per second; a cut begins with a whole one, so that labels and frames
-            stay aligned.
-
-    Raises:
-        LowbitError: a rate that makes no sense.
-    """
+    """How utterances are chosen, read and cut; sizes in samples. Raises LowbitError for a rate that
+    makes no sense."""
 
     sample_rate: int = SAMPLE_RATE
     normalize: bool = False
@@ -75,6 +48,7 @@ class AudioOptions:
     max_keep: int | None = None
     max_size: int | None = None
     seed: int = 1
+    # Labels per second: a cut begins with a whole one, so that labels and frames stay aligned.
     label_rate: float = LABEL_RATE
 
     def __post_init__(self) -> None:
@@ -88,12 +62,17 @@ class AudioOptions:
         Args:
             task: its ``task`` section, with ``label_rate`` where there are labels.
             frame: samples of the model's first frame, the least that a recording must have.
-            seed: its ``common.seed``.
 
         Raises:
             LowbitError: limits between which no utterance or no frame can be.
         """
-        check_sizes(task)
+        shortest, longest = task.min_sample_size or 0, task.max_keep_size
+        require_number("task.min_sample_size", shortest, 0)
+        if longest is not None and longest < shortest:
+            raise LowbitError(
+                f"task.max_keep_size {longest} is less than task.min_sample_size {shortest} and "
+                "leaves no utterance: raise the one or lower the other"
+            )
         if task.max_sample_size is not None and task.max_sample_size < frame:
             raise LowbitError(
                 f"task.max_sample_size {task.max_sample_size}: one frame of this model takes "
@@ -104,8 +83,8 @@ class AudioOptions:
             normalize=task.normalize,
             pad_audio=task.pad_audio,
             random_crop=task.random_crop,
-            min_size=max(frame, task.min_sample_size or 0),
-            max_keep=task.max_keep_size,
+            min_size=max(frame, shortest),
+            max_keep=longest,
             max_size=task.max_sample_size,
             seed=seed,
             label_rate=getattr(task, "label_rate", LABEL_RATE),
@@ -114,20 +93,13 @@ class AudioOptions:
 
 @dataclass(frozen=True)
 class Recording:
-    """One recording that was read.
+    """One recording that was read."""
 
-    Attributes:
-        index: among the usable recordings.
-        line: of the manifest.
-        audio: [samples].
-        unusable: (name, reason) of the files that it is read in place of.
-    """
-
-    index: int
-    line: int
+    index: int  # among the usable recordings
+    line: int  # of the manifest
     name: str
-    audio: Tensor
-    unusable: tuple[tuple[str, str], ...] = ()
+    audio: Tensor  # [samples]
+    unusable: tuple[tuple[str, str], ...] = ()  # (name, reason) of files it is read in place of
 
 
 class Recordings:
@@ -189,15 +161,14 @@ class Recordings:
             except UnusableAudio as error:
                 unusable.append((name, str(error)))
                 continue
-            return Recording(candidate, line, name, self._normalized(audio), tuple(unusable))
+            waveform = torch.from_numpy(audio)
+            if self.options.normalize:
+                waveform = F.layer_norm(waveform, waveform.shape)
+            return Recording(candidate, line, name, waveform, tuple(unusable))
         raise LowbitError(
             f"{self.manifest.path}: {len(unusable)} files in a row are unusable, first "
             f"{unusable[0][1]}"
         )
-
-    def _normalized(self, audio: np.ndarray) -> Tensor:
-        waveform = torch.from_numpy(audio)
-        return F.layer_norm(waveform, waveform.shape) if self.options.normalize else waveform
 
     def cut(
         self, batch: list[Recording], lengths: list[int], epoch: int = FIRST_EPOCH

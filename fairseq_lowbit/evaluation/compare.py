@@ -8,14 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.probe import Probe
 from fairseq_lowbit.evaluation.quality import (
     Candidate,
     HeldOut,
     Quality,
     Reference,
-    read_quality,
 )
 from fairseq_lowbit.files import atomic_write
 from fairseq_lowbit.models import LoadedModel
@@ -71,21 +69,6 @@ class Comparison:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / COMPARISON_FILE) as file:
             json.dump({**asdict(self), "findings": self.findings()}, file, indent=1)
-
-    @classmethod
-    def read(cls, path: Path) -> "Comparison":
-        """Reads the file of :meth:`write`.
-
-        Raises:
-            LowbitError: it is another kind of file.
-        """
-        try:
-            stored = json.loads(path.read_text())
-            probe = stored["untrained_probe"]
-            untrained = probe and Probe(tuple(probe["mean"]), tuple(probe["std"]))
-            return cls(tuple(read_quality(row) for row in stored["rows"]), untrained)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise LowbitError(f"{path} is not a comparison of fairseq-lowbit evaluate") from error
 
 
 def compare(

@@ -1,6 +1,7 @@
 """Attaching quantizers to a float model's operators by a plan, and calibrating them."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from fairseq_lowbit.quantization.calibration import MSE, Calibrator, fit_weight_
 from fairseq_lowbit.quantization.quantizer import LearnedQuantizer
 
 Batch = TypeVar("Batch")
+_NAMED = 3
 
 
 def sites(model: nn.Module) -> list[Site]:
@@ -298,14 +300,15 @@ def calibrate(
 
     Args:
         batches: without padding, the same on every process.
-        forward: runs ``model`` on one batch; every quantizer must be reached.
+        forward: runs ``model`` on one batch; every quantizer must be called.
         criterion: what makes a scale fit.
 
     Returns:
         by module, the share of its weights that squashing clipped.
 
     Raises:
-        RuntimeError: a quantizer that ``forward`` never called.
+        LowbitError: there is no batch, or a quantizer that ``forward`` never called. After this or
+            an exception of ``forward`` the quantizers of activations are uncalibrated.
     """
     clipped = _calibrate_weights(model, criterion)
     activations = [
@@ -318,17 +321,48 @@ def calibrate(
     for quantizer in activations:
         quantizer.start_calibration(Calibrator(criterion))
     try:
-        for batch in batches:
-            forward(batch)
+        with every_quantizer_called(model):
+            count = sum(1 for _ in map(forward, batches))
+            if not count:
+                raise LowbitError("there is no batch to calibrate on")
+    except BaseException:
+        for quantizer in activations:
+            quantizer.mark_calibrated(False)
+        raise
     finally:
         for quantizer in activations:
             quantizer.finish_calibration()
         for module, is_training in modes.items():
             module.training = is_training
-    idle = [name for name, quantizer in quantizers(model) if not quantizer.is_calibrated]
-    if idle:
-        raise RuntimeError(f"calibration never reached {len(idle)} quantizers, first {idle[0]}")
     return clipped
+
+
+@contextmanager
+def every_quantizer_called(model: nn.Module) -> Iterator[None]:
+    """Around forwards of ``model`` that have to call every quantizer: what reads a module's weight
+    instead of calling the module would compute with a float weight, or with a squashed one as if it
+    were float.
+
+    Raises:
+        LowbitError: with the first quantizers that were not called.
+    """
+    idle = dict.fromkeys(name for name, _ in quantizers(model))
+    handles = [
+        quantizer.register_forward_hook(lambda *_, name=name: idle.pop(name, None))
+        for name, quantizer in quantizers(model)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if idle:
+        more = f" and {len(idle) - _NAMED} more" if len(idle) > _NAMED else ""
+        raise LowbitError(
+            f"a forward of {type(model).__name__} never calls {', '.join(list(idle)[:_NAMED])}"
+            f"{more}. The model has to call their modules instead of reading the weights; or leave "
+            "these modules float with a rule of method none"
+        )
 
 
 def _calibrate_weights(model: nn.Module, criterion: Criterion) -> dict[str, float]:

@@ -27,7 +27,7 @@ from fairseq_lowbit.nn.operators import (
     WeightNormConv1d,
     weight_norm_hook,
 )
-from fairseq_lowbit.precision import InputKind, Precision, Role, Rule
+from fairseq_lowbit.precision import InputKind, Plan, Precision, Role, Rule
 from fairseq_lowbit.quantization import Quantizer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -94,6 +94,11 @@ def quantize(
     """Puts quantizers into ``model``, in place; see :func:`fairseq_lowbit.quantize`."""
     if not isinstance(model, nn.Module):
         raise LowbitError(f"quantize takes a torch module, not a {type(model).__name__}")
+    if not isinstance(getattr(model, "plan", None), Plan | None):
+        raise LowbitError(
+            f"{type(model).__name__} has an attribute plan of its own, which is where the resolved "
+            "precision is kept: rename it"
+        )
     precision = _with_rules(precision, rules)
     before: list[_Snapshot] = []
     try:
@@ -122,8 +127,10 @@ def _with_rules(precision: str | Precision, rules: Iterable[Rule | Mapping[str, 
     if isinstance(precision, str):
         precision = Precision(precision)
     try:
-        rules = [rule if isinstance(rule, Rule) else Rule(**rule) for rule in rules]
-    except TypeError as error:
+        if isinstance(rules, str | Mapping | Rule):
+            raise TypeError(f"it is a {type(rules).__name__}")
+        rules = [rule if isinstance(rule, Rule) else Rule(**dict(rule)) for rule in rules]
+    except (TypeError, ValueError) as error:
         raise LowbitError(
             f"rules is a list of rules, each a Rule or a mapping of its fields: {error}"
         ) from error

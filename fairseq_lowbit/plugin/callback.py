@@ -29,14 +29,12 @@ from fairseq_lowbit.errors import LowbitError, describe_config_error
 from fairseq_lowbit.files import writing
 from fairseq_lowbit.models import read_checkpoint, updates_of
 from fairseq_lowbit.plugin import register
-from fairseq_lowbit.plugin.continuing import OtherRun, adopt_stored_form, refuse_other_run
+from fairseq_lowbit.plugin.continuing import PATHS, OtherRun, adopt_stored_form, refuse_other_run
 from fairseq_lowbit.plugin.processes import SharedError, gather, is_first, rank, together
 from fairseq_lowbit.plugin.run_files import print_summary
 from fairseq_lowbit.plugin.stages import Schedule, Stage, stage_configs, stops_early
 from fairseq_lowbit.plugin.sweeps import (
     fixed_keys,
-    map_texts,
-    parse_override,
     refuse_shadowed,
     report_failed_job,
 )
@@ -57,20 +55,15 @@ USER_DIR = "common.user_dir"
 # How the last line of a traceback begins that came as text.
 _MISTAKE = re.compile(r"^fairseq_lowbit\.[\w.]+\.(LowbitError|SharedError): ", re.MULTILINE)
 _LOST_PEER = re.compile(r"Connection (closed|reset) by peer")
-PATHS = (USER_DIR, "task.data", "task.label_dir", "task.teacher", "task.init_from")
 
 
 class FairseqJob(Callback):
     """Configured in config/base as ``hydra.callbacks.fairseq_lowbit``."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        # Hydra changes into the run folder before anybody opens these.
-        with read_write(config), open_dict(config):
-            for key in PATHS:
-                value = OmegaConf.select(config, key)
-                if value:
-                    OmegaConf.update(config, key, absolute(key, value))
-            if not is_first():
+        _make_paths_absolute(config, config.hydra.runtime.cwd)
+        if not is_first():
+            with read_write(config), open_dict(config):
                 # Every process that torchrun starts would write the first one's files again.
                 config.hydra.output_subdir = None
                 config.hydra.job_logging.root.handlers = ["console"]
@@ -94,13 +87,11 @@ class FairseqJob(Callback):
         except LowbitError as mistake:
             logger.error(mistake)
             sys.exit(2)
-        # Jobs are composed again from their overrides, so the overrides themselves are rewritten.
         unnamed = [*config.hydra.job.config.override_dirname.exclude_keys, *fixed]
         keys = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(unnamed)}]"
         with read_write(config):
             # Hydra would write a job's record before anybody can compare it with the one there.
             config.hydra.overrides.hydra = [*given["hydra"], keys, "hydra.output_subdir=null"]
-            config.hydra.overrides.task = [_absolute_override(text) for text in given["task"]]
         _make_folder(config, "hydra.sweep.dir")
 
     def on_job_start(
@@ -110,11 +101,13 @@ class FairseqJob(Callback):
         _forget_last_job()
         # By this name fairseq's hydra_main calls what trains. Launchers hand a copy of hydra_main
         # to their processes, with globals of its own.
-        task_function.__globals__["_hydra_main"] = train_in_stages
+        start = config.hydra.runtime.cwd
+        task_function.__globals__["_hydra_main"] = partial(_train_job, start)
         folder = Path(config.hydra.runtime.output_dir)
         try:
+            _make_paths_absolute(config, start)
             changes = refuse_other_run(config, folder / config.checkpoint.save_dir)
-        except OtherRun as mistake:
+        except (OtherRun, OmegaConfBaseException) as mistake:
             # Hydra swallows what a callback raises.
             task_function.__globals__["_hydra_main"] = partial(_refuse, mistake)
             return
@@ -126,7 +119,6 @@ class FairseqJob(Callback):
                 _write_record(config, folder)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        _close_log_files()
         error = job_return._return_value
         folder = Path(config.hydra.runtime.output_dir)
         if isinstance(error, BaseException):
@@ -158,8 +150,13 @@ class FairseqJob(Callback):
             sys.exit(1)
 
 
-def _refuse(mistake: LowbitError, config: DictConfig) -> None:
+def _refuse(mistake: Exception, config: DictConfig) -> None:
     raise mistake
+
+
+def _train_job(start: str, config: DictConfig) -> None:
+    _make_paths_absolute(config, start)
+    train_in_stages(config)
 
 
 def _write_record(config: DictConfig, folder: Path) -> None:
@@ -224,9 +221,6 @@ def _train_to_end(config: DictConfig, stage: Stage | None = None) -> bool:
     last = Path(config.checkpoint.save_dir) / LAST_CHECKPOINT
     with suppress(LowbitError):  # none yet, or one of which fairseq will say that it is damaged
         adopt_stored_form(config, read_checkpoint(last, mmap=True))
-    if config.common.log_file:
-        with writing(config.common.log_file), open(config.common.log_file, "a"):
-            pass
     _hydra_main(config)
     # The first process decides and writes: others may not see its checkpoint yet.
     with together():
@@ -245,22 +239,25 @@ def _leave_word(config: DictConfig, stage: Stage | None) -> bool:
     return True
 
 
-def absolute(key: str, value: str) -> str:
-    """A path from the command line, against the folder the command was started in."""
+def _make_paths_absolute(config: DictConfig, start: str) -> None:
+    """Paths are meant from ``start``, where the command was started; Hydra changes into the run's
+    folder before anybody opens them."""
+    with read_write(config), open_dict(config):
+        for key in (USER_DIR, *PATHS):
+            value = OmegaConf.select(config, key)
+            if value:
+                OmegaConf.update(config, key, _absolute(key, value, start))
+
+
+def _absolute(key: str, value: str, start: str) -> str:
     path = Path(value).expanduser()
     if key == USER_DIR and path.name == PACKAGE_DIR.name:
         return str(PACKAGE_DIR)
-    return str(path.absolute())
-
-
-def _absolute_override(override: str) -> str:
-    key = parse_override(override).key_or_group
-    return map_texts(override, partial(absolute, key)) if key in PATHS else override
+    return str(start / path)
 
 
 def _forget_last_job() -> None:
     """fairseq keeps these on functions and modules, where the next job of a sweep finds them."""
-    _close_log_files()
     for function in (checkpoint_utils.save_checkpoint, train.should_stop_early):
         if hasattr(function, "best"):
             del function.best
@@ -270,14 +267,6 @@ def _forget_last_job() -> None:
     # wandb refuses another configuration, and steps that begin anew, in a run that is still open.
     if getattr(progress_bar.wandb, "run", None) is not None:
         progress_bar.wandb.finish()
-
-
-def _close_log_files() -> None:
-    """fairseq leaves ``common.log_file`` open: the next job, or stage, would write there too."""
-    for own in (train.logger, progress_bar.logger):
-        for handler in [h for h in own.handlers if isinstance(h, logging.FileHandler)]:
-            own.removeHandler(handler)
-            handler.close()
 
 
 def user_mistake(error: Any) -> str | None:

@@ -27,7 +27,6 @@ from torch.multiprocessing import ProcessExitedException
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import writing
 from fairseq_lowbit.plugin import interruption
-from fairseq_lowbit.plugin.run_files import writing_tensorboard
 
 _BUFFER_BYTES = 16384
 _CPU_BACKENDS = ("legacy_ddp", "no_c10d")
@@ -42,7 +41,6 @@ def apply() -> None:
     _explain_broken_checkpoints()
     _explain_tensorboard_failures()
     _close_tensorboard_writers()
-    _log_every_line_once()
     _log_no_configuration()
     _launch_processes()
     if not torch.cuda.is_available():
@@ -119,8 +117,16 @@ def _explain_tensorboard_failures() -> None:
 
     @wraps(log)
     def explained(self: Any, *args: Any, **kwargs: Any) -> None:
-        with writing_tensorboard(self.tensorboard_logdir):
-            log(self, *args, **kwargs)
+        try:
+            with writing(self.tensorboard_logdir):
+                log(self, *args, **kwargs)
+        except LowbitError:
+            # They would try again, with a traceback each, when the interpreter ends.
+            for writer in progress_bar._tensorboard_writers.values():
+                for file in getattr(writer, "all_writers", {}).values():
+                    file.event_writer._closed = True
+            progress_bar._tensorboard_writers.clear()
+            raise
 
     progress_bar.TensorboardProgressBarWrapper._log_to_tensorboard = explained
 
@@ -129,18 +135,6 @@ def _close_tensorboard_writers() -> None:
     # fairseq closes them when the interpreter ends, which spawned processes end without: their
     # threads would lose the last events and print tracebacks.
     multiprocessing.util.Finalize(None, progress_bar._close_writers, exitpriority=100)
-
-
-def _log_every_line_once() -> None:
-    # fairseq opens common.log_file again for every epoch, and writes each line as often.
-    build = progress_bar.progress_bar
-
-    @wraps(build)
-    def built(*args: Any, log_file: str | None = None, **kwargs: Any) -> Any:
-        is_open = any(isinstance(h, logging.FileHandler) for h in progress_bar.logger.handlers)
-        return build(*args, log_file=None if is_open else log_file, **kwargs)
-
-    progress_bar.progress_bar = built
 
 
 def _log_no_configuration() -> None:

@@ -20,7 +20,7 @@ from fairseq_lowbit.models import read_checkpoint, updates_of
 from fairseq_lowbit.plugin.stages import OWN_DIR, Schedule, read_stages, stage_configs
 from fairseq_lowbit.runs.folder import LAST_CHECKPOINT, has_finished
 
-_PATHS = ("task.data", "task.label_dir", "task.teacher", "task.init_from")
+PATHS = ("task.data", "task.label_dir", "task.teacher", "task.init_from")
 # What a run is: with another value it is another run, however far it has come.
 _IDENTITY = ("model", "criterion", "task")
 # What its result depends on, but what it may be resumed with: to save a run that diverges, on
@@ -39,7 +39,6 @@ _COURSE = (
     "common.seed",
     "common.fp16",
     "common.bf16",
-    "common.amp",
 )
 # Copies of other settings, what follows from optimization.max_update, what is only watched, and
 # the stages, which are compared one by one.
@@ -174,7 +173,7 @@ def _differences(stored: dict[str, Any], own: dict[str, Any]) -> Iterator[Change
             continue
         if then is _ABSENT or now == "???" or then == now:
             continue
-        if not (key in _PATHS and then and now and _same_content(then, now)):
+        if not (key in PATHS and then and now and _same_content(then, now)):
             yield key, then, now
 
 
@@ -209,6 +208,6 @@ def _same_content(before: str, now: str) -> bool:
 
 def _is_refused(change: Change, is_done: bool) -> bool:
     key, before, now = change
-    if key in _PATHS and before and now and not (os.path.exists(before) and os.path.exists(now)):
+    if key in PATHS and before and now and not (os.path.exists(before) and os.path.exists(now)):
         return False  # moved, as far as anybody can tell; what is gone the run itself will miss
     return is_done or not _is_among(key, _COURSE)

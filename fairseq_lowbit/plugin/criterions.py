@@ -1,6 +1,6 @@
 """fairseq criterions: label-free distillation and HuBERT's masked prediction."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,30 +23,22 @@ _DECIMALS = 10
 
 @dataclass
 class FrameCriterionConfig(FairseqDataclass):
-    squash_weight: float = field(
-        default=1.0, metadata={"help": "lambda_q, weight of the spread of squashed weights"}
-    )
+    squash_weight: float = 1.0  # lambda_q, of the spread of squashed weights
 
 
 @dataclass
 class LowbitKdConfig(FrameCriterionConfig):
-    final_weight: float = field(default=1.0, metadata={"help": "weight of the final output term"})
-    layer_weight: float = field(default=1.0, metadata={"help": "weight of the layer output term"})
-    attention_weight: float = field(default=1.0, metadata={"help": "weight of the attention term"})
-    attention: str = field(
-        default="probabilities", metadata={"help": "compare probabilities or row-centred scores"}
-    )
-    mask: bool = field(default=False, metadata={"help": "mask the same frames in both models"})
+    final_weight: float = 1.0  # of the final output term
+    layer_weight: float = 1.0  # of the layer output term
+    attention_weight: float = 1.0
+    attention: str = "probabilities"  # what is compared: probabilities, or row-centred scores
+    mask: bool = False  # the same frames in both models
 
 
 @dataclass
 class LowbitHubertCriterionConfig(FrameCriterionConfig):
-    unmasked_weight: float = field(
-        default=0.0, metadata={"help": "weight of the labels of unmasked frames"}
-    )
-    feature_penalty: float = field(
-        default=10.0, metadata={"help": "weight of the mean squared front-end feature"}
-    )
+    unmasked_weight: float = 0.0  # of the labels of unmasked frames
+    feature_penalty: float = 10.0  # weight of the mean squared front-end feature
 
 
 class _FrameCriterion(FairseqCriterion):

@@ -1,17 +1,15 @@
-"""fairseq models: the float and the quantized HuBERT, each at tiny and base size."""
+"""fairseq models: the float and the quantized HuBERT."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from fairseq.dataclass import FairseqDataclass
-from fairseq.models import BaseFairseqModel, register_model, register_model_architecture
+from fairseq.models import BaseFairseqModel, register_model
 from fairseq.modules import GradMultiply
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from fairseq_lowbit.configurations import model_group
 from fairseq_lowbit.distillation import DistillationTerms, distill
 from fairseq_lowbit.models import Architecture, Hubert
 from fairseq_lowbit.models.protocols import Frames, LayeredEncoder
@@ -23,9 +21,7 @@ from fairseq_lowbit.precision import Precision
 class HubertConfig(Architecture, FairseqDataclass):
     """Shape, regularisation and precision; the defaults are a float base-size HuBERT-FastConv."""
 
-    precision: Precision = field(
-        default_factory=Precision, metadata={"help": "name of the precision and its rules"}
-    )
+    precision: Precision = field(default_factory=Precision)
 
 
 @register_model("hubert_fastconv", dataclass=HubertConfig)
@@ -103,18 +99,3 @@ class HubertFastConvModel(Hubert, BaseFairseqModel):
 @register_model("lowbit_hubert", dataclass=HubertConfig)
 class LowbitHubertModel(HubertFastConvModel):
     """The quantized HuBERT."""
-
-
-def _from_group(name: str) -> Callable[[Any], None]:
-    """An architecture function that fills in what ``config/model/<name>.yaml`` says."""
-
-    def fill_in(args: Any) -> None:
-        for key, value in model_group(name).items():
-            setattr(args, key, getattr(args, key, value))
-
-    return fill_in
-
-
-for _model in ("hubert_fastconv", "lowbit_hubert"):
-    for _size in ("tiny", "base"):
-        register_model_architecture(_model, f"{_model}_{_size}")(_from_group(f"fastconv_{_size}"))

@@ -15,23 +15,14 @@ from fairseq_lowbit.quantization.squashed import SQUASHED_GROUP
 
 @dataclass
 class LowbitAdamConfig(FairseqDataclass):
-    adam_betas: list[float] = field(
-        default_factory=lambda: [0.9, 0.98], metadata={"help": "betas of Adam"}
-    )
-    adam_eps: float = field(default=1e-6, metadata={"help": "epsilon of Adam"})
-    weight_decay: float = field(
-        default=0.01,
-        metadata={"help": "decoupled decay; squashed weights and quantizer parameters have none"},
-    )
-    scale_lr_ratio: float = field(
-        default=1.0, metadata={"help": "rate of log scales relative to optimization.lr"}
-    )
-    shift_lr_ratio: float = field(
-        default=1.0, metadata={"help": "rate of shifts relative to optimization.lr"}
-    )
-    squashed_lr_ratio: float = field(
-        default=3.0, metadata={"help": "rate of squashed weights relative to optimization.lr"}
-    )
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    adam_eps: float = 1e-6
+    # Decoupled; squashed weights and quantizer parameters have none.
+    weight_decay: float = 0.01
+    # Rates relative to optimization.lr: of log scales, of shifts, of squashed weights.
+    scale_lr_ratio: float = 1.0
+    shift_lr_ratio: float = 1.0
+    squashed_lr_ratio: float = 3.0
     lr: list[float] = II("optimization.lr")
 
 

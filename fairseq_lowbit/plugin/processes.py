@@ -1,17 +1,14 @@
 """What the processes of one run do together. Alone, all of it costs nothing."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import distributed
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.plugin.dataset import SpeechDataset
-from fairseq_lowbit.precision import Plan
 
 Value = TypeVar("Value")
 
@@ -70,49 +67,21 @@ def raise_shared(messages: list[str | None], cause: BaseException | None = None)
     raise SharedError(f"rank {number}: {message}" if alone else message) from cause
 
 
-def refuse_different_data(split: str, dataset: SpeechDataset) -> None:
-    """Raises the same LowbitError on every process when not all have the same files and labels.
+def refuse_different(what: str, read: Callable[[], object]) -> None:
+    """Raises the same LowbitError on every process when ``read`` does not return the same on all.
 
-    Where they lie may differ from machine to machine.
+    Args:
+        what: it reads, in words.
     """
     if not distributed.is_initialized():
         return
-    manifest = dataset.manifest
-    held = gather(
-        {
-            f"{len(manifest)} files": manifest.digest(),
-            **{f"labels {label.path.suffix}": label.digest() for label in dataset.labels},
-        }
-    )
-    others = [str(number) for number, data in enumerate(held) if data != held[0]]
+    values = gather(read())
+    others = [str(number) for number, value in enumerate(values) if value != values[0]]
     if others:
         raise SharedError(
-            f"split {split}: rank {', '.join(others)} and rank 0 have different data: "
-            f"{_difference(held)} ({manifest.path}). Give every process the same manifests and "
-            "labels"
+            f"rank {', '.join(others)} and rank 0 have different {what}: give every process the "
+            "same configuration and data, and one hydra.run.dir that all of them see"
         )
-
-
-def refuse_different_models(plan: Plan, folder: Path) -> None:
-    """Raises the same LowbitError on every process when not all train the same model into
-    ``folder``: some of them may not see which stages of a schedule are finished."""
-    held = gather((plan.to_mapping(), folder.name))
-    others = [str(number) for number, own in enumerate(held) if own != held[0]]
-    if others:
-        other = next(own for own in held if own != held[0])
-        names = [f"{model['precision']['name']} in {name}" for model, name in (other, held[0])]
-        raise SharedError(
-            f"rank {', '.join(others)} and rank 0 train different models ({' and '.join(names)}): "
-            "give every process the same configuration, and one hydra.run.dir that all of them see"
-        )
-
-
-def _difference(held: list[dict[str, str]]) -> str:
-    other = next(data for data in held if data != held[0])
-    what = [name for name in other if held[0].get(name) != other[name]]
-    if what[0] in held[0]:
-        return f"their {what[0]} differ in content"
-    return f"{what[0]} instead of {next(iter(held[0]))}"
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from fairseq.logging import metrics, progress_bar
 
 from fairseq_lowbit.files import atomic_write, writing
 from fairseq_lowbit.plugin.processes import is_first, together
-from fairseq_lowbit.runs.folder import PROGRESS_FILE, read_progress
+from fairseq_lowbit.runs.folder import HEALTH_FILE, PROGRESS_FILE, read_health, read_progress
 
 _TRAINING_INTERVAL = "train_inner"
 _NAMES = {"lr": "lr", "gnorm": "grad_norm", "ups": "updates_per_second"}
@@ -41,22 +41,19 @@ def apply() -> None:
 
 def forget_after(folder: Path, update: int) -> None:
     """Drops what a killed run recorded after the checkpoint of ``update``, from which this one goes
-    on."""
-    path = folder / PROGRESS_FILE
-    if is_first() and path.exists():
-        kept = [record for record in read_progress(folder) if record["update"] <= update]
-        with atomic_write(path) as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
+    on. Health is recorded before an update, so that of ``update`` itself will be recorded again."""
+    if not is_first():
+        return
+    progress = [record for record in read_progress(folder) if record["update"] <= update]
+    health = [record for record in read_health(folder) if record["update"] < update]
+    for name, kept in ((PROGRESS_FILE, progress), (HEALTH_FILE, health)):
+        if (folder / name).exists():
+            with atomic_write(folder / name) as file:
+                file.writelines(json.dumps(record) + "\n" for record in kept)
 
 
 class _RecordingBar(progress_bar.BaseProgressBar):
-    """One of fairseq's bars, which records before it logs.
-
-    Args:
-        folder: of the checkpoints.
-        epoch: from 1.
-        prefix: fairseq gives one to validations only.
-    """
+    """One of fairseq's bars, which records before it logs. Only validations have a ``prefix``."""
 
     def __init__(
         self,

@@ -17,14 +17,19 @@ from fairseq_lowbit.data.calibration_audio import CalibrationConfig
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.monitoring.collapse import CollapseWatch
 from fairseq_lowbit.monitoring.health import collapsed_layers, measure_health
-from fairseq_lowbit.nn import calibrate, describe_squashing, is_calibrated, quantizers
+from fairseq_lowbit.nn import (
+    calibrate,
+    describe_squashing,
+    every_quantizer_called,
+    is_calibrated,
+)
 from fairseq_lowbit.plugin.processes import (
     is_first,
-    refuse_different_models,
+    refuse_different,
     share_weights,
     together,
 )
-from fairseq_lowbit.plugin.run_files import RunFiles
+from fairseq_lowbit.plugin.run_files import write_health, write_plan
 from fairseq_lowbit.quantization import Criterion
 
 if TYPE_CHECKING:
@@ -33,7 +38,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HEALTH_INTERVAL = 200
-_NAMED = 3
 
 
 class QuantizedTraining:
@@ -49,7 +53,7 @@ class QuantizedTraining:
     Otherwise these are the first batches of the first epoch, run through the criterion.
 
     Raises:
-        LowbitError: the run's folder holds a run of another plan, or cannot be written.
+        LowbitError: the run's folder cannot be written.
     """
 
     def __init__(self, trainer: "LowbitTrainer") -> None:
@@ -62,13 +66,11 @@ class QuantizedTraining:
         self._health_batch: Any = None
         self._health_update: int | None = None
         self._collapse_watch = CollapseWatch()
-        folder = Path(config.checkpoint.save_dir)
-        self._files = RunFiles(folder, config.common.tensorboard_logdir)
-        refuse_different_models(self._model.plan, folder)
+        self._folder = Path(config.checkpoint.save_dir)
+        # Some processes may not see which stages of a schedule are finished.
+        refuse_different("models", lambda: (self._model.plan.to_mapping(), self._folder.name))
         with together():
-            self._files.refuse_other_plan(self._model.plan)
-            self._files.refuse_unwritable()
-            self._files.write_plan(self._model.plan)
+            write_plan(self._folder, self._model.plan)
 
     # Calibration
 
@@ -96,7 +98,7 @@ class QuantizedTraining:
             self._check_every_quantizer_is_called()
             return
         logger.info(f"calibrating on {len(batches)} batches")
-        clipped = calibrate(self._model, batches, self._forward_calling_all, self._criterion)
+        clipped = calibrate(self._model, batches, self._forward, self._criterion)
         if clipped:
             logger.info(describe_squashing(clipped))
 
@@ -136,31 +138,10 @@ class QuantizedTraining:
         was_training = self._model.training
         self._model.eval()
         try:
-            self._forward_calling_all(self._health_batch)
+            with every_quantizer_called(self._model):
+                self._forward(self._health_batch)
         finally:
             self._model.train(was_training)
-
-    def _forward_calling_all(self, batch: Any) -> None:
-        """A forward in which a quantizer that is not called is an error: what reads a module's
-        weight instead of calling the module would train it as a float one."""
-        idle = dict.fromkeys(name for name, _ in quantizers(self._model))
-        handles = [
-            quantizer.register_forward_hook(lambda *_, name=name: idle.pop(name, None))
-            for name, quantizer in quantizers(self._model)
-        ]
-        try:
-            self._forward(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if idle:
-            more = f" and {len(idle) - _NAMED} more" if len(idle) > _NAMED else ""
-            raise LowbitError(
-                f"precision {self._model.plan.precision.name} plans quantizers that a forward of "
-                f"{type(self._task).__name__} never calls: {', '.join(list(idle)[:_NAMED])}{more}. "
-                "The model has to call their modules instead of reading the weights; or leave "
-                "these modules float with a rule of method none"
-            )
 
     @contextmanager
     def _fixed_random_numbers(self) -> Iterator[None]:
@@ -184,7 +165,7 @@ class QuantizedTraining:
     def _measure_health(self, update: int) -> None:
         with self._fixed_random_numbers():
             health = measure_health(self._model, self._health_batch, self._forward)
-        self._files.write_health(update, health)
+        write_health(self._folder, update, health)
         dead = collapsed_layers(health.centered_std)
         if dead:
             logger.warning(

@@ -4,144 +4,50 @@ Only the first process writes.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from fairseq.logging import progress_bar
-
-from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import atomic_write, writing
 from fairseq_lowbit.monitoring.health import Health
 from fairseq_lowbit.monitoring.health_table import health_table
 from fairseq_lowbit.plugin.processes import is_first
-from fairseq_lowbit.precision import Plan, Precision
+from fairseq_lowbit.precision import Plan
 from fairseq_lowbit.precision.plan_table import plan_table
 from fairseq_lowbit.runs.folder import (
     HEALTH_FILE,
-    LAST_CHECKPOINT,
     PLAN_FILE,
     UNUSABLE_FILE,
     read_health,
+    read_text,
 )
 from fairseq_lowbit.terminal import print_table
 
 
-class RunFiles:
-    """The precision plan and the health records of one run."""
-
-    def __init__(self, folder: Path, tensorboard_logdir: str | None) -> None:
-        self.folder = folder
-        self._writes = is_first()
-        self._records_health = False
-        self._tensorboard_logdir = tensorboard_logdir
-
-    def refuse_other_plan(self, plan: Plan) -> None:
-        """Raises LowbitError when the folder holds a run of another precision or shape."""
-        path = self.folder / PLAN_FILE
-        if not path.is_file() or not (self.folder / LAST_CHECKPOINT).is_file():
-            return
-        stored, own = json.loads(path.read_text()), plan.to_mapping()
-        # What an earlier version did not know yet.
-        stored["precision"] = Precision.from_mapping(stored["precision"]).to_mapping()
-        if stored["precision"] != own["precision"]:
-            kinds = [
-                f"precision {p['name']} with {len(p['rules'])} rules"
-                for p in (stored["precision"], own["precision"])
-            ]
-        elif _shape(stored) != _shape(own):
-            kinds = [f"a model of {m['parameters']:,} parameters" for m in (stored, own)]
-        else:
-            return
-        raise LowbitError(
-            f"{self.folder.resolve()} holds a run of {kinds[0]}, not of {kinds[1]}: give this run "
-            "a hydra.run.dir of its own"
-        )
-
-    def refuse_unwritable(self) -> None:
-        """Raises LowbitError when a folder that training will write into cannot be made."""
-        for folder in (self.folder, self._tensorboard_logdir):
-            if self._writes and folder:
-                with writing(folder):
-                    Path(folder).mkdir(parents=True, exist_ok=True)
-
-    def write_plan(self, plan: Plan) -> None:
-        if not self._writes:
-            return
-        path = self.folder / PLAN_FILE
-        with atomic_write(path) as file:
+def write_plan(folder: Path, plan: Plan) -> None:
+    """Leaves the precision plan in ``folder``, and prints it."""
+    if is_first():
+        with atomic_write(folder / PLAN_FILE) as file:
             json.dump(plan.to_mapping(), file, indent=1)
         print_table(plan_table(plan))
 
-    def write_health(self, update: int, health: Health) -> None:
-        if not self._writes:
-            return
-        path = self.folder / HEALTH_FILE
-        with writing(path):
-            if not self._records_health:
-                self._forget_from(update)
-            self._records_health = True
-            with open(path, "a") as file:
-                file.write(json.dumps({"update": update, **health.to_mapping()}) + "\n")
-        if self._tensorboard_logdir:
-            with writing_tensorboard(self._tensorboard_logdir):
-                self._write_tensorboard(update, health)
 
-    def _forget_from(self, update: int) -> None:
-        """Drops what a killed run recorded after the checkpoint that this run starts from."""
-        kept = [r for r in read_health(self.folder) if r["update"] < update]
-        with atomic_write(self.folder / HEALTH_FILE) as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
-
-    def _write_tensorboard(self, update: int, health: Health) -> None:
-        # Among fairseq's own, which are closed in time.
-        writers = progress_bar._tensorboard_writers
-        if "health" not in writers:
-            folder = Path(self._tensorboard_logdir) / "health"
-            writers["health"] = progress_bar.SummaryWriter(str(folder))
-        writer = writers["health"]
-        for layer, value in enumerate(health.centered_std, 1):
-            writer.add_scalar(f"centered_std/layer{layer}", value, update)
-        for entry in health.quantizers:
-            for key in ("sqnr_db", "clipped", "levels_used"):
-                writer.add_scalar(f"{key}/{entry.name}", getattr(entry, key), update)
-        writer.flush()
+def write_health(folder: Path, update: int, health: Health) -> None:
+    """Adds a record of one update to those in ``folder``."""
+    path = folder / HEALTH_FILE
+    with writing(path), open(path, "a") as file:
+        file.write(json.dumps({"update": update, **health.to_mapping()}) + "\n")
 
 
-class UnusableFiles:
-    """The list of a run's training files that no model can learn from."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / UNUSABLE_FILE
-
-    def read(self) -> dict[str, str]:
-        """Names and reasons an interrupted run found before."""
-        if not self.path.is_file():
-            return {}
-        lines = self.path.read_text().splitlines()
-        return dict(line.split("\t", 1) for line in lines if "\t" in line)
-
-    def write(self, unusable: dict[str, str]) -> None:
-        if is_first():
-            with atomic_write(self.path) as file:
-                file.writelines(f"{name}\t{reason}\n" for name, reason in unusable.items())
+def read_unusable(folder: Path) -> dict[str, str]:
+    """Names of training files that no model can learn from, and reasons, as found before."""
+    lines = read_text(folder / UNUSABLE_FILE).splitlines()
+    return dict(line.split("\t", 1) for line in lines if "\t" in line)
 
 
-@contextmanager
-def writing_tensorboard(folder: str) -> Iterator[None]:
-    """:func:`writing`, after which nothing is written to ``folder`` any more."""
-    try:
-        with writing(folder):
-            yield
-    except LowbitError:
-        # They would try again, with a traceback each, when the interpreter ends.
-        writers = progress_bar._tensorboard_writers
-        for writer in writers.values():
-            for file in getattr(writer, "all_writers", {}).values():
-                file.event_writer._closed = True
-        writers.clear()
-        raise
+def write_unusable(folder: Path, unusable: dict[str, str]) -> None:
+    """What :func:`read_unusable` reads."""
+    if is_first():
+        with atomic_write(folder / UNUSABLE_FILE) as file:
+            file.writelines(f"{name}\t{reason}\n" for name, reason in unusable.items())
 
 
 def print_summary(folder: Path) -> None:
@@ -153,9 +59,3 @@ def print_summary(folder: Path) -> None:
     if skipped.is_file():
         names = skipped.read_text().splitlines()
         print(f"{len(names)} unusable files were skipped, listed in {skipped}; first: {names[0]}")
-
-
-def _shape(plan: dict[str, Any]) -> list[tuple[str, int]]:
-    """What of a stored plan a checkpoint has to agree with."""
-    modules = [(entry["module"], entry["parameters"]) for entry in plan["entries"]]
-    return [*modules, ("others", plan["other_parameters"])]

@@ -7,7 +7,8 @@ in ``stage<number>_<precision>`` below it, with a mark once it is finished.
 import copy
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Optional
 
@@ -40,16 +41,10 @@ _CONTRADICTIONS = {
 class Stage:
     """One entry of ``task.stages``."""
 
-    precision: str = field(
-        default=MISSING, metadata={"help": "a name, or its bits alone: the model's method"}
-    )
-    updates: Optional[int] = field(
-        default=None, metadata={"help": "default: optimization.max_update"}
-    )
-    teacher: str = field(
-        default=ORIGINAL, metadata={"help": "original: task.teacher; previous: the stage before"}
-    )
-    lr: Optional[float] = field(default=None, metadata={"help": "default: optimization.lr"})
+    precision: str = MISSING  # a name, or its bits alone: the model's method
+    updates: Optional[int] = None  # default: optimization.max_update
+    teacher: str = ORIGINAL  # original: task.teacher; previous: the stage before
+    lr: Optional[float] = None  # default: optimization.lr
 
 
 def read_stages(config: DictConfig) -> list[Stage]:
@@ -106,11 +101,6 @@ def _check_stages(stages: list[Stage], config: DictConfig) -> None:
             )
         if index == 0 and stage.teacher == PREVIOUS:
             raise LowbitError(f"{where}.teacher: no stage comes before the first; write {ORIGINAL}")
-        if index and stage.precision == stages[index - 1].precision:
-            raise LowbitError(
-                f"{where}.precision: the stage before is {stage.precision} too; leave one of them "
-                "out and give the other its updates"
-            )
     own = config.model.precision.name
     if stages[-1].precision != own:
         raise LowbitError(
@@ -129,12 +119,7 @@ def updates_of(stage: Stage, config: DictConfig) -> int:
 
 
 class Schedule:
-    """The stages of one run, and how far they have come in its folder.
-
-    Args:
-        stages: see :func:`read_stages`.
-        folder: ``checkpoint.save_dir`` of the run.
-    """
+    """The stages of one run, and how far they have come in its ``checkpoint.save_dir``."""
 
     def __init__(self, stages: list[Stage], folder: Path) -> None:
         self.stages = stages
@@ -162,8 +147,7 @@ class Schedule:
         """The stage to train now; the last one is never finished, as it can be prolonged.
 
         Raises:
-            LowbitError: the folder holds other stages than these, or a stage without the one it
-                began from.
+            LowbitError: the folder holds other stages than these, or a later one that has begun.
         """
         self.refuse_other_stages()
         last = len(self.stages) - 1
@@ -173,17 +157,10 @@ class Schedule:
             raise LowbitError(
                 f"{self._folder / self.subfolder(current)} has no finished "
                 f"{self.describe(current)}, but {self.describe(later[0])} has begun: restore that "
-                f"folder, or delete {self._places(later)} to train from there on again, or "
-                f"{OWN_DIR}"
+                f"folder, or {OWN_DIR}"
             )
         for index in range(current):
             self._refuse_other_training(index)
-        if current and not self.checkpoint(current - 1).is_file():
-            again = [i for i in range(current - 1, last + 1) if self._has_begun(i)]
-            raise LowbitError(
-                f"{self.checkpoint(current - 1)} is gone, from which {self.describe(current)} "
-                f"starts: restore it, or delete {self._places(again)} to train from there on again"
-            )
         return current
 
     def refuse_other_stages(self) -> None:
@@ -203,31 +180,17 @@ class Schedule:
     def _has_begun(self, index: int) -> bool:
         return self.checkpoint(index).is_file() or self._mark(index).is_file()
 
-    def _places(self, indices: list[int]) -> str:
-        places = [self._folder / (self.subfolder(i) or "checkpoint*.pt") for i in indices]
-        return ", ".join(map(str, places))
-
     def _refuse_other_training(self, index: int) -> None:
-        mark, settings = self._read_mark(index), asdict(self.stages[index])
-        for key, value in settings.items():
-            if mark.get(key) != value:
+        was: Any = None
+        with suppress(ValueError):
+            was = json.loads(self._mark(index).read_text())
+        for key, value in asdict(self.stages[index]).items():
+            before = was.get(key) if isinstance(was, dict) else None
+            if before != value:
                 raise LowbitError(
-                    f"{self.describe(index)} was trained with {key} {mark.get(key)}, as "
+                    f"{self.describe(index)} was trained with {key} {before}, as "
                     f"{self._mark(index)} says, not with {value}: give it as it was, or {OWN_DIR}"
                 )
-
-    def _read_mark(self, index: int) -> dict[str, Any]:
-        try:
-            mark = json.loads(self._mark(index).read_text())
-        except (OSError, ValueError):
-            mark = None
-        if not isinstance(mark, dict):
-            raise LowbitError(
-                f"{self._mark(index)} is damaged, which says how {self.describe(index)} was "
-                f"trained: if it was as it is given now, write "
-                f"{json.dumps(asdict(self.stages[index]))} into that file; else {OWN_DIR}"
-            )
-        return mark
 
 
 def stage_configs(config: DictConfig, schedule: Schedule) -> list[DictConfig]:

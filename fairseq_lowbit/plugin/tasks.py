@@ -18,8 +18,8 @@ from fairseq_lowbit.data.calibration_audio import (
     calibration_batches,
 )
 from fairseq_lowbit.data.label_file import LabelFile, count_classes, read_dictionary
-from fairseq_lowbit.data.manifest import check_manifest, read_manifest
-from fairseq_lowbit.data.recordings import LABEL_RATE, AudioConfig, AudioOptions, check_sizes
+from fairseq_lowbit.data.manifest import check_format, read_manifest
+from fairseq_lowbit.data.recordings import LABEL_RATE, AudioConfig, AudioOptions
 from fairseq_lowbit.distillation import same_front_end
 from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.models import Hubert, LoadedModel, load_model, start_from
@@ -27,28 +27,26 @@ from fairseq_lowbit.models.extractor import receptive_field
 from fairseq_lowbit.monitoring.health import every_layer, measure_health, refuse_collapsed
 from fairseq_lowbit.nn import is_quantized
 from fairseq_lowbit.plugin.dataset import SpeechDataset
-from fairseq_lowbit.plugin.processes import gather, is_first, refuse_different_data, together
+from fairseq_lowbit.plugin.processes import gather, is_first, refuse_different, together
 from fairseq_lowbit.plugin.quantized_training import HEALTH_INTERVAL
-from fairseq_lowbit.plugin.run_files import UnusableFiles
+from fairseq_lowbit.plugin.run_files import read_unusable, write_unusable
 from fairseq_lowbit.plugin.stages import Stage
 from fairseq_lowbit.precision import Precision
+from fairseq_lowbit.runs.folder import UNUSABLE_FILE
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class SpeechTaskConfig(AudioConfig, FairseqDataclass):
-    data: Optional[str] = field(default=None, metadata={"help": "folder of the manifests"})
-    max_unusable: float = field(
-        default=0.05, metadata={"help": "share of unusable files at which a run gives up"}
-    )
-    health_interval: int = field(
-        default=HEALTH_INTERVAL, metadata={"help": "updates between health records; 0: none"}
-    )
+    data: Optional[str] = None  # folder of the manifests
+    max_unusable: float = 0.05  # share of unusable files at which a run gives up
+    health_interval: int = HEALTH_INTERVAL  # updates between health records; 0: none
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    stages: list[Stage] = field(
-        default_factory=list, metadata={"help": "precisions on the way; see config/schedule"}
-    )
+    stages: list[Stage] = field(default_factory=list)  # on the way; see config/schedule
+    # Checkpoints, float or quantized. A student is of the teacher's shape.
+    teacher: Optional[str] = None
+    init_from: Optional[str] = None  # default: the teacher
     output_dir: str = II("checkpoint.save_dir")
     train_subset: str = II("dataset.train_subset")
     max_tokens: Optional[int] = II("dataset.max_tokens")
@@ -57,27 +55,14 @@ class SpeechTaskConfig(AudioConfig, FairseqDataclass):
 
 @dataclass
 class LowbitPretrainingConfig(SpeechTaskConfig):
-    labels: list[str] = field(
-        default_factory=lambda: ["km"], metadata={"help": "extension of the label files"}
-    )
-    label_dir: Optional[str] = field(default=None, metadata={"help": "default: the data folder"})
-    label_rate: float = field(default=LABEL_RATE, metadata={"help": "labels per second"})
-    teacher: Optional[str] = field(
-        default=None, metadata={"help": "checkpoint a student starts from, trained on these labels"}
-    )
-    init_from: Optional[str] = field(
-        default=None, metadata={"help": "checkpoint to start from; default: the teacher"}
-    )
+    labels: list[str] = field(default_factory=lambda: ["km"])  # extension of the label files
+    label_dir: Optional[str] = None  # default: the data folder
+    label_rate: float = LABEL_RATE  # labels per second
 
 
 @dataclass
 class LowbitDistillationConfig(SpeechTaskConfig):
-    teacher: Optional[str] = field(
-        default=None, metadata={"help": "checkpoint of the teacher, float or quantized"}
-    )
-    init_from: Optional[str] = field(
-        default=None, metadata={"help": "checkpoint the student starts from; default: the teacher"}
-    )
+    """Distillation needs nothing beside."""
 
 
 class _SpeechTask(FairseqTask):
@@ -99,11 +84,9 @@ class _SpeechTask(FairseqTask):
         if not from_checkpoint:
             require_number("task.health_interval", cfg.health_interval, 0)
             require_number("task.max_unusable", cfg.max_unusable, 0)
-            check_sizes(cfg)
         self._calibration_audio = CalibrationAudio.from_config(cfg.calibration)
         self.model: Hubert | None = None
-        self.unusable_files = UnusableFiles(Path(cfg.output_dir))
-        self.unusable = self.unusable_files.read()
+        self.unusable = read_unusable(Path(cfg.output_dir))
 
     @property
     def source_dictionary(self) -> None:
@@ -119,19 +102,16 @@ class _SpeechTask(FairseqTask):
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Hubert:
         if not from_checkpoint:
-            return self._build_for_training(cfg)
+            with together():
+                self.model = super().build_model(cfg)
+                self._initialize(self.model)
+            return self.model
         if cfg.get("precision"):
             # Before fairseq fills in the defaults of this version.
             precision = Precision.from_mapping(OmegaConf.to_container(cfg.precision))
             with open_dict(cfg):
                 cfg.precision = precision.to_mapping()
         self.model = super().build_model(cfg, from_checkpoint)
-        return self.model
-
-    def _build_for_training(self, cfg: Any) -> Hubert:
-        with together():
-            self.model = super().build_model(cfg)
-            self._initialize(self.model)
         return self.model
 
     def _initialize(self, model: Hubert) -> None:
@@ -142,7 +122,8 @@ class _SpeechTask(FairseqTask):
     def load_dataset(self, split: str, **kwargs: Any) -> None:
         with together():
             dataset = self._read_dataset(split)
-        refuse_different_data(split, dataset)
+        # Where they lie may differ from machine to machine.
+        refuse_different(f"files or labels of split {split}", dataset.digest)
         self.datasets[split] = dataset
 
     def calibration_batches(self) -> Iterator[torch.Tensor]:
@@ -158,8 +139,7 @@ class _SpeechTask(FairseqTask):
 
     def _read_dataset(self, split: str) -> SpeechDataset:
         manifest = read_manifest(Path(self.cfg.data) / f"{split}.tsv")
-        for message in check_manifest(manifest, self.cfg.sample_rate):
-            logger.warning(f"{manifest.path}: {message}")
+        check_format(manifest, self.cfg.sample_rate)
         dataset = SpeechDataset(manifest, self._audio_options(), self.load_labels(split))
         longest = int(dataset.sizes.max())
         if longest > (self.cfg.max_tokens or longest):
@@ -187,15 +167,12 @@ class _SpeechTask(FairseqTask):
         return super().train_step(sample, *args, **kwargs)
 
     def begin_epoch(self, epoch: int, model: torch.nn.Module) -> None:
-        self._share_unusable()
-
-    begin_valid_epoch = begin_epoch
-
-    def _share_unusable(self) -> None:
         """Each process meets the unusable files of its own batches; one accounts for all."""
         with together():
             for found in gather(self.unusable):
                 self._account_for(list(found.items()))
+
+    begin_valid_epoch = begin_epoch
 
     def valid_step(self, sample, model, criterion):
         self._account_for(sample["unusable"])
@@ -207,12 +184,13 @@ class _SpeechTask(FairseqTask):
                 self.unusable[name] = reason
                 if is_first():
                     logger.warning(f"skipped unusable file {reason} ({len(self.unusable)} so far)")
-                self.unusable_files.write(self.unusable)
+                write_unusable(Path(self.cfg.output_dir), self.unusable)
         total = len(self.datasets[self.cfg.train_subset])
+        listed = Path(self.cfg.output_dir, UNUSABLE_FILE).resolve()
         if len(self.unusable) > max(1.0, self.cfg.max_unusable * total):
             raise LowbitError(
-                f"{len(self.unusable)} of {total} training files are unusable, listed in "
-                f"{self.unusable_files.path.resolve()}; repair the data or raise task.max_unusable"
+                f"{len(self.unusable)} of {total} training files are unusable, listed in {listed}; "
+                "repair the data or raise task.max_unusable"
             )
 
 

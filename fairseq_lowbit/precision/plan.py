@@ -114,12 +114,7 @@ def resolve_plan(precision: Precision, sites: Iterable[Site], other_parameters: 
     preset = parse_precision(precision.name)
     precision.check()
     sites = list(sites)
-    if preset.roles and not any(site.role in preset.roles for site in sites):
-        roles = " or ".join(sorted(preset.roles))
-        raise LowbitError(
-            f"precision {precision.name!r} reaches nothing: this model has no {roles} that could "
-            f"be quantized. It has {_examples(sites) or 'no such module at all'}"
-        )
+    _check_roles(precision.name, preset, sites)
     for rule in precision.rules:
         check_reach(rule, sites, _examples(sites))
     decisions = [merge(precision, site, site.role in preset.roles) for site in sites]
@@ -138,6 +133,18 @@ def resolve_plan(precision: Precision, sites: Iterable[Site], other_parameters: 
     for index in range(len(precision.rules)):
         _check_effect(precision.rules, index, decisions, entries)
     return Plan(precision, entries, other_parameters)
+
+
+def _check_roles(name: str, preset: Preset, sites: Sequence[Site]) -> None:
+    """A name quantizes all that it stands for, or says that it cannot."""
+    missing = preset.roles - {site.role for site in sites}
+    if not missing:
+        return
+    advice = "" if missing == preset.roles else "; take a name that does not ask for it"
+    raise LowbitError(
+        f"precision {name!r} reaches no {' and no '.join(sorted(missing))}: this model has none "
+        f"that could be quantized{advice}. It has {_examples(sites) or 'no such module at all'}"
+    )
 
 
 def _decided_by(decision: Decision, precision: Precision) -> str:

@@ -47,7 +47,6 @@ class Site:
         weights: numel of the weight.
         others: numel of what stays float beside it (bias, weight-norm gain).
         channels: output channels of a weight.
-        features: values of one frame of the input, N of the LSQ gradient scale.
         shifts: numel of the input quantizer's shift, 0 without one.
     """
 
@@ -60,5 +59,4 @@ class Site:
     weights: int = 0
     others: int = 0
     channels: int = 0
-    features: int = 0
     shifts: int = 0

@@ -3,14 +3,10 @@
 import ctypes
 import gc
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-from fairseq_lowbit.errors import LowbitError
-
 _STATUS = Path("/proc/self/status")
-_SYSTEM = Path("/proc/meminfo")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 
@@ -37,51 +33,6 @@ def peak_resident_bytes(run: Callable[[], object]) -> int | None:
         return None
     run()
     return _bytes(_STATUS, "VmHWM")
-
-
-@contextmanager
-def within_free_memory(what: str) -> Iterator[None]:
-    """Makes allocations beyond the memory that is free on entry fail. Otherwise the system would
-    swap, which spoils every measured time, or kill the process.
-
-    Args:
-        what: what needs the memory, for the message.
-
-    Raises:
-        LowbitError: an allocation in the block failed.
-    """
-    free = _bytes(_SYSTEM, "MemAvailable")
-    try:
-        with _limited_growth(free):
-            yield
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        known = "there is" if free is None else f"the {free / 1e9:.1f} GB that are free"
-        raise LowbitError(f"{what} needs more memory than {known}") from error
-
-
-@contextmanager
-def _limited_growth(size: int | None) -> Iterator[None]:
-    """Lets this process take ``size`` more bytes; without limit when None."""
-    held = _bytes(_STATUS, "VmData")
-    if size is None or held is None:
-        yield
-        return
-    import resource  # not available on every system
-
-    soft, hard = before = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = held + size if soft == resource.RLIM_INFINITY else min(held + size, soft)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    torch_messages = ("can't allocate memory", "bad_alloc")
-    return isinstance(error, MemoryError) or any(words in str(error) for words in torch_messages)
 
 
 def _give_back() -> None:

@@ -163,13 +163,10 @@ def _milliseconds(seconds: float) -> str:
 
 
 def paper_rows(published: PaperRow, row: ProfileRow) -> list[ProfileRow]:
-    """The known cells of a row of the paper, each with our value, as plain data.
+    """The published cells of a row of the paper, each with our value, as plain data.
 
     Args:
         row: of :func:`profile_row`; what it cannot count is None in the result.
-
-    Returns:
-        ``paper`` as published, ``paper_converted`` in the unit of ``ours`` and ``difference``.
     """
     counted = {
         "storage_mb": row["storage_bytes"] / 1e6,
@@ -178,49 +175,26 @@ def paper_rows(published: PaperRow, row: ProfileRow) -> list[ProfileRow]:
         "runtime": row["runtime"],
     }
     return [
-        {
-            "name": published.name,
-            "cell": key,
-            "paper": cell.value,
-            "paper_upper": cell.upper,
-            "paper_converted": cell.converted,
-            "origin": cell.origin,
-            "ours": counted.get(key),
-            "difference": cell.difference(counted[key]) if key in counted else None,
-            "note": cell.note,
-        }
+        {"name": published.name, "cell": key, "paper": cell, "ours": counted.get(key)}
         for key, cell in published.cells.items()
     ]
 
 
-def paper_table(rows: Sequence[tuple[PaperRow, list[ProfileRow]]]) -> Table:
-    """The known cells of the paper, each with our value and the difference."""
+def paper_table(cells: Sequence[ProfileRow]) -> Table:
+    """The cells of the paper, each with our value and the difference of both as they are printed.
+
+    Args:
+        cells: of :func:`paper_rows`.
+    """
     table = Table(title="published and counted, 10 s of audio", title_justify="left")
     table.add_column("model", no_wrap=True)
     table.add_column("cell", no_wrap=True)
     for head in ("paper", "ours", "difference"):
         table.add_column(head, justify="right")
-    table.add_column("origin")
-    for published, cells in rows:
-        for row in cells:
-            cell, ours, difference = published.cells[row["cell"]], "-", "-"
-            if row["ours"] is not None:
-                ours = f"{row['ours']:.2f}"
-                difference = cell.describe_difference(row["ours"])
-            shown = (cell.describe(), ours, difference, row["origin"])
-            table.add_row(published.name, CELLS[row["cell"]], *shown)
-        table.add_section()
+    for cell in cells:
+        paper, ours, difference = round(cell["paper"], 2), "-", "-"
+        if cell["ours"] is not None:
+            ours, gap = f"{cell['ours']:.2f}", round(cell["ours"], 2) - paper
+            difference = f"{gap:+.2f} ({gap / paper:+.1%})"
+        table.add_row(cell["name"], CELLS[cell["cell"]], f"{paper:.2f}", ours, difference)
     return table
-
-
-def paper_notes(rows: Sequence[tuple[PaperRow, list[ProfileRow]]]) -> list[str]:
-    """The reasons why cells differ, a line each that begins with the cells it explains."""
-    explained: dict[str, dict[str, list[str]]] = {}
-    for row in (row for _, cells in rows for row in cells if row["note"]):
-        models = explained.setdefault(row["note"], {})
-        models.setdefault(CELLS[row["cell"]], []).append(row["name"])
-    lines = []
-    for note, found in explained.items():
-        cells = (f"{cell} of {', '.join(models)}" for cell, models in found.items())
-        lines.append(f"{'; '.join(cells)}: {note}.")
-    return lines

@@ -19,7 +19,7 @@ from fairseq_lowbit.quantization.quantizer import (
     Affine,
     LearnedQuantizer,
 )
-from fairseq_lowbit.quantization.recompute import Recomputable
+from fairseq_lowbit.quantization.recompute import Recomputable, take_saved
 
 SCALE_FLOOR = 1e-5
 
@@ -38,7 +38,7 @@ class _FakeQuantize(Recomputable):
 
     @staticmethod
     def backward(ctx, grad_output):
-        x, scale, shift = ctx.saved_tensors
+        x, scale, shift = take_saved(ctx)
         quantizer = ctx.quantizer
         rows, grad_rows = quantizer.rows(x), quantizer.rows(grad_output)
         grad_x = torch.empty_like(rows, dtype=torch.float32)

@@ -20,11 +20,11 @@ class Operand:
         levels: which codes there are and what they stand for.
         scale: where the scale comes from.
         scales: number of scales that are stored with the model; 0 for the range of a frame.
-        group_size: of a weight, how many values share a scale: those of an output channel, or of a
-            group of its inputs, which lie next to each other; None for all of them.
+        group_size: how many values share a scale, along axis 1 of a weight that is seen as [output
+            channels, inputs]: all of them for a scale per output channel; None for one scale.
         shifts: number of learned shifts: 0, 1, or one per channel.
-        shift_is_added_back: whether decoding adds the shift again, instead of its only moving the
-            thresholds.
+        shift_is_added_back: whether decoding adds the shift again. Without, as in every method of
+            today, it only moves the thresholds.
         is_per_frame: whether every frame has a range of its own.
         is_length_scaled: whether scale and shift are multiplied by reference length over valid
             length.

@@ -15,7 +15,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 class Recomputable(torch.autograd.Function):
     """A function whose output can be computed again from the tensors that it saves: its forward
-    sets ``ctx.recompute``, which takes them and returns the output."""
+    sets ``ctx.recompute``, which takes them and returns the output.
+
+    Its backward reads them by :func:`take_saved`: gradient checkpointing lets a saved tensor be
+    read only once, and whoever computed the output again has read them already.
+    """
 
 
 def recomputed(*values: Tensor) -> AbstractContextManager[Any]:
@@ -36,9 +40,17 @@ def recomputed(*values: Tensor) -> AbstractContextManager[Any]:
         if isinstance(packed, Tensor):
             return packed
         node, *geometry = packed
-        return node.recompute(*node.saved_tensors).as_strided(*geometry)
+        if not hasattr(node, "read"):
+            node.read = node.saved_tensors
+        return node.recompute(*node.read).as_strided(*geometry)
 
     return saved_tensors_hooks(pack, unpack)
+
+
+def take_saved(ctx: Any) -> tuple[Tensor, ...]:
+    """The tensors that a :class:`Recomputable` saved, in its backward."""
+    read = vars(ctx).pop("read", None)
+    return ctx.saved_tensors if read is None else read
 
 
 def _storage(tensor: Tensor) -> int:

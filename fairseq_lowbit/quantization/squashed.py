@@ -16,7 +16,7 @@ from fairseq_lowbit.quantization.codes import Codes
 from fairseq_lowbit.quantization.execution import blocks, run
 from fairseq_lowbit.quantization.levels import mid_rise
 from fairseq_lowbit.quantization.quantizer import SCALE_GROUP, LearnedQuantizer
-from fairseq_lowbit.quantization.recompute import Recomputable
+from fairseq_lowbit.quantization.recompute import Recomputable, take_saved
 
 SQUASHED_GROUP = "squashed_weight"
 # Standard deviation of P, up to so many weight bits. 0.84 is where tanh(N(0, s^2)) is closest to
@@ -39,7 +39,7 @@ class _FakeSquash(Recomputable):
 
     @staticmethod
     def backward(ctx, grad_output):
-        unsquashed, gain = ctx.saved_tensors
+        unsquashed, gain = take_saved(ctx)
         quantizer = ctx.quantizer
         rows, grad_rows = quantizer.rows(unsquashed), quantizer.rows(grad_output)
         grad_x = torch.empty_like(rows, dtype=torch.float32)

@@ -14,9 +14,8 @@ from fairseq_lowbit.report.training.curve_figures import (
     Trained,
     health_drawings,
     loss_drawings,
-    silent_terms,
 )
-from fairseq_lowbit.report.training.curves import Training, read_bands, read_training
+from fairseq_lowbit.report.training.curves import Training, read_health_curves, read_training
 from fairseq_lowbit.runs.run import read_run
 
 _LOSS_TITLES = {"distillation": "Distillation", "hubert": "HuBERT loss"}
@@ -75,29 +74,22 @@ class Sections:
 
     def _losses(self, loss: str | None, runs: Sequence[Trained]) -> Group:
         """The terms of one loss, in which its runs are comparable."""
-        notes = []
-        if len(runs) == 1:
-            notes.append(f"Of one run: {runs[0].subject.name}.")
-        silent = silent_terms(runs)
-        if silent:
-            notes.append(f"Not drawn, 0 all along: {', '.join(silent)}.")
         drawings = loss_drawings(runs, self.colors, slug(loss or "other"))
-        title = _LOSS_TITLES.get(loss, loss)
-        return self._group(drawings, title, [" ".join(notes)] if notes else [])
+        return self._group(drawings, _LOSS_TITLES.get(loss, loss))
 
     def _trained(self, subject: Subject) -> Trained | None:
         """The curves of a run; None without a run or any records of it."""
         if subject.folder is None:
             return None
-        training, bands = Training(), {}
+        training, health = Training(), {}
         try:
             checkpoints = (subject.checkpoint or read_run(subject.folder).checkpoint).parent
-            bands = read_bands(checkpoints)
+            health = read_health_curves(checkpoints)
             training = read_training(checkpoints)
         except LowbitError as error:
             if subject.checkpoint is not None:  # without one it has not begun to train
                 self.problems.append(f"{subject.name}: {error}")
-        return Trained(subject, training, bands) if training.terms or bands else None
+        return Trained(subject, training, health) if training.terms or health else None
 
     def _inside(self, dissected: Iterable[Dissected], note: str) -> Section | None:
         groups = []

@@ -1,6 +1,5 @@
 """The models of a report: what is known of each, and what each costs."""
 
-import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,16 +16,12 @@ from fairseq_lowbit.runs.columns import (
     COSINE,
     COUNTED_SECONDS,
     MASKED_ACCURACY,
-    SNR,
     STORAGE,
     ModelRecord,
 )
 from fairseq_lowbit.runs.run import read_run
 
 FLOAT = "float"
-# How far apart two measurements of the same model may be: threads and processors add numbers in
-# another order.
-_TOLERANCES = {STORAGE: 0.0, MASKED_ACCURACY: 0.1, COSINE: 1e-4, SNR: 1e-2}
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,6 @@ class Subject:
         checkpoint: None for a row that is known from a table only, or without one yet.
         plan: None without a readable checkpoint.
         problem: why its checkpoint cannot be read.
-        aliases: names of the same model in other tables.
     """
 
     name: str
@@ -48,7 +42,6 @@ class Subject:
     checkpoint: Path | None = None
     plan: Plan | None = None
     problem: str | None = None
-    aliases: tuple[str, ...] = ()
 
     @property
     def is_float(self) -> bool:
@@ -74,18 +67,16 @@ def gather(own: Iterable[ModelRecord], others: Iterable[ModelRecord]) -> list[Su
 
     Args:
         own: of runs and checkpoints. The run of a teacher replaces what its students know of it.
-        others: of tables; left out are those of the same run, or with the same measurements, as
-            one of ``own``.
+        others: of tables; left out are those of a run that is there already.
     """
     subjects = [Subject(r["name"], r, checkpoint_of(r["folder"])) for r in own]
+    known = {s.record["folder"] for s in subjects} - {None}
     trained = {s.checkpoint for s in subjects if s.record["status"]} - {None}
     subjects = [s for s in subjects if s.record["status"] or s.checkpoint not in trained]
     for record in others:
-        known = [index for index, s in enumerate(subjects) if _are_same(record, s.record)]
-        if known:
-            subject = subjects[known[0]]
-            subjects[known[0]] = replace(subject, aliases=(*subject.aliases, record["name"]))
-        else:
+        place = record["folder"] or record["name"]
+        if place not in known:
+            known.add(place)
             subjects.append(Subject(record["name"], record, checkpoint_of(record["folder"])))
     return sorted(_with_costs(list(_with_unique_names(subjects))), key=_rank)
 
@@ -101,20 +92,6 @@ def checkpoint_of(folder: Path | None) -> Path | None:
     except LowbitError:
         return None
     return checkpoint.resolve() if checkpoint.is_file() else None
-
-
-def _are_same(first: ModelRecord, second: ModelRecord) -> bool:
-    """Whether they are of the same run, or have the same measurements, which two different models
-    never have."""
-    if first["folder"] is not None and first["folder"] == second["folder"]:
-        return True
-    if MASKED_ACCURACY.value(first) is COSINE.value(first) is None:
-        return False
-    pairs = [(column.value(first), column.value(second), t) for column, t in _TOLERANCES.items()]
-    return all(
-        a == b if a is None or b is None else math.isclose(a, b, rel_tol=1e-9, abs_tol=tolerance)
-        for a, b, tolerance in pairs
-    )
 
 
 def _rank(subject: Subject) -> tuple[bool, bool, float, str]:

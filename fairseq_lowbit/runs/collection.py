@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_lowbit.errors import describe
-from fairseq_lowbit.evaluation.quality import Quality
 from fairseq_lowbit.profiling.paper import paper_wer
 from fairseq_lowbit.runs.columns import (
     COSINE,
@@ -154,11 +153,6 @@ def _teacher_records(members: Sequence[Entry]) -> list[ModelRecord]:
         record |= {"precision": name, "rules": 0, "paper_wer": paper_wer(name, "hubert")}
         record |= known[0].figures()
     return [record]
-
-
-def record_of_quality(quality: Quality, **known: Any) -> ModelRecord:
-    """A record of the measured quality of a model, and of what else is known of it."""
-    return _blank(name=quality.name) | known | quality.figures()
 
 
 def _blank(**known: Any) -> ModelRecord:

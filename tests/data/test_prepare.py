@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from fairseq_lowbit.data import prepare
 from fairseq_lowbit.data.audio import read_audio
-from fairseq_lowbit.data.manifest import check_manifest, read_manifest
+from fairseq_lowbit.data.manifest import check_format, read_manifest
 from fairseq_lowbit.data.prepare import prepare_directory
 from fairseq_lowbit.errors import LowbitError
 
@@ -44,9 +45,10 @@ def messy(tmp_path):
     return source
 
 
-def test_everything_usable_is_converted(messy, tmp_path):
+def test_everything_usable_is_converted(messy, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "MAX_SECONDS", 3)
     out = tmp_path / "out"
-    summary = prepare_directory(messy, out, max_seconds=3)
+    summary = prepare_directory(messy, out)
     assert all_names(out) == [
         "audio/deep/UPPER_WAV.flac",
         "audio/deep/er/music_ogg.flac",
@@ -59,7 +61,7 @@ def test_everything_usable_is_converted(messy, tmp_path):
     ]
     for split in SPLITS:
         manifest = read_manifest(out / f"{split}.tsv")
-        assert check_manifest(manifest, 16000) == []
+        check_format(manifest, 16000)
         assert [len(read_audio(path)) for path in manifest.files()] == manifest.sizes.tolist()
         assert summary.files[split] == len(manifest)
         assert summary.minutes[split] == pytest.approx(manifest.sizes.sum() / 16000 / 60)
@@ -79,26 +81,21 @@ def test_useless_files_are_named_with_the_reason(messy, tmp_path):
     assert [tuple(line.split("\t")) for line in lines] == summary.skipped
 
 
-def test_second_run_converts_only_what_is_missing(messy, tmp_path):
+def test_second_run_converts_only_what_is_missing(messy, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "MAX_SECONDS", 3)
     out = tmp_path / "out"
-    prepare_directory(messy, out, max_seconds=3)
+    prepare_directory(messy, out)
     before = {path: path.stat().st_mtime_ns for path in (out / "audio").rglob("*.flac")}
     tables = [(out / f"{split}.tsv").read_text() for split in SPLITS]
     # An interrupted run: the first piece of the long file is always the last to be written.
     lost = {out / "audio" / "long_wav-000.flac", out / "audio" / "phone_wav.flac"}
     for path in lost:
         path.unlink()
-    summary = prepare_directory(messy, out, max_seconds=3)
+    summary = prepare_directory(messy, out)
     assert (summary.converted, summary.reused) == (2, 4)
     assert [(out / f"{split}.tsv").read_text() for split in SPLITS] == tables
     rewritten = {path for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert rewritten == lost | {out / "audio" / f"long_wav-00{i}.flac" for i in (1, 2)}
-
-
-def test_runs_with_other_lengths_do_not_mix(messy, tmp_path):
-    prepare_directory(messy, tmp_path / "out", max_seconds=3)
-    with pytest.raises(LowbitError, match="use another folder"):
-        prepare_directory(messy, tmp_path / "out", max_seconds=4)
 
 
 def test_output_inside_the_source_is_not_an_input(messy):
@@ -106,10 +103,11 @@ def test_output_inside_the_source_is_not_an_input(messy):
     assert prepare_directory(messy, messy / "out").reused == 6
 
 
-def test_pieces_of_a_file_stay_in_one_split(tmp_path):
+def test_pieces_of_a_file_stay_in_one_split(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "MAX_SECONDS", 1)
     for i in range(5):
         record(tmp_path / "in" / f"{i}.wav", seconds=4, rate=8000)
-    prepare_directory(tmp_path / "in", tmp_path / "out", max_seconds=1)
+    prepare_directory(tmp_path / "in", tmp_path / "out")
     sources = [{name.partition("-")[0] for name in names(tmp_path / "out", s)} for s in SPLITS]
     assert [len(files) for files in sources] == [3, 1, 1]
     assert len(set.union(*sources)) == 5
@@ -136,7 +134,8 @@ def test_split_depends_on_the_seed_only(tmp_path):
     assert all_names(outs[0]) == all_names(outs[2])
 
 
-def test_silent_pieces_are_left_out(tmp_path):
+def test_silent_pieces_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "MAX_SECONDS", 1)
     rng = np.random.default_rng(0)
     noise, silence = rng.uniform(-0.3, 0.3, 16000), np.zeros(16000)
     (tmp_path / "in").mkdir()
@@ -144,7 +143,7 @@ def test_silent_pieces_are_left_out(tmp_path):
         soundfile.write(
             tmp_path / "in" / f"{i}.wav", np.concatenate([noise, silence, noise]), 16000
         )
-    prepare_directory(tmp_path / "in", tmp_path / "out", max_seconds=1)
+    prepare_directory(tmp_path / "in", tmp_path / "out")
     assert [name[-8:-5] for name in all_names(tmp_path / "out")] == ["000", "002"] * 3
 
 
@@ -169,7 +168,6 @@ def test_too_little_for_three_splits(tmp_path):
     [
         ({"valid_fraction": 0}, "fractions"),
         ({"valid_fraction": 0.5, "test_fraction": 0.5}, "fractions"),
-        ({"min_seconds": 2, "max_seconds": 3}, "half of max_seconds"),
     ],
 )
 def test_impossible_options(tmp_path, options, message):

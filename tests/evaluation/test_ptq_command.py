@@ -17,6 +17,11 @@ def ptq(teacher: LoadedModel, data: Path, out: Path, *arguments: str) -> int:
     return main(["ptq", str(teacher.path), "--data", str(data), "--out", str(out), *arguments])
 
 
+def audio(*settings: str) -> tuple[str, ...]:
+    """Options that set what the calibration runs on."""
+    return tuple(f"--override=task.calibration.{setting}" for setting in settings)
+
+
 @pytest.mark.parametrize(
     "precision", ["bitl_w8a8", "bitla_w2a2", "sqwq_w2", "absmax_w4a8", "minmax_w4a8"]
 )
@@ -83,12 +88,12 @@ def test_rules_and_criteria_reach_the_result(
         (("--precision", "minmax_w4a8", "--calibration", "absmax"), "no scale of minmax_w4a8"),
         (("--precision", "sqwq_w2", "--calibration", "mse"), "no scale of sqwq_w2 is learned"),
         ((*W8A8, "--rules", "per_chanel"), "among front_end_w4a4, front_end_w8a8, none, per_"),
-        ((*W8A8, "--batches", "0"), "calibration.batches 0: give"),
+        ((*W8A8, *audio("batches=0")), "calibration.batches 0: give"),
         (
-            (*W8A8, "--seconds", "0.001"),
+            (*W8A8, *audio("max_seconds=0.001")),
             "calibration.max_seconds 0.001: give a number from 0.025 up",
         ),
-        ((*W8A8, "--seed", "-1"), "seed -1"),
+        ((*W8A8, *audio("seed=-1")), "seed -1"),
         ((*W8A8, "--override", "task.min_sample_size=100000"), "see task.min_sample_size and"),
         ((*W8A8, "--override", "task.min_sample_size=half"), "task.min_sample_size: Value 'half'"),
         ((*W8A8, "--override", "task.min_sampl_size=1"), "task.min_sampl_size"),
@@ -99,8 +104,8 @@ def test_rules_and_criteria_reach_the_result(
         ((*W8A8, "--override", "model.precision.name=sqwq_w4"), "drop it; --precision decides"),
         ((*W8A8, "--override", "quant=sqwq_w4"), "drop it; --precision decides"),
         (
-            (*W8A8, "--batches", "2", "--override", "task.calibration.batches=3"),
-            "task.calibration.batches=3: drop it; --batches decides",
+            (*W8A8, "--calibration", "mse", "--override", "task.calibration.criterion=absmax"),
+            "task.calibration.criterion=absmax: drop it; --calibration decides",
         ),
         ((*W8A8, "--override", "+task.label_rate=0"), "task.label_rate 0.0: give a number above 0"),
     ],
@@ -149,9 +154,9 @@ def test_the_audio_is_chosen(teacher: LoadedModel, data: Path, tmp_path: Path) -
         state = load_model(tmp_path / "ptq.pt").model.state_dict()
         return [v.item() for k, v in state.items() if k.endswith("input_quantizer.log_scale")]
 
-    less = ("--batches", "1", "--seconds", "0.1")
-    usual, one, other = scales(), scales(*less), scales(*less, "--seed", "2")
-    assert usual == scales("--batches", "8", "--seconds", "10", "--seed", "1")
+    less = audio("batches=1", "max_seconds=0.1")
+    usual, one, other = scales(), scales(*less), scales(*less, *audio("seed=2"))
+    assert usual == scales(*audio("batches=8", "max_seconds=10", "seed=1"))
     assert usual != one != other
     assert usual != scales("--override", "task.min_sample_size=12000")
 

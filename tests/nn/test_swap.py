@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 import fairseq_lowbit
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import Hubert
-from fairseq_lowbit.nn import quantizers, squashed_weights
+from fairseq_lowbit.nn import is_calibrated, quantizers, squashed_weights
 from fairseq_lowbit.nn.operators import Conv1d, Linear, Operator, WeightNormConv1d
 from fairseq_lowbit.nn.swap import register_operator
 from fairseq_lowbit.precision import Precision, Role, Rule
@@ -245,7 +246,7 @@ def mixed() -> nn.Module:
             lambda: nn.Sequential(nn.Conv1d(1, 1, 3)),
             "bitl_w4a4",
             [],
-            "'bitl_w4a4' reaches nothing: this model has no encoder linear",
+            "'bitl_w4a4' reaches no encoder linear: this model has none",
         ),
         (mixed, "bitl_w4a4", [Rule("image", "elastic", 4, 4)], r"reaches image.*\(Conv2d\)"),
         (
@@ -394,3 +395,62 @@ def test_a_tied_squashed_weight_counts_once_and_comes_back_as_float() -> None:
     assert len(squashed_weights(model)) == 2  # hidden and the table
     fairseq_lowbit.quantize(model, "float")
     assert (model.head.weight - before).abs().mean() < 2e-2 * before.abs().mean()
+
+
+class ReadsWeights(nn.Module):
+    """Uses the weight of a module that it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.called(x), self.read.weight)
+
+
+@pytest.mark.parametrize("precision", ["bitl_w4a4", "bitl_w4a16", "absmax_w4a4", "sqwq_w4"])
+def test_a_quantizer_that_is_never_called_is_found(precision: str) -> None:
+    model = fairseq_lowbit.quantize(ReadsWeights(), precision)
+    with pytest.raises(LowbitError, match=r"ReadsWeights never calls read\..*method none"):
+        fairseq_lowbit.calibrate(model, [torch.randn(2, 4)])
+
+
+@pytest.mark.parametrize(
+    "batches, message",
+    [
+        ([], "no batch to calibrate on"),
+        (torch.randn(2, 4), "a list of batches"),
+        ({"input": torch.randn(2, 4)}, "a list of batches"),
+    ],
+)
+def test_what_is_no_list_of_batches_is_refused(batches: object, message: str) -> None:
+    model = fairseq_lowbit.quantize(nn.Sequential(nn.Linear(4, 4)), "bitl_w4a4")
+    with pytest.raises(LowbitError, match=message):
+        fairseq_lowbit.calibrate(model, batches)
+    assert not is_calibrated(model)
+
+
+def test_a_loader_that_yields_tuples_will_do() -> None:
+    model = fairseq_lowbit.quantize(nn.Sequential(nn.Linear(4, 4)), "bitl_w4a4")
+    fairseq_lowbit.calibrate(model, [(torch.randn(2, 4),)])
+    assert is_calibrated(model)
+
+
+@pytest.mark.parametrize("rules", ["per_channel", ["per_channel"], {"match": "0"}])
+def test_rules_that_are_no_list_of_rules_are_refused(rules: object) -> None:
+    with pytest.raises(LowbitError, match="rules is a list of rules, each a Rule or a mapping"):
+        fairseq_lowbit.quantize(nn.Sequential(nn.Linear(4, 4)), "bitl_w4a4", rules)
+
+
+@pytest.mark.parametrize("precision", ["bitl_w2a2", "sqwq_w2", "absmax_w4a4"])
+def test_gradient_checkpointing(precision: str) -> None:
+    """Which lets a saved tensor be read only once."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    fairseq_lowbit.quantize(model, precision)
+    x = torch.randn(3, 6)
+    fairseq_lowbit.calibrate(model, [x])
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    output = checkpoint(model, x, use_reentrant=False)
+    found = torch.autograd.grad(output.square().sum(), list(model.parameters()))
+    for gradient, other in zip(found, expected, strict=True):
+        assert torch.equal(gradient, other)

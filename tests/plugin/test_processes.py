@@ -114,7 +114,7 @@ def test_one_command_spawns_them_and_hands_signals_on(
     assert f"stopped by SIGTERM and saved at update {updates}: run the same command" in output
     assert sum(line.startswith("precision bitla_w2a2") for line in lines) == 1
     assert output.count(f"num_updates={updates},") == 1
-    assert {path.name for path in (folder / "tensorboard").iterdir()} >= {"train_inner", "health"}
+    assert (folder / "tensorboard" / "train_inner").is_dir()
 
 
 def test_both_stop_in_the_same_update(alone, trainer, teacher: Path, tmp_path: Path) -> None:
@@ -159,13 +159,13 @@ def test_different_data(trainer, corpus: Path, broken: Path, tmp_path: Path) -> 
     labels = (broken / "train.km").read_text()
     edit(broken / "train.km", lambda lines: [lines[0][::-1], *lines[1:]])
     message = run()
-    for part in ("split train", "rank 1", "labels .km", str(corpus / "train.tsv")):
+    for part in ("files or labels of split train", "rank 1"):
         assert part in message
     (broken / "train.km").write_text(labels)
     edit(broken / "valid.tsv", lambda lines: lines[:-1])
     edit(broken / "valid.km", lambda lines: lines[:-1])
     message = run()
-    for part in ("split valid", "rank 1", "3 files instead of 4 files"):
+    for part in ("files or labels of split valid", "rank 1"):
         assert part in message
     (broken / "valid.tsv").unlink()
     message = run()
@@ -278,7 +278,7 @@ def test_a_schedule_killed_behind_a_switch(
     # A process that does not see the finished stage would train another one than the first.
     elsewhere = ((), (f"hydra.run.dir={tmp_path / 'elsewhere'}",))
     message = refused(trainer.fork_ranks(folder, "bitla_w1a1", *options, each=elsewhere))
-    for part in ("rank 1", "bitla_w2a2 in stage1_bitla_w2a2", "bitla_w1a1 in checkpoints"):
+    for part in ("rank 1", "different models", "hydra.run.dir"):
         assert part in message
     first, second = trainer.fork_ranks(folder, "bitla_w1a1", *options)
     assert (first.status, second.status) == (0, 0), first.output + second.output

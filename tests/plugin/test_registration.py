@@ -1,14 +1,12 @@
 """What fairseq finds under our names."""
 
 import shutil
-from argparse import Namespace
 from pathlib import Path
 
-import pytest
 import torch
 from fairseq import checkpoint_utils
 from fairseq.criterions import CRITERION_REGISTRY
-from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_REGISTRY
+from fairseq.models import MODEL_REGISTRY
 from fairseq.optim import OPTIMIZER_REGISTRY
 from fairseq.tasks import TASK_REGISTRY
 
@@ -29,23 +27,6 @@ def test_registering_again_changes_nothing() -> None:
     tasks, models = dict(TASK_REGISTRY), dict(MODEL_REGISTRY)
     register()
     assert (tasks, models) == (TASK_REGISTRY, MODEL_REGISTRY)
-
-
-@pytest.mark.parametrize("model", ["hubert_fastconv", "lowbit_hubert"])
-@pytest.mark.parametrize("size, layers, features", [("tiny", 4, 192), ("base", 12, 768)])
-def test_architectures_fill_in_what_is_not_given(
-    model: str, size: str, layers: int, features: int
-) -> None:
-    assert ARCH_MODEL_REGISTRY[f"{model}_{size}"] is MODEL_REGISTRY[model]
-    args = Namespace(encoder_layers=3)
-    ARCH_CONFIG_REGISTRY[f"{model}_{size}"](args)
-    assert (args.encoder_layers, args.encoder_embed_dim) == (3, features)
-    args = Namespace()
-    ARCH_CONFIG_REGISTRY[f"{model}_{size}"](args)
-    assert args.encoder_layers == layers
-    with torch.device("meta"):
-        built = MODEL_REGISTRY[model].build_model(args, task=None)
-    assert len(built.encoder.layers) == layers
 
 
 def test_fairseq_loads_a_student_without_its_teacher(

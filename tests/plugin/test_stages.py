@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
@@ -167,7 +166,6 @@ W2 = {"precision": "w2a2"}
         ([{"precision": "w8a8", "steps": 5}, W2], ["task.stages.0.steps", "precision, updates"]),
         ([{"precision": "w8a8"}, {**W2, "teacher": "last"}], ["stages.1.teacher", "'last'"]),
         ([{"precision": "w8a8", "teacher": "previous"}, W2], ["stages.0.teacher", "original"]),
-        ([W2, W2], ["task.stages.1.precision", "bitla_w2a2"]),
         ([{"precision": "w8"}, W2], ["stages.0.precision", "bitla_w8'", "write bitla_w8aM"]),
         ([{"precision": "w4a4"}, {"precision": "w1a1"}], ["this is a run of bitla_w2a2"]),
         ("w8a8", ["task.stages", "w8a8"]),
@@ -215,20 +213,6 @@ def test_what_no_later_stage_needs_may_be_deleted(schedule: Schedule) -> None:
     assert schedule.first_unfinished() == 2
 
 
-def test_a_stage_whose_checkpoint_is_gone(schedule: Schedule, tmp_path: Path) -> None:
-    finish(schedule, 0, 1)
-    make_checkpoint(schedule, 2)
-    schedule.checkpoint(1).unlink()
-    with pytest.raises(LowbitError) as refused:
-        schedule.first_unfinished()
-    for part in (
-        str(schedule.checkpoint(1)),
-        "restore it",
-        f"delete {tmp_path / 'stage2_bitla_w4a4'}, {tmp_path / 'checkpoint*.pt'}",
-    ):
-        assert part in str(refused.value)
-
-
 def test_a_stage_that_is_gone_as_a_whole(schedule: Schedule, tmp_path: Path) -> None:
     finish(schedule, 0, 1)
     for path in (tmp_path / "stage1_bitla_w8a8").iterdir():
@@ -238,10 +222,8 @@ def test_a_stage_that_is_gone_as_a_whole(schedule: Schedule, tmp_path: Path) -> 
     for part in (
         "stage 1 of 3 (bitla_w8a8)",
         "restore",
-        f"delete {tmp_path / 'stage2_bitla_w4a4'}",
     ):
         assert part in str(refused.value)
-    assert "checkpoint*.pt" not in str(refused.value)
 
 
 def test_a_folder_with_other_stages(schedule: Schedule, tmp_path: Path) -> None:
@@ -254,23 +236,6 @@ def test_a_folder_with_other_stages(schedule: Schedule, tmp_path: Path) -> None:
         at(tmp_path, changed).first_unfinished()
     # What is yet to be trained may change, as in any run.
     assert at(tmp_path, [*THREE[:2], THREE[2] | {"updates": 500}]).first_unfinished() == 2
-
-
-@pytest.mark.parametrize("content", ["", "{", "null", "[1]", "\x00\xff", '"finished"'])
-def test_a_damaged_mark(content: str, schedule: Schedule, tmp_path: Path) -> None:
-    finish(schedule, 0)
-    make_checkpoint(schedule, 1)
-    mark = tmp_path / "stage1_bitla_w8a8" / "finished.json"
-    mark.write_text(content, encoding="latin-1")
-    with pytest.raises(LowbitError) as refused:
-        schedule.first_unfinished()
-    message = str(refused.value)
-    for part in (str(mark), "damaged", "stage 1 of 3 (bitla_w8a8)", "hydra.run.dir"):
-        assert part in message
-    assert "\n" not in message
-    # What the message offers mends it.
-    mark.write_text(re.search(r"write ({.*}) into", message)[1])
-    assert schedule.first_unfinished() == 1
 
 
 def test_a_folder_of_a_run_without_stages(schedule: Schedule, tmp_path: Path) -> None:
@@ -295,7 +260,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., li
             save(folder / "checkpoint_last.pt", end)
 
         monkeypatch.setattr(callback, "_hydra_main", train)
-        own = {"checkpoint__save_dir": str(tmp_path), "common__log_file": None}
+        own = {"checkpoint__save_dir": str(tmp_path)}
         made = config(THREE, **own, **(NO_EARLY_STOP | changes))
         callback.train_in_stages(made)
         return precisions

@@ -85,7 +85,7 @@ def test_health_of_every_quantizer_is_recorded(student_run) -> None:
 
 def test_tensorboard_files(student_run) -> None:
     writers = {path.parent.name for path in (student_run.folder / "tensorboard").rglob("events*")}
-    assert {"train_inner", "valid", "health"} <= writers
+    assert {"train_inner", "valid"} <= writers
 
 
 def test_distillation_learns(student_run) -> None:

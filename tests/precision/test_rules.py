@@ -144,7 +144,9 @@ def test_before_version_0_2_the_last_rule_that_matches_decided_alone() -> None:
 
 def test_a_name_that_reaches_nothing_is_refused() -> None:
     front_end = [site for site in SITES if site.role == Role.FRONT_END]
-    with pytest.raises(LowbitError, match="'bitl_w1a1' reaches nothing: .* no encoder linear"):
+    with pytest.raises(
+        LowbitError, match="'bitl_w1a1' reaches no encoder linear: .* It has feature_extractor"
+    ):
         resolve_plan(Precision("bitl_w1a1"), front_end, 0)
     rule = Rule("*", method="minmax", weight_bits=8, activation_bits=8)
     assert resolve_plan(Precision("float", [rule]), front_end, 0).entries[0].is_quantized

@@ -144,19 +144,14 @@ def test_a_model_that_fails_leaves_the_others(stage: Stage) -> None:
     def broken() -> Runnable:
         raise LowbitError("checkpoint b.pt is truncated")
 
-    def too_large(waveform: Tensor) -> None:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
-
     before = torch.get_num_threads()
     candidates = [
         stage.candidate("a", lambda _: 1.0),
         TimedModel("broken", broken),
-        TimedModel("large", lambda: Runnable(too_large, "fp32")),
     ]
     record = TimingRecord()
     time_models(candidates, [ANY], 1, record, clock=stage.clock)
-    assert record.failures["broken"] == "checkpoint b.pt is truncated"
-    assert "running 2 s of audio needs more memory" in record.failures["large"]
+    assert record.failures == {"broken": "checkpoint b.pt is truncated"}
     assert len(timings(record, "a", "a")) == 1
     # Without the reference there is a time and no runtime.
     assert timings(record, "a", "broken")[0].runtime is None

@@ -3,7 +3,11 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from fairseq_lowbit.evaluation.quality import Quality
+from fairseq_lowbit.runs.collection import FIELDS
+from fairseq_lowbit.runs.columns import ModelRecord
 from tests.evaluation.conftest import data, make_run, model, save, teacher
 
 __all__ = ["data", "make_run", "model", "save", "teacher"]
@@ -25,3 +29,8 @@ def write_progress(folder: Path, updates: int) -> None:
     ]
     lines.append(progress("valid", updates, dict.fromkeys(_TERMS, 1.1 / updates)))
     (folder / "checkpoints" / "progress.jsonl").write_text("".join(lines))
+
+
+def record_of(quality: Quality, **known: Any) -> ModelRecord:
+    """A row of the report of a measured model, with what else is known of it."""
+    return dict.fromkeys(FIELDS) | {"name": quality.name} | known | quality.figures()

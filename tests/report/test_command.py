@@ -3,7 +3,6 @@
 The whole page of real runs is in tests/plugin/test_report.py.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,16 +13,14 @@ import torch
 
 from fairseq_lowbit.cli.main import main
 from fairseq_lowbit.evaluation.agreement import Agreement
-from fairseq_lowbit.evaluation.compare import Comparison
 from fairseq_lowbit.evaluation.masked import MaskedAccuracy
 from fairseq_lowbit.evaluation.quality import Quality
 from fairseq_lowbit.models import Hubert, LoadedModel, write_model
 from fairseq_lowbit.runs import run_quality
-from fairseq_lowbit.runs.collection import record_of_quality
 from fairseq_lowbit.runs.columns import ModelRecord
 from fairseq_lowbit.runs.tables import write_csv
 from tests.evaluation.conftest import calibrated
-from tests.report.conftest import write_progress
+from tests.report.conftest import record_of, write_progress
 from tests.report.page_parser import ReportPage
 
 QUICK = ("--no-evaluate", "--no-dissect")
@@ -104,13 +101,11 @@ def test_sources_that_are_not_well(
     state = {"cfg": {"model": {"_name": "transformer_lm"}}, "model": {"decoder.w": torch.ones(2)}}
     torch.save(state, other)
     text.write_text("name,value\nx,1\n")
-    (tmp_path / "b.json").write_text("[]")
-    sources = [tmp_path / "exp", good, truncated, other, text, tmp_path / "b.json"]
+    sources = [tmp_path / "exp", good, truncated, other, text]
     shown = report(*sources, tmp_path / "gone", *QUICK)
     assert shown.status == 1
     for part in (
         f"{text} is not a table of sweep-table --csv: there is no column status",
-        f"{tmp_path / 'b.json'} is not a comparison of fairseq-lowbit evaluate",
         f"{tmp_path / 'gone'}: there is no such file or folder",
         f"half.pt: checkpoint {truncated} is truncated",
         f"lm.pt: checkpoint {other} holds a transformer_lm, not a HuBERT",
@@ -119,7 +114,7 @@ def test_sources_that_are_not_well(
     ):
         assert sum(part in problem for problem in shown.problems) == 1, (part, shown.problems)
         assert part in shown.page.text
-    assert len(shown.problems) == 7
+    assert len(shown.problems) == 6
     assert "5 models, 3 of them quantized; 3 could not be read" in shown.page.text
     assert "unreadable" in shown.page.row("lm.pt")[0]
     assert shown.page.row("lm.pt")[1] == "–"
@@ -211,15 +206,12 @@ def test_tables_made_before(
     table = tmp_path / "table.csv"
     assert main(["sweep-table", str(tmp_path / "exp"), "--no-evaluate", f"--csv={table}"]) == 0
     shutil.rmtree(tmp_path / "exp" / "gone")
-    numbers = row_of("QAT w1a1", 0.4, 0.9, 1.25)
-    Comparison((replace(numbers, name="FP", agreement=None), numbers), None).write(tmp_path)
-    shown = report(tmp_path / "exp", table, tmp_path / "comparison.json", *QUICK)
+    again = shutil.copy(table, tmp_path / "again.csv")
+    shown = report(tmp_path / "exp", table, again, *QUICK)
     kept, gone = (shown.page.row(name) for name in ("kept", "gone"))
-    assert sorted(shown.names) == sorted(["FP", "QAT w1a1", "gone", "kept", teacher_name(tmp_path)])
+    assert sorted(shown.names) == sorted(["gone", "kept", teacher_name(tmp_path)])
     assert kept[3] != "–" == gone[3]
     assert gone[2] == kept[2]
-    assert shown.page.row("QAT")[2:4] == ["1.25", "–"]
-    assert "Teacher: masked accuracy is 4.0 times" in shown.page.text
 
 
 def teacher_name(folder: Path) -> str:
@@ -229,31 +221,6 @@ def teacher_name(folder: Path) -> str:
 def row_of(name: str, accuracy: float, cosine: float, megabytes: float) -> Quality:
     close = Agreement((0.99, cosine), (20.0, 3.0))
     return Quality(name, False, megabytes, close, MaskedAccuracy(accuracy, 0.1), None)
-
-
-def test_a_comparison_of_the_same_runs(
-    report: Callable, make_run: Callable, tmp_path: Path
-) -> None:
-    """The demo's folder: its runs are in its comparison too, a calibrated row is only there."""
-    folder = make_run("demo/w1a1", calibrated("bitla_w1a1"))
-    first = report(tmp_path / "demo", "--seconds=5", "--no-dissect")
-    assert first.status == 1  # it left no log
-    stored = json.loads((folder / "evaluation.json").read_text())
-    teacher, own = (run_quality.read_quality(stored[key]) for key in ("teacher", "row"))
-    # As another number of threads adds them up, and named as evaluate was told to.
-    cosine = tuple(value + 1e-6 for value in own.agreement.cosine)
-    close = replace(own, name="QAT w1a1", agreement=replace(own.agreement, cosine=cosine))
-    lower = tuple(value - 0.1 for value in own.agreement.cosine)
-    other = replace(own, name="PTQ w1a1", agreement=replace(own.agreement, cosine=lower))
-    rows = (replace(teacher, name="FP"), replace(other, is_calibrated_only=True), close)
-    Comparison(rows, None).write(tmp_path / "demo")
-    shown = report(tmp_path / "demo", "--seconds=5", *QUICK)
-    names = {name.split(" also ")[0] for name in shown.names}
-    assert names == {"PTQ w1a1", "w1a1", teacher_name(tmp_path)}
-    assert shown.page.row("PTQ")[1] == "calibration"
-    # The row that stands for both is found by either name.
-    assert shown.page.row("w1a1")[0] == "w1a1 also QAT w1a1"
-    assert shown.page.row("w1a1")[3] != "–"
 
 
 def test_a_teacher_that_is_a_run_is_shown_once(
@@ -277,12 +244,11 @@ def test_whatever_a_user_named_is_text(
     name = '<img src="http:x" onerror=alert(1)>&amp;'
     folder = make_run(f"exp/{name}", calibrated("bitla_w1a1"), overrides=["a=</td><b>"])
     (folder / "failure.txt").write_text("<script>alert(2)</script>\n")
-    shown = report(tmp_path / "exp", "--title=</title><script>alert(3)</script>", *QUICK)
+    shown = report(tmp_path / "exp", *QUICK)
     for text in (
         name,
         "a=</td><b>",
         "<script>alert(2)</script>",
-        "</title><script>alert(3)</script>",
     ):
         assert text in shown.page.text
     assert shown.page.html.count("<script>") == 1
@@ -294,7 +260,7 @@ def test_many_runs_are_told_apart_as_far_as_colours_go(
 ) -> None:
     """The Pareto front and the best have colours; the others are grey, and the caption says so."""
     records = [
-        record_of_quality(
+        record_of(
             row_of(f"run{i:02d}", 0.2 + 0.01 * ((7 * i) % 30), 0.5 + i / 100, 1 + (11 * i) % 30),
             status="finished",
             precision="bitla_w1a1",
@@ -350,7 +316,8 @@ def test_what_cannot_be_written_is_said_before_time_is_spent(
     file = folder / ".hydra" / "config.yaml"
     assert f"cannot write {file}/page.html" in refused(folder, "-o", file / "page.html")
     assert "is a folder: name a file" in refused(folder, "-o", tmp_path)
-    message = refused(folder, "-o", tmp_path / "page.html", "--figures", file)
+    (tmp_path / "page_figures").touch()
+    message = refused(folder, "-o", tmp_path / "page.html")
     assert "a file is where a folder has to be" in message
     assert not (tmp_path / "page.html").exists()
 

@@ -43,7 +43,7 @@ class Voice:
 
 
 class Engine:
-    """One voice of eSpeak NG; a context manager, to be used by one thread at a time.
+    """One voice of eSpeak NG, to be used by one thread at a time and closed.
 
     The library keeps noise and vibrato state in static variables, so what it says depends on what
     it said before. Each engine therefore loads a private copy of the file: the speech of a voice
@@ -87,7 +87,7 @@ class Engine:
         self._set(_PITCH, self.voice.pitch + pitch)
         data = text.encode()
         failed = self._library.espeak_Synth(
-            data, len(data) + 1, 0, _POS_CHARACTER, 0, _CHARS_UTF8, None, None
+            data, ctypes.c_size_t(len(data) + 1), 0, _POS_CHARACTER, 0, _CHARS_UTF8, None, None
         )
         if failed or not self._chunks:
             raise LowbitError(f"eSpeak NG ({self.voice.name}) could not say {text!r}")
@@ -95,12 +95,6 @@ class Engine:
 
     def close(self) -> None:
         self._library.espeak_Terminate()
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def _set(self, parameter: int, value: int) -> None:
         self._library.espeak_SetParameter(parameter, value, 0)
@@ -124,16 +118,4 @@ def _loader() -> ModuleType:
 def _load_private_copy(library: Path) -> ctypes.CDLL:
     # The copy may go once it is loaded; Windows keeps loaded files, hence the tolerance.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        private = ctypes.CDLL(str(shutil.copy(library, folder)))
-    # The text pointer and size_t are 64 bits wide; ctypes would pass plain ints as 32.
-    private.espeak_Synth.argtypes = [
-        ctypes.c_char_p,
-        ctypes.c_size_t,
-        ctypes.c_uint,
-        ctypes.c_int,
-        ctypes.c_uint,
-        ctypes.c_uint,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-    ]
-    return private
+        return ctypes.CDLL(str(shutil.copy(library, folder)))

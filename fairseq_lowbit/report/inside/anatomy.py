@@ -10,25 +10,14 @@ from fairseq_lowbit.data.audio import SAMPLE_RATE
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import LoadedModel
 from fairseq_lowbit.models.encoder import EncoderLayer
-from fairseq_lowbit.models.extractor import receptive_field
 from fairseq_lowbit.models.protocols import SpeechModel
 from fairseq_lowbit.monitoring.health import QuantizerHealth, watching
 from fairseq_lowbit.nn import is_calibrated
-from fairseq_lowbit.report.inside.attention import HeadAttention, compare_heads
+from fairseq_lowbit.report.inside.attention import HeadAttention, most_moved_head
 from fairseq_lowbit.report.inside.weights import WeightAnatomy, first_middle_last, weight_anatomies
 
-MAX_SECONDS = 4.0
 # Besides the front-end, student and teacher have to agree in these fields of their shape.
-_SHAPE = (
-    "encoder_layers",
-    "encoder_embed_dim",
-    "encoder_ffn_embed_dim",
-    "encoder_attention_heads",
-    "layer_norm_first",
-    "conv_pos",
-    "conv_pos_groups",
-    "final_dim",
-)
+_SHAPE = ("encoder_layers", "encoder_embed_dim", "encoder_ffn_embed_dim", "encoder_attention_heads")
 
 
 @dataclass(frozen=True)
@@ -50,47 +39,35 @@ class Anatomy:
 
 @torch.no_grad()
 def dissect(student: LoadedModel, teacher: LoadedModel | None, waveform: Tensor) -> Anatomy:
-    """Examines a model in one pass over an utterance, or over the middle of a long one.
+    """Examines a model in one pass over an utterance.
 
     Args:
         student: of any precision, float included, in eval mode.
         teacher: of the student's shape, to compare attention and weights with.
-        waveform: [1, samples] at 16 kHz, all valid, normalized if the model wants it; at most
-            ``MAX_SECONDS`` from its middle are looked at, so that frames stay visible.
+        waveform: [1, samples] at 16 kHz, all valid, normalized if the model wants it; of a few
+            seconds, so that frames stay visible.
 
     Raises:
         LowbitError: a teacher of another shape; an uncalibrated model or one whose numbers are not
-            finite; audio too short for two frames.
+            finite.
     """
-    _check(student, teacher, waveform)
-    waveform = _middle(waveform)
+    if teacher is not None:
+        _refuse_other_shape(student, teacher)
+        _refuse_unusable(teacher)
+    _refuse_unusable(student)
     layers = first_middle_last(range(student.model.shape.encoder_layers))
     with watching(student.model) as found:
         own = _attention_maps(student.model, waveform, layers)
     heads: list[HeadAttention] = []
     if teacher is not None:
-        maps = _attention_maps(teacher.model, waveform, layers)
-        for layer, *pair in zip(layers, own, maps, strict=True):
-            heads += compare_heads(layer, *pair)
+        others = _attention_maps(teacher.model, waveform, layers)
+        heads = [most_moved_head(*maps) for maps in zip(layers, own, others, strict=True)]
     return Anatomy(
         frame_seconds=student.model.samples_per_frame / SAMPLE_RATE,
         quantizers=tuple(found),
         weights=weight_anatomies(student.model, teacher and teacher.model),
         attention=tuple(heads),
     )
-
-
-def _check(student: LoadedModel, teacher: LoadedModel | None, waveform: Tensor) -> None:
-    if teacher is not None:
-        _refuse_other_shape(student, teacher)
-        _refuse_unusable(teacher)
-    _refuse_unusable(student)
-    needed = receptive_field(student.model.conv_layers) + student.model.samples_per_frame
-    if waveform.dim() != 2 or len(waveform) != 1 or waveform.shape[1] < needed:
-        raise LowbitError(
-            f"audio of shape {list(waveform.shape)}: want one utterance [1, samples] of at least "
-            f"{needed} samples at {SAMPLE_RATE} Hz"
-        )
 
 
 def _refuse_unusable(loaded: LoadedModel) -> None:
@@ -118,12 +95,6 @@ def _refuse_other_shape(student: LoadedModel, teacher: LoadedModel) -> None:
             f"{teacher.path} has {getattr(wanted, fields[0])}: they are compared head by head and "
             "weight by weight, so give the teacher that it was distilled from"
         )
-
-
-def _middle(waveform: Tensor) -> Tensor:
-    samples = int(MAX_SECONDS * SAMPLE_RATE)
-    start = max(0, (waveform.shape[1] - samples) // 2)
-    return waveform[:, start : start + samples]
 
 
 def _attention_maps(model: SpeechModel, waveform: Tensor, layers: Sequence[int]) -> list[Tensor]:

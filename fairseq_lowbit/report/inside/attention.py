@@ -1,4 +1,4 @@
-"""Attention maps of a student beside its teacher's, of heads chosen by how far they differ."""
+"""Attention maps of a student beside its teacher's, of the heads that differ most."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,6 @@ class HeadAttention:
 
     Attributes:
         layer, head: from 0.
-        choice: why this head is shown, in a few words.
         moved: half the absolute difference to the teacher's map summed over keys, mean over frames:
             the share of the attention that lies elsewhere, 0 to 1 for rows that sum to 1.
         student, teacher: [frames, frames] fp32 on the CPU, a row per attending frame.
@@ -26,26 +25,18 @@ class HeadAttention:
 
     layer: int
     head: int
-    choice: str
     moved: float
     student: Tensor
     teacher: Tensor
 
 
-def compare_heads(layer: int, student: Tensor, teacher: Tensor) -> list[HeadAttention]:
-    """Compares maps [heads, frames, frames] and keeps the head that differs most from the teacher's
-    and the median one."""
+def most_moved_head(layer: int, student: Tensor, teacher: Tensor) -> HeadAttention:
+    """Of maps [heads, frames, frames] those of the head that differs most from the teacher's."""
     moved = (student - teacher).abs().sum(-1).mean(-1) / 2
-    order = moved.argsort(descending=True, stable=True).tolist()
-    choices = {"most different head": order[0], "median head": order[len(order) // 2]}
-    if len(order) == 1:
-        choices = {"only head": 0}
-    return [
-        HeadAttention(
-            layer, head, choice, float(moved[head]), _copy(student[head]), _copy(teacher[head])
-        )
-        for choice, head in choices.items()
-    ]
+    head = int(moved.argmax())
+    return HeadAttention(
+        layer, head, float(moved[head]), _copy(student[head]), _copy(teacher[head])
+    )
 
 
 def _copy(attention: Tensor) -> Tensor:
@@ -63,7 +54,7 @@ def attention_drawing(heads: Sequence[HeadAttention], frame_seconds: float) -> D
     grid = figure.subplots(len(heads), 2, squeeze=False, sharex=True, sharey=True)
     for panels, head in zip(grid, heads, strict=True):
         _draw_maps(figure, panels, head, frame_seconds)
-        panels[0].set_ylabel(f"{head.choice}\nattending at, s")
+        panels[0].set_ylabel("attending at, s")
     for axes in grid[-1]:
         axes.set_xlabel("attended to at, s")
     moved = {f"{_name(head)}": 100 * head.moved for head in heads}
@@ -73,8 +64,8 @@ def attention_drawing(heads: Sequence[HeadAttention], frame_seconds: float) -> D
         "Each row of a map is a frame of the audio. Its colours show how it spreads its attention "
         "over all frames, on a square-root scale that is the same for both. The student's map is "
         "the one it uses, quantized if it is. Moved: the share that lies elsewhere than the "
-        "teacher's (half the summed absolute difference), by which the most different and the "
-        "median head of a layer are chosen.",
+        "teacher's (half the summed absolute difference). Of each layer the head is shown of which "
+        "it is most.",
         figure,
         numbers(moved, "attention moved", "%"),
     )

@@ -99,8 +99,8 @@ def anatomy_drawings(name: str, anatomy: Anatomy) -> list[Drawing]:
 
 
 def held_out_utterance(data: Path, normalize: bool) -> tuple[Tensor, str]:
-    """The utterance of a data folder's test set, or else validation set, that is nearest to a few
-    seconds, [1, samples], and its file name.
+    """The utterance of a data folder's test set, or else validation set, that is nearest to
+    ``SECONDS``, and no more of it than that, [1, samples], and its file name.
 
     Raises:
         LowbitError: neither is there, or no file is usable.
@@ -110,5 +110,6 @@ def held_out_utterance(data: Path, normalize: bool) -> tuple[Tensor, str]:
     for line in np.argsort(np.abs(manifest.sizes - SECONDS * SAMPLE_RATE), kind="stable"):
         audio = read_usable(manifest, [int(line)], normalize)
         if audio:
-            return audio[int(line)].unsqueeze(0), manifest.names[int(line)]
+            waveform = audio[int(line)][: int(SECONDS * SAMPLE_RATE)]
+            return waveform.unsqueeze(0), manifest.names[int(line)]
     raise LowbitError(f"{manifest.path}: none of the files is usable")

@@ -2,15 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
-import torch
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from fairseq_lowbit.monitoring.health import QuantizerHealth, split_layer
-from fairseq_lowbit.quantization import signed
 from fairseq_lowbit.report.drawing import Drawing, numbers
 from fairseq_lowbit.report.style import INK, NARROW, SEQUENTIAL, new_figure
 
@@ -103,61 +100,46 @@ def _noise_drawing(quantizers: Sequence[QuantizerHealth]) -> Drawing:
         middle, half = (max(values) + min(values)) / 2, max(3.0, (max(values) - min(values)) / 2)
         return Normalize(middle - half, middle + half)
 
-    references = ", ".join(
-        f"{_normal_sqnr_db(bits):.1f} dB ({bits} bit{'s' if bits > 1 else ''})"
-        for bits in sorted({q.bits for q in quantizers})
-    )
     return Drawing(
         "sqnr",
         "signal-to-quantization-noise ratio by layer",
         "Power of what a quantizer is given over the power of its error, in dB: 6 dB more is half "
-        "the error. Bright is better, each map on a scale of its own. For comparison, normally "
-        f"distributed values at their best scale: {references}.",
+        "the error. Bright is better, each map on a scale of its own.",
         _maps(quantizers, lambda q: q.sqnr_db, lambda q: f"{q.sqnr_db:.1f}", shade),
         _in_numbers(quantizers, lambda q: q.sqnr_db, "SQNR", "dB"),
     )
 
 
-@cache
-def _normal_sqnr_db(bits: int) -> float:
-    """SQNR of normally distributed values at the best scale, by the density on a fine grid."""
-    x = torch.linspace(-8, 8, 4001, dtype=torch.float64)
-    density = torch.exp(-(x**2) / 2)
-    scale = torch.logspace(-2, 0.5, 800, dtype=torch.float64)[:, None]
-    levels = signed(bits)
-    error = (levels.value(levels.encode(x / scale)) * scale - x).square() @ density
-    return float(10 * torch.log10(x.square() @ density / error.min()))
-
-
 def _clipping_drawing(quantizers: Sequence[QuantizerHealth]) -> Drawing:
-    def text(quantizer: QuantizerHealth) -> str:
-        return "<1%" if 0 < quantizer.clipped < 0.005 else f"{quantizer.clipped:.0%}"
-
     return Drawing(
         "clipping",
         "clipped values by layer",
         "The share of values more than half a step beyond the outermost level. Dark is better: "
         "much clipping means a scale that is too small, none together with few levels in use one "
         "that is too large.",
-        _maps(quantizers, lambda q: q.clipped, text, lambda table: Normalize(0, 1)),
+        _maps(
+            quantizers,
+            lambda q: q.clipped,
+            lambda q: f"{q.clipped:.0%}",
+            lambda table: Normalize(0, 1),
+        ),
         _in_numbers(quantizers, lambda q: 100 * q.clipped, "clipped values", "%"),
     )
 
 
 def _levels_drawing(quantizers: Sequence[QuantizerHealth]) -> Drawing:
-    def text(quantizer: QuantizerHealth) -> str:
-        return f"{quantizer.entropy:.2f}/{quantizer.bits}\n{quantizer.levels_used:.0%}"
-
     return Drawing(
         "levels",
         "use of the levels by layer",
-        "Above, effective bits: the entropy of how often each level occurs, of the bits that are "
-        "stored. Below, the share of all levels that occur at all. Bright: every bit carries "
-        "information; dark: nearly all values fall on one level.",
+        "The entropy of how often each level occurs, in bits: how much of the bits that are stored "
+        "carries information. Bright: all of it; dark: nearly all values fall on one level.",
         _maps(
-            quantizers, lambda q: q.entropy / q.bits, text, lambda table: Normalize(0, 1), lines=2
+            quantizers,
+            lambda q: q.entropy / q.bits,
+            lambda q: f"{q.entropy:.2f}/{q.bits}",
+            lambda table: Normalize(0, 1),
         ),
-        _in_numbers(quantizers, lambda q: 100 * q.levels_used, "levels used", "%"),
+        _in_numbers(quantizers, lambda q: 100 * q.entropy / q.bits, "share of the bits used", "%"),
     )
 
 
@@ -175,11 +157,10 @@ def _maps(
     value: Callable[[QuantizerHealth], float],
     text: Callable[[QuantizerHealth], str],
     shade: Callable[[_Table], Normalize],
-    lines: int = 1,
 ) -> Figure:
-    """The tables below each other, a coloured cell with ``lines`` of text per quantizer."""
+    """The tables below each other, a coloured cell with a text per quantizer."""
     tables = _tables(quantizers)
-    heights = [_ROW * (0.5 + 0.5 * lines) * len(table.rows) for table in tables]
+    heights = [_ROW * len(table.rows) for table in tables]
     figure = new_figure(NARROW, sum(heights) + 0.75 * len(tables))
     panels = figure.subplots(len(tables), height_ratios=heights, squeeze=False)[:, 0]
     for axes, table in zip(panels, tables, strict=True):

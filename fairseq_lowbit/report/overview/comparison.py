@@ -45,8 +45,7 @@ def comparison(
     lines = []
     for index, subject in enumerate(subjects):
         record = subject.record
-        details = [f"also {alias}" for alias in subject.aliases if alias != subject.name]
-        details.append(" ".join(unnamed_overrides(record)))
+        details = [" ".join(unnamed_overrides(record))]
         if len(teachers) > 1 and record["teacher"]:
             details.append(f"teacher {record['teacher']}")
         lines.append(

@@ -110,17 +110,14 @@ class Page:
     Attributes:
         created: date and time.
         problems: what could not be read, or did not work.
-        findings: sentences below the comparison.
         environment: (topic, lines).
     """
 
-    title: str
     created: str
     summary: str
     problems: Sequence[str]
     columns: Sequence[Column]
     lines: Sequence[Line]
-    findings: Sequence[str]
     sections: Sequence[Section]
     details: Sequence[Details]
     environment: Sequence[tuple[str, Sequence[str]]]

@@ -11,10 +11,8 @@ from fairseq_lowbit.report.drawing import Drawing, numbers, slug
 from fairseq_lowbit.report.overview.choice import grey_first, note_on_grey, standing_out
 from fairseq_lowbit.report.style import add_legend, new_figure, styled
 from fairseq_lowbit.report.subjects import Subject
-from fairseq_lowbit.report.training.curves import Band, Curve, Training
+from fairseq_lowbit.report.training.curves import Curve, HealthCurve, Training
 
-# Of this many runs quartiles can be seen through each other.
-_MOST_BANDS = 3
 # A term that fell this far is drawn on a logarithmic scale.
 _LOG_RATIO = 20.0
 
@@ -38,13 +36,11 @@ _TERMS = {
 
 @dataclass(frozen=True)
 class _Health:
-    """How a figure of health is told: the median ``of`` something, the band around it, and what is
-    the worst."""
+    """How a figure of health is told: the median ``of`` something, and what is the worst."""
 
     title: str
     unit: str
     of: str
-    band: str
     worst: str
 
 
@@ -53,28 +49,24 @@ _HEALTH = {
         "signal to quantization noise",
         "dB",
         "of all quantizers on one fixed batch",
-        "quartiles",
         "the noisiest quantizer",
     ),
     "clipped": _Health(
         "clipped values",
         "%",
         "over all quantizers of the share of values more than half a step beyond the levels",
-        "quartiles",
         "the quantizer that clips most",
     ),
     "levels_used": _Health(
         "levels used",
         "%",
         "over all quantizers of the share of levels that occur",
-        "quartiles",
         "the quantizer that uses the fewest",
     ),
     "centered_std": _Health(
         "centred std. deviation",
         "of the rms",
         "of the layers: near 0 a layer is constant over time, from 0.5 to 1 it is healthy",
-        "extremes",
         "the most constant layer",
     ),
 }
@@ -86,11 +78,11 @@ class Trained:
 
     subject: Subject
     training: Training = field(default_factory=Training)
-    bands: Mapping[str, Band] = field(default_factory=dict)
+    health: Mapping[str, HealthCurve] = field(default_factory=dict)
 
 
 def loss_drawings(runs: Sequence[Trained], colors: Mapping[str, str], group: str) -> list[Drawing]:
-    """A figure for every term of runs that were trained with the same loss.
+    """A figure for every term of runs that were trained with the same loss, if it is not always 0.
 
     Args:
         group: name of the loss.
@@ -103,18 +95,12 @@ def loss_drawings(runs: Sequence[Trained], colors: Mapping[str, str], group: str
     ]
 
 
-def silent_terms(runs: Sequence[Trained]) -> list[str]:
-    """Terms that were 0 all along."""
-    terms = dict.fromkeys(term for run in runs for term in run.training.terms)
-    return [_TERMS.get(term, term) for term in terms if _is_zero(runs, term)]
-
-
 def health_drawings(runs: Sequence[Trained], colors: Mapping[str, str]) -> list[Drawing]:
     """A figure for every figure of health that some run has recorded."""
     return [
-        _health_drawing([run for run in runs if key in run.bands], colors, key)
+        _health_drawing([run for run in runs if key in run.health], colors, key)
         for key in _HEALTH
-        if any(key in run.bands for run in runs)
+        if any(key in run.health for run in runs)
     ]
 
 
@@ -149,21 +135,12 @@ def _loss_drawing(
         f"{term}. Thin: training, means over the logged intervals; thick: validation."
         f"{scale}{_grey(runs, colors)}",
         figure,
-        _ends(name, {r.subject.name: _both(r.training, term)[-1].values[-1] for r in runs}),
+        numbers(
+            {r.subject.name: _both(r.training, term)[-1].values[-1] for r in runs},
+            f"{name} at the end",
+            "",
+        ),
     )
-
-
-def _ends(
-    name: str,
-    last: Mapping[str, float],
-    unit: str = "",
-    worst: Mapping[str, float] | None = None,
-) -> str:
-    """What the curves come to, in words."""
-    ends = numbers(last, "", unit)
-    if worst is not None:
-        ends = f"median {ends}; worst {numbers(worst, '', unit)}"
-    return f"{name} over updates, at the end: {ends}"
 
 
 def _plot_term(axes: Axes, training: Training, term: str, color: str) -> None:
@@ -184,20 +161,15 @@ def _falls_far(runs: Sequence[Trained], term: str) -> bool:
 
 @styled()
 def _health_drawing(runs: Sequence[Trained], colors: Mapping[str, str], key: str) -> Drawing:
-    told, has_bands = _HEALTH[key], len(runs) <= _MOST_BANDS
+    told = _HEALTH[key]
     factor = 100 if told.unit == "%" else 1
     figure = new_figure()
     axes = figure.subplots()
     for run in grey_first(runs, lambda run: colors[run.subject.name]):
-        band, color = run.bands[key], colors[run.subject.name]
-        middle, low, high, worst = (
-            [factor * v for v in values]
-            for values in (band.middle, band.low, band.high, band.worst)
-        )
-        axes.plot(band.updates, middle, color=color)
-        axes.plot(band.updates, worst, color=color, linestyle="--", linewidth=0.8)
-        if has_bands:
-            axes.fill_between(band.updates, low, high, color=color, alpha=0.15, linewidth=0)
+        curve, color = run.health[key], colors[run.subject.name]
+        middle, worst = ([factor * v for v in values] for values in (curve.median, curve.worst))
+        axes.plot(curve.updates, middle, color=color)
+        axes.plot(curve.updates, worst, color=color, linestyle="--", linewidth=0.8)
     _finish(axes, f"{told.title} ({told.unit})")
     if told.unit == "%":
         axes.set_ylim(bottom=0)
@@ -205,14 +177,12 @@ def _health_drawing(runs: Sequence[Trained], colors: Mapping[str, str], key: str
     return Drawing(
         f"health_{key}",
         told.title[0].upper() + told.title[1:],
-        f"Median{f' and {told.band}' if has_bands else ''} {told.of}. Dashed: {told.worst}."
-        f"{_grey(runs, colors)}",
+        f"Median {told.of}. Dashed: {told.worst}.{_grey(runs, colors)}",
         figure,
-        _ends(
-            told.title,
-            {r.subject.name: factor * r.bands[key].middle[-1] for r in runs},
+        numbers(
+            {r.subject.name: factor * r.health[key].worst[-1] for r in runs},
+            f"{told.title} at the end, {told.worst}:",
             told.unit,
-            {r.subject.name: factor * r.bands[key].worst[-1] for r in runs},
         ),
     )
 

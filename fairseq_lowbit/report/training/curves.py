@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 from fairseq_lowbit.errors import LowbitError
@@ -56,7 +56,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Band:
+class HealthCurve:
     """A figure of all quantizers, or layers, at each recorded update.
 
     Attributes:
@@ -64,9 +64,7 @@ class Band:
     """
 
     updates: tuple[int, ...]
-    middle: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
+    median: tuple[float, ...]
     worst: tuple[float, ...]
 
 
@@ -107,34 +105,31 @@ def _is_term(key: str) -> bool:
     return is_loss or key == "accuracy"
 
 
-def read_bands(folder: Path) -> dict[str, Band]:
+def read_health_curves(folder: Path) -> dict[str, HealthCurve]:
     """The health of a run over its updates.
 
     Args:
         folder: of its checkpoints.
 
     Returns:
-        ``sqnr_db``, ``clipped`` and ``levels_used``, each with median and quartiles of all
-        quantizers, and ``centered_std`` with median and extremes of the layers; empty without
-        records, without the first three for a model in float, and without the last for a task
-        that does not know its layers.
+        ``sqnr_db``, ``clipped`` and ``levels_used`` of the quantizers, and ``centered_std`` of the
+        layers; empty without records, without the first three for a model in float, and without
+        the last for a task that does not know its layers.
     """
     rows: dict[str, list[tuple[float, ...]]] = {}
     for record in read_health(folder):
         with suppress(KeyError, TypeError, ValueError):
             for key, row in _health_rows(record).items():
                 rows.setdefault(key, []).append((record["update"], *row))
-    return {key: Band(*zip(*found, strict=True)) for key, found in rows.items()}
+    return {key: HealthCurve(*zip(*found, strict=True)) for key, found in rows.items()}
 
 
-def _health_rows(record: dict[str, Any]) -> dict[str, tuple[float, float, float, float]]:
-    """Middle, low, high and worst of what one record says."""
+def _health_rows(record: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Median and worst of what one record says."""
     rows = {}
     if layers := record["centered_std"]:
-        rows["centered_std"] = (median(layers), min(layers), max(layers), min(layers))
+        rows["centered_std"] = (median(layers), min(layers))
     for key, worst in (("sqnr_db", min), ("clipped", max), ("levels_used", min)):
-        values = [entry[key] for entry in record["quantizers"]]
-        if len(values) > 1:
-            low, middle, high = quantiles(values, n=4, method="inclusive")
-            rows[key] = (middle, low, high, worst(values))
+        if values := [entry[key] for entry in record["quantizers"]]:
+            rows[key] = (median(values), worst(values))
     return rows

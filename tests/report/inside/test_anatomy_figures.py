@@ -21,7 +21,6 @@ from fairseq_lowbit.precision import Precision, Rule
 from fairseq_lowbit.report.drawing import Drawing
 from fairseq_lowbit.report.inside.anatomy import Anatomy, dissect
 from fairseq_lowbit.report.inside.dissection import anatomy_drawings
-from fairseq_lowbit.report.inside.quantizer_maps import _normal_sqnr_db
 from fairseq_lowbit.report.style import as_bytes, styled
 from tests.shapes import TINY
 
@@ -138,11 +137,9 @@ def test_noise_clipping_and_levels_are_told_of_every_quantizer() -> None:
     sqnr, clipping, levels, _ = anatomy_drawings("x", anatomy)
     health = anatomy.quantizers
     assert sorted(texts_of(sqnr.figure)) == sorted(f"{h.sqnr_db:.1f}" for h in health)
-    shares = [float(text.strip("<%")) for text in texts_of(clipping.figure)]
+    shares = [float(text.strip("%")) for text in texts_of(clipping.figure)]
     assert sorted(shares) == pytest.approx(sorted(100 * h.clipped for h in health), abs=1)
-    assert sorted(texts_of(levels.figure)) == sorted(
-        f"{h.entropy:.2f}/{h.bits}\n{h.levels_used:.0%}" for h in health
-    )
+    assert sorted(texts_of(levels.figure)) == sorted(f"{h.entropy:.2f}/{h.bits}" for h in health)
     weights, activations, outside = sqnr.figure.axes
     assert [axes.get_title("left") for axes in (weights, activations, outside)] == [
         "weights",
@@ -191,7 +188,6 @@ def test_teacher_and_student_share_a_scale() -> None:
     assert np.array_equal(student.images[0].get_array(), head.student)
     seconds = len(head.student) * 20 / 16000
     assert list(student.images[0].get_extent()) == pytest.approx([0, seconds, seconds, 0])
-    assert teacher.get_ylabel().startswith("most different head")
 
 
 def test_uniform_attention_says_so() -> None:
@@ -220,12 +216,3 @@ def test_figures_render_to_files() -> None:
     _, drawings = example("bitla_w2a2")
     assert as_bytes(drawings["weights"].figure, "svg").startswith(b"<?xml")
     assert as_bytes(drawings["attention"].figure, "png").startswith(b"\x89PNG")
-
-
-def test_the_best_of_a_normal_distribution_is_the_one_published() -> None:
-    # Max, "Quantizing for minimum distortion", 1960: the error of 1 bit is 1 - 2/pi. From 2 bits on
-    # two's complement, with a level at zero, is not his symmetric set, but at 8 bits nearly so.
-    assert _normal_sqnr_db(1) == pytest.approx(-10 * np.log10(1 - 2 / np.pi), abs=1e-3)
-    assert _normal_sqnr_db(8) == pytest.approx(40.57, abs=0.1)
-    values = [_normal_sqnr_db(bits) for bits in range(1, 9)]
-    assert np.all(np.diff(values) > 3)

@@ -14,8 +14,8 @@ from fairseq_lowbit.report.overview.choice import (
 )
 from fairseq_lowbit.report.style import FAINT, PALETTE, TEACHER
 from fairseq_lowbit.report.subjects import Subject
-from fairseq_lowbit.runs.collection import record_of_quality
 from fairseq_lowbit.runs.columns import DISTILLATION_LOSS
+from tests.report.conftest import record_of
 from tests.shapes import TINY
 
 
@@ -23,7 +23,7 @@ def subject(name: str, accuracy: float | None, **known: object) -> Subject:
     masked = None if accuracy is None else MaskedAccuracy(accuracy, 0.1)
     row = Quality(name, False, float(name[1:]), None, masked, None)
     usual = {"status": "finished", "precision": "bitla_w1a1", "rules": 0, "loss": "distillation"}
-    return Subject(name, record_of_quality(row, **usual | known))
+    return Subject(name, record_of(row, **usual | known))
 
 
 def test_everybody_has_a_colour_while_they_last() -> None:

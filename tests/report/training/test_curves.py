@@ -9,7 +9,7 @@ import pytest
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import Hubert
-from fairseq_lowbit.report.training.curves import Curve, Training, read_bands, read_training
+from fairseq_lowbit.report.training.curves import Curve, Training, read_health_curves, read_training
 from tests.report.conftest import progress, write_progress
 
 
@@ -87,26 +87,22 @@ def test_a_run_that_recorded_nothing(make_run: Callable, model: Hubert) -> None:
 
 def test_health_over_updates(make_run: Callable, model: Hubert) -> None:
     folder = make_run("exp/run", model) / "checkpoints"
-    assert read_bands(folder) == {}
+    assert read_health_curves(folder) == {}
     values = [{"sqnr_db": float(i), "clipped": i / 10, "levels_used": 1.0} for i in range(5)]
     entries = [{"name": f"q{i}", "bits": 1, **each} for i, each in enumerate(values)]
     record = {"quantizers": entries, "centered_std": [0.9, 0.5, 0.7]}
     lines = [json.dumps({"update": update, **record}) for update in (0, 5)]
     # A kill may leave half of a line.
     (folder / "health.jsonl").write_text("\n".join([*lines, '{"update": 10, "quant']))
-    bands = read_bands(folder)
-    assert bands["sqnr_db"].updates == (0, 5)
-    assert (bands["sqnr_db"].low[0], bands["sqnr_db"].middle[0], bands["sqnr_db"].high[0]) == (
-        1.0,
-        2.0,
-        3.0,
-    )
-    assert bands["clipped"].middle == (0.2, 0.2)
+    curves = read_health_curves(folder)
+    assert curves["sqnr_db"].updates == (0, 5)
+    assert curves["sqnr_db"].median == (2.0, 2.0)
+    assert curves["clipped"].median == (0.2, 0.2)
     # The one that collapsed.
-    assert bands["sqnr_db"].worst == (0.0, 0.0)
-    assert bands["clipped"].worst == (0.4, 0.4)
-    std = bands["centered_std"]
-    assert (std.low[1], std.middle[1], std.high[1]) == (0.5, 0.7, 0.9)
+    assert curves["sqnr_db"].worst == (0.0, 0.0)
+    assert curves["clipped"].worst == (0.4, 0.4)
+    std = curves["centered_std"]
+    assert (std.median[1], std.worst[1]) == (0.7, 0.5)
 
 
 def test_health_of_a_task_that_does_not_know_its_layers(make_run: Callable, model: Hubert) -> None:
@@ -114,11 +110,11 @@ def test_health_of_a_task_that_does_not_know_its_layers(make_run: Callable, mode
     entries = [{"sqnr_db": 3.0, "clipped": 0.0, "levels_used": 1.0}] * 2
     record = {"update": 0, "quantizers": entries, "centered_std": []}
     (folder / "health.jsonl").write_text(json.dumps(record) + "\n")
-    assert list(read_bands(folder)) == ["sqnr_db", "clipped", "levels_used"]
+    assert list(read_health_curves(folder)) == ["sqnr_db", "clipped", "levels_used"]
 
 
 def test_health_of_a_float_model(make_run: Callable, model: Hubert) -> None:
     folder = make_run("exp/run", model) / "checkpoints"
     record = {"update": 0, "quantizers": [], "centered_std": [0.9, 0.8]}
     (folder / "health.jsonl").write_text(json.dumps(record) + "\n")
-    assert list(read_bands(folder)) == ["centered_std"]
+    assert list(read_health_curves(folder)) == ["centered_std"]
