@@ -100,6 +100,8 @@ def fold_rules(config: DictConfig) -> None:
     with read_write(config), open_dict(config):
         files = precision.pop("rule_files") or {}
         own = precision.get("rules") or []
+        if not OmegaConf.is_list(own) and not isinstance(own, list):
+            raise LowbitError(f"model.precision.rules {own!r}: give a list of rules")
         precision.rules = [*(rule for rules in files.values() for rule in rules or []), *own]
 
 
