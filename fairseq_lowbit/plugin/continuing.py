@@ -22,7 +22,8 @@ from fairseq_lowbit.runs.folder import LAST_CHECKPOINT, has_finished
 
 PATHS = ("task.data", "task.label_dir", "task.teacher", "task.init_from")
 # What a run is: with another value it is another run, however far it has come.
-_IDENTITY = ("model", "criterion", "task")
+_MODEL = ("model",)
+_IDENTITY = (*_MODEL, "criterion", "task")
 # What its result depends on, but what it may be resumed with: to save a run that diverges, on
 # other hardware, from a copy of the data.
 _COURSE = (
@@ -94,11 +95,6 @@ def refuse_other_run(config: DictConfig, folder: Path) -> list[str]:
 
 def _stages(config: DictConfig, folder: Path) -> Iterator[tuple[DictConfig, Path]]:
     """The configuration and the folder of each stage; a run without any is its own."""
-    # The user means another checkpoint than those in the folder.
-    if OmegaConf.select(config, "checkpoint.restore_file", default=LAST_CHECKPOINT) != (
-        LAST_CHECKPOINT
-    ):
-        return
     schedule = Schedule(read_stages(config), folder)
     if not schedule.stages:
         try:
@@ -124,6 +120,12 @@ def _changes(config: DictConfig, folder: Path, is_last: bool) -> list[Change]:
     # An earlier stage is done with, but the rates of the one that follows may have to change.
     is_done = is_last and has_finished(folder, updates_of(state), config.optimization.max_update)
     changes = list(_differences(state["cfg"], own))
+    if OmegaConf.select(config, "checkpoint.restore_file", default=LAST_CHECKPOINT) != (
+        LAST_CHECKPOINT
+    ):
+        # The user starts from another checkpoint than those in the folder, which will be replaced:
+        # by another model's only by mistake.
+        is_done, changes = False, [change for change in changes if _is_among(change[0], _MODEL)]
     refused = [change for change in changes if _is_refused(change, is_done)]
     if refused:
         named = ", ".join("{} {}, not {}".format(*change) for change in refused[:_NAMED])

@@ -203,6 +203,8 @@ def _sentence_numbers(minutes: float, seed: int) -> np.ndarray:
     # No sentence is shorter than a second; every voice gets some even in a tiny corpus.
     needed = int(60 * minutes) + 20 * sum(map(len, VOICES.values()))
     total = len(_TEMPLATES) * prod(map(len, _PARTS.values()))
+    if needed > total // 2:
+        raise LowbitError(f"the demo corpus cannot be longer than {total // 120} minutes")
     return np.random.default_rng(seed).choice(total, needed, replace=False)
 
 
