@@ -46,7 +46,7 @@ class SpeechAttention(SelfAttention):
         where the float model returns them.
 
         Raises:
-            LowbitError: cross-attention, or a mask of another kind than padding.
+            LowbitError: cross-attention, or a mask of an unknown type.
         """
         if key_value_states is not None:
             raise LowbitError("a quantized attention reads one sequence: drop key_value_states")
@@ -97,7 +97,11 @@ _ATTENTION = {
 
 def padding_mask(attention_mask: Tensor | None) -> Tensor | None:
     """[batch, frames], True at padding, of any mask over the keys that transformers hands on:
-    [batch, frames] with 1 at valid frames; [batch, 1, frames, frames] which is True or 0 there."""
+    [batch, frames] with 1 at valid frames; [batch, 1, frames, frames] which is True or 0 there.
+
+    These encoders mask padding alone, so that all queries see the same keys. The first query speaks
+    for all: to compare them would wait for the device in every layer.
+    """
     if attention_mask is None:
         return None
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:

@@ -51,17 +51,21 @@ def test_distilled_size_is_the_published_one_without_a_final_projection() -> Non
     assert (plan.bytes - projection.bytes) / 1e6 == pytest.approx(46.98, abs=0.01)
 
 
+FC1 = Site(
+    "encoder.layers.0.fc1",
+    "linear",
+    Role.ENCODER_LINEAR,
+    weights=512,
+    others=32,
+    channels=32,
+    shifts=1,
+)
+OPERAND = Site("encoder.layers.0.self_attn.query", "operand", Role.ATTENTION_OPERAND, shifts=16)
+
+
 def test_bytes_of_every_kind_of_site() -> None:
     sites = [
-        Site(
-            "encoder.layers.0.fc1",
-            "linear",
-            Role.ENCODER_LINEAR,
-            weights=512,
-            others=32,
-            channels=32,
-            shifts=1,
-        ),
+        FC1,
         Site(
             "encoder.layers.0.fc2",
             "linear",
@@ -71,7 +75,7 @@ def test_bytes_of_every_kind_of_site() -> None:
             channels=16,
             shifts=1,
         ),
-        Site("encoder.layers.0.self_attn.query", "operand", Role.ATTENTION_OPERAND, shifts=16),
+        OPERAND,
         Site(
             "encoder.layers.0.self_attn.probabilities", "operand", Role.ATTENTION_OPERAND, shifts=1
         ),
@@ -90,16 +94,6 @@ def test_bytes_of_every_kind_of_site() -> None:
     assert plan.parameters == 100 + 544 + 528 + 136
 
 
-FC1 = Site(
-    "encoder.layers.0.fc1",
-    "linear",
-    Role.ENCODER_LINEAR,
-    weights=512,
-    others=32,
-    channels=32,
-    shifts=1,
-)
-OPERAND = Site("encoder.layers.0.self_attn.query", "operand", Role.ATTENTION_OPERAND, shifts=16)
 CONV = Site(
     "feature_extractor.conv_layers.1.0",
     "conv",
