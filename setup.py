@@ -43,12 +43,16 @@ SWEEP = ["hydra-joblib-launcher", "hydra-optuna-sweeper>=1.3", "hydra-submitit-l
 # Models of transformers that fairseq_lowbit.quantize() knows.
 HF = ["transformers>=5"]
 
+# Writing ONNX files, and comparing what they compute with torch.
+ONNX = ["onnx", "onnxruntime", "onnxscript"]
+
 EXTRAS_REQUIRE = {
     # An offline speech synthesizer for the demo corpus. eSpeak NG is under the GPLv3.
     "demo": ["espeakng-loader"],
     "hf": HF,
+    "onnx": ONNX,
     "sweep": SWEEP,
-    "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff", *HF, *SWEEP],
+    "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff", *HF, *ONNX, *SWEEP],
 }
 
 setup(

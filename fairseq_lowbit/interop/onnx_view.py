@@ -24,7 +24,6 @@ from fairseq_lowbit.quantization import (
     ElasticQuantizer,
     LevelSet,
     Quantizer,
-    UniformQuantizer,
     formulas,
 )
 
@@ -86,18 +85,12 @@ class LearnedInput(nn.Module):
         return self._quantize_linear(x if shift is None else x - shift, scale)
 
     def _quantize_linear(self, x: Tensor, scale: Tensor) -> Tensor:
-        lo, hi = self.levels.lo, self.levels.hi
-        limits = _INTEGERS[self.zero_point.dtype]
-        if (lo, hi) != (limits.min, limits.max):
-            # The nearest codes of the rounded products are lo and hi all the same.
-            x = x.clamp(lo * scale, hi * scale)
-        arguments = {"shape": x.shape}
-        codes = torch.onnx.ops.symbolic(
-            "QuantizeLinear", (x, scale, self.zero_point), dtype=self.zero_point.dtype, **arguments
-        )
-        return torch.onnx.ops.symbolic(
-            "DequantizeLinear", (codes, scale, self.zero_point), dtype=torch.float32, **arguments
-        )
+        lo, hi, dtype = self.levels.lo, self.levels.hi, self.zero_point.dtype
+        if (lo, hi) != (_INTEGERS[dtype].min, _INTEGERS[dtype].max):
+            # Rounding of the products does not matter: lo and hi stay the nearest codes.
+            x = _onnx("Clip", (x, lo * scale, hi * scale), x.dtype, x.shape)
+        code = _onnx("QuantizeLinear", (x, scale, self.zero_point), dtype, x.shape)
+        return _onnx("DequantizeLinear", (code, scale, self.zero_point), scale.dtype, x.shape)
 
 
 class StoredWeight(nn.Module):
@@ -124,13 +117,9 @@ class StoredWeight(nn.Module):
 
     def forward(self, _: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight; see :meth:`fairseq_lowbit.quantization.Quantizer.forward`."""
-        values = torch.onnx.ops.symbolic(
-            "DequantizeLinear",
-            (self.integers, self.scale, self.zero_point),
-            {"axis": 0} if self.scale.dim() else None,
-            dtype=torch.float32,
-            shape=self.integers.shape,
-        )
+        stored = self.integers, self.scale, self.zero_point
+        axis = {"axis": 0} if self.scale.dim() else {}
+        values = _onnx("DequantizeLinear", stored, self.scale.dtype, self.integers.shape, **axis)
         if self.rest is not None:
             values = values.flatten(1) + self.rest
         return values.reshape(self.shape)
@@ -166,3 +155,10 @@ def integer_type(lowest: float, highest: float) -> torch.dtype | None:
         if limits.min <= lowest and highest <= limits.max
     )
     return next(fitting, None)
+
+
+def _onnx(
+    name: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, shape: torch.Size, **attributes: int
+) -> Tensor:
+    """The output, of this type and shape, of an ONNX operator."""
+    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape)
