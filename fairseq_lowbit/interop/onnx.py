@@ -68,16 +68,16 @@ def export(loaded: LoadedModel, out: Path) -> None:
     outputs are from torch's, where it is installed.
 
     Raises:
-        LowbitError: a package is missing, ``out`` cannot be written, see :func:`obstacle`, a
-            quantizer has no scale yet, or ONNX Runtime computes something else than torch.
+        LowbitError: a package is missing, a quantizer has no scale yet, ``out`` cannot be written,
+            or ONNX Runtime computes something else than torch.
     """
     _check_packages()
-    model = loaded.model.eval()
-    reason = obstacle(model)
-    if not reason and not is_calibrated(model):
-        reason = "its quantizers are not calibrated: run fairseq-lowbit ptq, or train it"
-    if reason:
-        raise LowbitError(f"{loaded.source} cannot be written as ONNX: {reason}")
+    model = loaded.model
+    if not is_calibrated(model):
+        raise LowbitError(
+            f"{loaded.source} cannot be written as ONNX: its quantizers are not calibrated; run "
+            "fairseq-lowbit ptq, or train it"
+        )
     check_writable(out)
     proto = _traced(model)
     _describe(proto, model, loaded.normalize)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fairseq_lowbit.cli.main import main
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.interop import onnx as onnx_format
-from fairseq_lowbit.interop import open_model, write_model
+from fairseq_lowbit.interop import write_model
 from fairseq_lowbit.interop.onnx_view import LearnedInput, StoredWeight, has_quantize_linear
 from fairseq_lowbit.models import Architecture, Hubert, LoadedModel, WithoutWeights
 from fairseq_lowbit.nn import calibrate, forget_calibration
@@ -37,10 +38,13 @@ pytest.importorskip("onnxscript")
 FAST = replace(TINY, encoder_layers=1)
 HUBERT = replace(FAST, conv_feature_layers="[(8,10,5)] + [(8,3,2)]*4 + [(8,2,2)]*2")
 LARGE = replace(HUBERT, extractor_mode="layer_norm", conv_bias=True, layer_norm_first=True)
-FRONT_END = [
-    Rule(match, weight_bits=8, activation_bits=8)
-    for match in ("feature_extractor.*", "post_extract_proj", "encoder.pos_conv.*")
-]
+FRONT_END, FRONT_END_MINMAX = (
+    [
+        Rule(match, method, weight_bits=8, activation_bits=8, granularity="per_channel")
+        for match in ("feature_extractor.*", "post_extract_proj", "encoder.pos_conv.*")
+    ]
+    for method in ("elastic", "minmax")
+)
 PER_GROUP = [Rule("encoder.layers.*.fc?", granularity="per_group", group_size=8)]
 
 
@@ -87,6 +91,7 @@ def check_same_states(path: Path, model: Hubert) -> None:
         pytest.param(HUBERT, "float", (), marks=pytest.mark.full),
         pytest.param(LARGE, "float", (), marks=pytest.mark.full),
         pytest.param(LARGE, "bitla_w8a8", FRONT_END, marks=pytest.mark.full),
+        pytest.param(HUBERT, "bitl_w8a8", FRONT_END_MINMAX, marks=pytest.mark.full),
         pytest.param(FAST, "bitl_w8a8", PER_GROUP, marks=pytest.mark.full),
         pytest.param(FAST, "bitla_w4a4", (), marks=pytest.mark.full),
         pytest.param(FAST, "bitla_w1a1", (), marks=pytest.mark.full),
@@ -100,7 +105,8 @@ def test_checkpoint_to_onnx_and_the_same_hidden_states(
 ) -> None:
     model = build(shape, precision, rules)
     write_model(tmp_path / "model.pt", model, loaded(model), tmp_path)
-    onnx_format.export(open_model(tmp_path / "model.pt"), tmp_path / "model.onnx")
+    command = ["export", str(tmp_path / "model.pt"), "--to", "onnx", str(tmp_path / "model.onnx")]
+    assert main(command) == 0
     check_same_states(tmp_path / "model.onnx", model)
 
 
