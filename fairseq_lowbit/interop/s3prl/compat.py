@@ -1,0 +1,146 @@
+"""What s3prl 0.4 imports and today's packages no longer have, or are not needed for.
+
+torchaudio 2.9 lost its own audio reading, and beside a CPU build of torch it often does not load at
+all. s3prl reads audio by it, and imports it in many places that an upstream never reaches. A
+stand-in takes its place in ``sys.modules`` as long as s3prl is imported or run: it reads audio by
+soundfile, has whatever else the installed torchaudio has, and refuses the rest when it is called.
+No installed file is touched.
+"""
+
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import soundfile
+import torch
+from torch import Tensor
+
+from fairseq_lowbit.errors import LowbitError
+
+
+class StandIn(ModuleType):
+    """A module, function or class that can be imported by any name, and refuses to be called.
+
+    Args:
+        name: full name, such as ``torchaudio.transforms``.
+        installed: where names are taken from first; None when nothing is installed.
+        own: what stands here.
+    """
+
+    def __init__(self, name: str, installed: ModuleType | None = None, **own: Any) -> None:
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, loader=None)
+        self.__path__ = getattr(installed, "__path__", [])
+        self._installed = installed
+        self.__dict__.update(own)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"{self.__name__} has no {name}")
+        if hasattr(self._installed, name):
+            return getattr(self._installed, name)
+        return StandIn(f"{self.__name__}.{name}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        package = self.__name__.partition(".")[0]
+        raise LowbitError(
+            f"s3prl calls {self.__name__}, which is not there: install a {package} that has it"
+        )
+
+
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    """While it lasts, s3prl can be imported; afterwards ``sys.modules`` has the others again."""
+    modules = {**_torchaudio(), **_catalyst()}
+    before = {name: sys.modules.get(name) for name in modules}
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+
+
+def complete_huggingface_hub() -> None:
+    """Names that huggingface_hub 1.0 lost and s3prl imports, for uploads only."""
+    hub = importlib.import_module("huggingface_hub")
+    for name in ("HfFolder", "Repository"):
+        if not hasattr(hub, name):
+            setattr(hub, name, StandIn(f"huggingface_hub.{name}"))
+
+
+def _torchaudio() -> dict[str, ModuleType]:
+    installed = _installed("torchaudio")
+    if installed is not None and hasattr(installed, "sox_effects"):
+        return {}
+    own = {
+        "load": load,
+        "set_audio_backend": lambda backend: None,
+        "sox_effects": StandIn("torchaudio.sox_effects", apply_effects_file=apply_effects_file),
+    }
+    modules = {
+        "torchaudio": StandIn("torchaudio", installed, **own),
+        "torchaudio.sox_effects": own["sox_effects"],
+    }
+    if installed is None:
+        parts = ("compliance", "compliance.kaldi", "functional", "transforms")
+        modules |= {f"torchaudio.{part}": StandIn(f"torchaudio.{part}") for part in parts}
+    return modules
+
+
+def _catalyst() -> dict[str, ModuleType]:
+    """The samplers of several processes, in keyword spotting."""
+    if _installed("catalyst") is not None:
+        return {}
+    names = ("catalyst", "catalyst.data", "catalyst.data.sampler")
+    return {name: StandIn(name) for name in names}
+
+
+def _installed(name: str) -> ModuleType | None:
+    """The installed module; None when it is not there or does not load."""
+    if isinstance(sys.modules.get(name), StandIn):
+        return None
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError):  # OSError: a CUDA build of torchaudio beside a CPU torch
+        return None
+
+
+def load(path: str | Path, frame_offset: int = 0, num_frames: int = -1) -> tuple[Tensor, int]:
+    """As torchaudio's: float32 [channels, samples] in -1 to 1, and the rate in Hz."""
+    samples, rate = soundfile.read(
+        str(path), frames=num_frames, start=frame_offset, dtype="float32", always_2d=True
+    )
+    return torch.from_numpy(samples.T.copy()), rate
+
+
+def apply_effects_file(path: str | Path, effects: Sequence[Sequence[str]]) -> tuple[Tensor, int]:
+    """As torchaudio's, for the effects ``channels``, ``rate`` and ``gain`` (in dB).
+
+    Raises:
+        LowbitError: another effect or number of channels, or a rate that the file does not have.
+    """
+    waveform, rate = load(path)
+    for name, *values in effects:
+        match name, values:
+            case "channels", ["1"]:
+                waveform = waveform.mean(dim=0, keepdim=True)
+            case "gain", [decibels]:
+                waveform = waveform * 10 ** (float(decibels) / 20)
+            case "rate", [wanted]:
+                if int(wanted) != rate:
+                    raise LowbitError(f"{path} has {rate} Hz where {wanted} Hz are needed")
+            case _:
+                raise LowbitError(
+                    f"s3prl wants the effect of SoX {' '.join([name, *values])}, which needs "
+                    "torchaudio 2.8 or older"
+                )
+    return waveform, rate
