@@ -35,7 +35,9 @@ def test_without_s3prl_it_says_what_to_install() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: s3prl is not installed: pip install --no-deps s3prl")
+    assert result.stderr.startswith(
+        "error: s3prl is not installed: docs/superb.md has what to install"
+    )
 
 
 def test_other_commands_refuse_options_that_they_do_not_know(

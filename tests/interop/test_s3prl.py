@@ -1,4 +1,4 @@
-"""Our upstream inside s3prl: s3prl's own checks of an upstream, and that a model stays what it is."""
+"""Our upstream in s3prl: what s3prl itself checks of one, and that the model stays what it is."""
 
 import sys
 from dataclasses import asdict, replace
@@ -238,11 +238,24 @@ def test_what_a_missing_torchaudio_had_is_refused_when_it_is_called(
     monkeypatch.delitem(sys.modules, "torchaudio", raising=False)
     with compat.stand_ins():
         from torchaudio.compliance import kaldi
+        from torchaudio.transforms import Resample
 
+        waveform = torch.zeros(1, 400)
+        assert Resample(RATE, RATE)(waveform) is waveform
+        with pytest.raises(LowbitError, match="44100 Hz to 16000 Hz, which needs torchaudio"):
+            Resample(44100, RATE)
         with pytest.raises(
             LowbitError, match=r"torchaudio\.compliance\.kaldi\.fbank, which is not"
         ):
-            kaldi.fbank(torch.zeros(1, 400))
+            kaldi.fbank(waveform)
+
+
+def test_a_missing_module_of_a_task_is_named() -> None:
+    with (
+        pytest.raises(LowbitError, match="the module editdistance, which s3prl needs, is not inst"),
+        compat.missing_modules_named(),
+    ):
+        raise ModuleNotFoundError("No module named 'editdistance'", name="editdistance")
 
 
 def test_audio_is_read_as_torchaudio_did(tmp_path: Path) -> None:

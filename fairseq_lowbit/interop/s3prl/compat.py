@@ -69,6 +69,16 @@ def stand_ins() -> Iterator[None]:
                 sys.modules[name] = module
 
 
+@contextmanager
+def missing_modules_named() -> Iterator[None]:
+    """Around what imports s3prl: raises LowbitError for a module that is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        what = "s3prl" if error.name == "s3prl" else f"the module {error.name}, which s3prl needs,"
+        raise LowbitError(f"{what} is not installed: docs/superb.md has what to install") from error
+
+
 def complete_huggingface_hub() -> None:
     """Names that huggingface_hub 1.0 lost and s3prl imports, for uploads only."""
     hub = importlib.import_module("huggingface_hub")
@@ -91,8 +101,9 @@ def _torchaudio() -> dict[str, ModuleType]:
         "torchaudio.sox_effects": own["sox_effects"],
     }
     if installed is None:
-        parts = ("compliance", "compliance.kaldi", "functional", "transforms")
-        modules |= {f"torchaudio.{part}": StandIn(f"torchaudio.{part}") for part in parts}
+        names = [f"torchaudio.{part}" for part in ("compliance", "compliance.kaldi", "functional")]
+        modules |= {name: StandIn(name) for name in names}
+        modules["torchaudio.transforms"] = StandIn("torchaudio.transforms", Resample=Resample)
     return modules
 
 
@@ -112,6 +123,23 @@ def _installed(name: str) -> ModuleType | None:
         return importlib.import_module(name)
     except (ImportError, OSError):  # OSError: a CUDA build of torchaudio beside a CPU torch
         return None
+
+
+class Resample:
+    """As torchaudio's, for audio that has the wanted rate: emotion recognition always makes one.
+
+    Raises:
+        LowbitError: the rates differ.
+    """
+
+    def __init__(self, orig_freq: int, new_freq: int) -> None:
+        if orig_freq != new_freq:
+            raise LowbitError(
+                f"s3prl resamples audio of {orig_freq} Hz to {new_freq} Hz, which needs torchaudio"
+            )
+
+    def __call__(self, waveform: Tensor) -> Tensor:
+        return waveform
 
 
 def load(path: str | Path, frame_offset: int = 0, num_frames: int = -1) -> tuple[Tensor, int]:

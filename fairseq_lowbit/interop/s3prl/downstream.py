@@ -10,7 +10,11 @@ import s3prl
 import torch
 from s3prl import hub
 
-from fairseq_lowbit.interop.s3prl.compat import complete_huggingface_hub, stand_ins
+from fairseq_lowbit.interop.s3prl.compat import (
+    complete_huggingface_hub,
+    missing_modules_named,
+    stand_ins,
+)
 
 FOLDER = Path(s3prl.__file__).resolve().parent
 
@@ -27,7 +31,7 @@ def run_downstream(arguments: Sequence[str]) -> None:
     and s3prl replaces ``isinstance``. Call it last.
 
     Raises:
-        LowbitError: what our upstream refuses.
+        LowbitError: what our upstream refuses; a module that the task needs and is not installed.
         SystemExit: what s3prl's own parser refuses.
     """
     complete_huggingface_hub()
@@ -35,7 +39,7 @@ def run_downstream(arguments: Sequence[str]) -> None:
     torch.serialization.add_safe_globals([argparse.Namespace])
     os.chdir(FOLDER)
     sys.argv = ["fairseq-lowbit s3prl", *arguments]
-    with stand_ins():
+    with stand_ins(), missing_modules_named():
         from s3prl.run_downstream import main
 
         main()

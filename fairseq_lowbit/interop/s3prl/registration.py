@@ -2,7 +2,7 @@
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.interop import open_model
-from fairseq_lowbit.interop.s3prl.compat import stand_ins
+from fairseq_lowbit.interop.s3prl.compat import missing_modules_named, stand_ins
 from fairseq_lowbit.interop.s3prl.upstream import LowbitUpstream
 
 NAME = "lowbit"
@@ -39,18 +39,6 @@ def register() -> None:
     Raises:
         LowbitError: s3prl is not installed, or lacks a package that it needs.
     """
-    with stand_ins():
-        try:
-            from s3prl import hub, nn  # noqa: F401  nn too, while the stand-ins are there
-        except ModuleNotFoundError as error:
-            raise LowbitError(_missing(error.name)) from error
+    with stand_ins(), missing_modules_named():
+        from s3prl import hub, nn  # noqa: F401  nn too, while the stand-ins are there
     setattr(hub, NAME, lowbit)
-
-
-def _missing(package: str | None) -> str:
-    if package == "s3prl":
-        return (
-            "s3prl is not installed: pip install --no-deps s3prl, or from its repository, see "
-            "docs/superb.md"
-        )
-    return f"s3prl needs the package {package}, which is not installed: pip install {package}"
