@@ -56,8 +56,8 @@ def _check_upstream(args: argparse.Namespace, known: list[str]) -> None:
     if args.upstream not in known:
         similar = get_close_matches(args.upstream, known, n=5)
         raise LowbitError(
-            f"-u {args.upstream}: lowbit opens a checkpoint (-k CKPT), and {len(known) - 1} "
-            f"upstreams are s3prl's own; the nearest of these names: {', '.join(similar) or 'none'}"
+            f"-u {args.upstream} is no upstream: lowbit opens a checkpoint (-k CKPT), and of all "
+            f"names in s3prl the nearest are: {', '.join(similar) or 'none'}"
         )
 
 

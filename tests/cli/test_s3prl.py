@@ -36,7 +36,7 @@ def test_without_s3prl_it_says_what_to_install() -> None:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.startswith(
-        "error: s3prl is not installed: docs/superb.md has what to install"
+        "error: s3prl is not installed: pip install requests, pip install"
     )
 
 
@@ -52,8 +52,8 @@ def test_other_commands_refuse_options_that_they_do_not_know(
     "arguments, message",
     [
         ([], "name the upstream: -u lowbit -k CKPT"),
-        (["-u", "lowbti"], "-u lowbti: lowbit opens a checkpoint (-k CKPT), and "),
-        (["-u", "hubrt"], "the nearest of these names: hubert"),
+        (["-u", "lowbti"], "-u lowbti is no upstream: lowbit opens a checkpoint (-k CKPT), and "),
+        (["-u", "hubrt"], "in s3prl the nearest are: hubert"),
         (["-u", "lowbit"], "-d TASK: s3prl has the tasks "),
         (["-u", "lowbit", "-d", "speech_command"], "-d speech_command: s3prl has the tasks "),
         (TASK[2:], "name a folder for the results: -p FOLDER"),

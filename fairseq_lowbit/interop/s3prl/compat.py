@@ -7,7 +7,7 @@ soundfile, has whatever else the installed torchaudio has, and refuses the rest 
 No installed file is touched.
 """
 
-import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -75,8 +75,10 @@ def missing_modules_named() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        what = "s3prl" if error.name == "s3prl" else f"the module {error.name}, which s3prl needs,"
-        raise LowbitError(f"{what} is not installed: docs/superb.md has what to install") from error
+        what = f"s3prl needs the module {error.name}, which is not installed:"
+        if error.name == "s3prl":
+            what = "s3prl is not installed: pip install requests, pip install --no-deps s3prl;"
+        raise LowbitError(f"{what} see docs/superb.md") from error
 
 
 def complete_huggingface_hub() -> None:
@@ -88,41 +90,39 @@ def complete_huggingface_hub() -> None:
 
 
 def _torchaudio() -> dict[str, ModuleType]:
-    installed = _installed("torchaudio")
+    installed = _installed_torchaudio()
     if installed is not None and hasattr(installed, "sox_effects"):
-        return {}
-    own = {
-        "load": load,
-        "set_audio_backend": lambda backend: None,
-        "sox_effects": StandIn("torchaudio.sox_effects", apply_effects_file=apply_effects_file),
-    }
-    modules = {
-        "torchaudio": StandIn("torchaudio", installed, **own),
-        "torchaudio.sox_effects": own["sox_effects"],
-    }
+        return {}  # before version 2.9
+    effects = StandIn("torchaudio.sox_effects", apply_effects_file=apply_effects_file)
+    modules = {"torchaudio.sox_effects": effects}
     if installed is None:
         names = [f"torchaudio.{part}" for part in ("compliance", "compliance.kaldi", "functional")]
         modules |= {name: StandIn(name) for name in names}
         modules["torchaudio.transforms"] = StandIn("torchaudio.transforms", Resample=Resample)
+    modules["torchaudio"] = StandIn(
+        "torchaudio",
+        installed,
+        load=load,
+        set_audio_backend=lambda backend: None,
+        sox_effects=effects,
+    )
     return modules
 
 
+def _installed_torchaudio() -> ModuleType | None:
+    """None when it is not there or does not load."""
+    try:
+        return importlib.import_module("torchaudio")
+    except (ImportError, OSError):  # OSError: a CUDA build beside a CPU torch
+        return None
+
+
 def _catalyst() -> dict[str, ModuleType]:
-    """The samplers of several processes, in keyword spotting."""
-    if _installed("catalyst") is not None:
+    """The samplers of keyword spotting in several processes."""
+    if importlib.util.find_spec("catalyst") is not None:
         return {}
     names = ("catalyst", "catalyst.data", "catalyst.data.sampler")
     return {name: StandIn(name) for name in names}
-
-
-def _installed(name: str) -> ModuleType | None:
-    """The installed module; None when it is not there or does not load."""
-    if isinstance(sys.modules.get(name), StandIn):
-        return None
-    try:
-        return importlib.import_module(name)
-    except (ImportError, OSError):  # OSError: a CUDA build of torchaudio beside a CPU torch
-        return None
 
 
 class Resample:
@@ -142,11 +142,9 @@ class Resample:
         return waveform
 
 
-def load(path: str | Path, frame_offset: int = 0, num_frames: int = -1) -> tuple[Tensor, int]:
+def load(path: str | Path) -> tuple[Tensor, int]:
     """As torchaudio's: float32 [channels, samples] in -1 to 1, and the rate in Hz."""
-    samples, rate = soundfile.read(
-        str(path), frames=num_frames, start=frame_offset, dtype="float32", always_2d=True
-    )
+    samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
     return torch.from_numpy(samples.T.copy()), rate
 
 

@@ -39,6 +39,10 @@ def register() -> None:
     Raises:
         LowbitError: s3prl is not installed, or lacks a package that it needs.
     """
-    with stand_ins(), missing_modules_named():
-        from s3prl import hub, nn  # noqa: F401  nn too, while the stand-ins are there
+    with missing_modules_named():
+        import s3prl  # noqa: F401  first, so that it is what is named
+        import transformers  # noqa: F401  it remembers whether torchaudio is there
+
+        with stand_ins():
+            from s3prl import hub, nn  # noqa: F401  nn too, which needs them as well
     setattr(hub, NAME, lowbit)
