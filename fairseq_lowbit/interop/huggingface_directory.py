@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ CONFIG, PREPROCESSOR, _PROCESSOR = (
 SAFETENSORS, _PICKLED = "model.safetensors", "pytorch_model.bin"
 SAMPLE_RATE = 16_000
 _MASK = "mask_emb"
+_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
+_CHECKPOINTS = (".pt", ".pth", ".bin", ".safetensors")  # a path that does not exist is no id
 _NAMED = 3
 
 logger = logging.getLogger(__name__)
@@ -39,8 +42,29 @@ def is_model_directory(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
-def download(name: str) -> Path:
+def find(source: str | Path, with_weights: bool = True) -> Path | None:
+    """The folder of the model that ``source`` names, a path or an id of the hub; None if it names
+    something else.
+
+    Args:
+        with_weights: False fetches the settings alone.
+
+    Raises:
+        LowbitError: see :func:`download`.
+    """
+    if is_model_directory(source):
+        return Path(source)
+    is_id = _ID.fullmatch(str(source)) and Path(source).suffix not in _CHECKPOINTS
+    if is_id and not Path(source).exists():
+        return download(str(source), with_weights)
+    return None
+
+
+def download(name: str, with_weights: bool = True) -> Path:
     """The folder of the model with this id on the Hugging Face hub, fetched if it is not cached.
+
+    Args:
+        with_weights: False fetches the settings alone.
 
     Raises:
         LowbitError: it cannot be fetched, and why.
@@ -54,9 +78,9 @@ def download(name: str) -> Path:
         ) from error
     settings = [CONFIG, PREPROCESSOR, _PROCESSOR]
     try:
-        wanted = [*settings, "model*.safetensors*"]
+        wanted = [*settings, "model*.safetensors*"] if with_weights else settings
         folder = Path(hub.snapshot_download(name, allow_patterns=wanted))
-        if _weight_file(folder) is None:
+        if with_weights and _weight_file(folder) is None:
             hub.snapshot_download(name, allow_patterns=[*settings, "pytorch_model*.bin*"])
     except Exception as error:  # the hub's own kinds, and those of whatever carries it
         raise LowbitError(

@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.interop import open_model, open_without_weights
 from fairseq_lowbit.interop.huggingface_directory import (
     download,
+    find,
     is_model_directory,
     read,
     read_without_weights,
@@ -116,11 +118,12 @@ WRITERS = (
 
 
 def opened(folder: Path, padding: str = "valid") -> Hubert:
-    source = read(folder)
-    source = replace(source, shape=replace(source.shape, padding=padding))
-    model = source.build()
-    source.fill(model, folder)
-    return model.eval()
+    model = open_model(folder).model
+    if padding == "valid":
+        return model
+    twin = Hubert(replace(model.shape, padding=padding)).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
 
 
 def waveform() -> Tensor:
@@ -179,6 +182,19 @@ def test_a_padded_batch(name: str, kind: str, tmp_path: Path) -> None:
     for row, samples in enumerate(LENGTHS):
         alone = their_states(theirs, waveform()[row : row + 1, :samples])
         assert_equal_states([x[row][~padding[row]] for x in states], [x[0] for x in alone])
+
+
+def test_wavlms_original_checkpoints(tmp_path: Path) -> None:
+    """Their form: fairseq's, with one flat table of settings."""
+    theirs = build("WavLM")
+    theirs.save_pretrained(tmp_path)
+    source = read(tmp_path)
+    path = tmp_path / "WavLM-Base.pt"
+    torch.save({"cfg": {**vars(source.shape), "normalize": True}, "model": source.weights}, path)
+    loaded = open_model(path)
+    assert loaded.normalize
+    audio = waveform()[:1]
+    assert_equal_states(our_states(loaded.model, audio)[0], their_states(theirs, audio))
 
 
 def test_far_distances_are_in_the_buckets_of_wavlm(tmp_path: Path) -> None:
@@ -430,6 +446,22 @@ class TestDownload:
         asked.clear()
         download("someone/model")
         assert len(asked) == 1
+
+    def test_what_is_an_id(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        fetched: list[list[str]] = []
+
+        def fetch(name: str, allow_patterns: list[str]) -> str:
+            fetched.append(allow_patterns)
+            return str(tmp_path)
+
+        monkeypatch.setattr(self.hub, "snapshot_download", fetch)
+        for path in ("runs/teacher.pt", "teacher.safetensors", "runs/a/b", tmp_path):
+            assert find(path) is None
+        assert not fetched
+        build("WavLM").config.save_pretrained(tmp_path)
+        assert find(tmp_path) == tmp_path
+        assert open_without_weights("someone/model").shape.gru_rel_pos
+        assert not any("model*" in pattern for patterns in fetched for pattern in patterns)
 
     def test_why_an_id_cannot_be_fetched(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from huggingface_hub.errors import LocalEntryNotFoundError
