@@ -5,10 +5,6 @@ activations have no place there.
 """
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +14,7 @@ from torch import Tensor
 
 import fairseq_lowbit
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.files import writing
+from fairseq_lowbit.files import atomic_folder
 from fairseq_lowbit.interop.huggingface_directory import (
     CONFIG,
     PREPROCESSOR,
@@ -57,7 +53,8 @@ def export(loaded: LoadedModel, out: Path) -> None:
         raise LowbitError(f"{loaded.source} cannot become a Hugging Face directory: {reason}")
     made_by = f"fairseq_lowbit {fairseq_lowbit.__version__}"
     config = {**configuration(loaded.model.shape), _MARK: made_by}
-    with _whole_folder(out) as folder:
+    _check_replaceable(out)
+    with atomic_folder(out) as folder:
         save_file(_their_weights(loaded.model), folder / SAFETENSORS, {"format": "pt"})
         _write_json(folder / CONFIG, config)
         _write_json(folder / PREPROCESSOR, _preprocessor(loaded.normalize))
@@ -95,28 +92,6 @@ def _preprocessor(normalize: bool) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """A temporary neighbour of ``out``, which replaces it when the block ends well.
-
-    Raises:
-        LowbitError: ``out`` holds what :func:`export` did not write, or cannot be written.
-    """
-    _check_replaceable(out)
-    out = out.absolute()
-    new, old = (out.with_name(f".{out.name}.{os.getpid()}.{part}") for part in ("new", "old"))
-    with writing(out):
-        try:
-            new.mkdir(parents=True)
-            yield new
-            if out.exists():
-                out.rename(old)
-            new.rename(out)
-        finally:
-            for folder in (new, old):
-                shutil.rmtree(folder, ignore_errors=True)
-
-
 def _check_replaceable(out: Path) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
@@ -128,18 +103,19 @@ _CARD_TEXT = """\
 ---
 library_name: transformers
 pipeline_tag: feature-extraction
-tags: [speech, {family}]
+tags: [speech, {tag}]
 ---
 
-# {source}
+# {family} at {precision}
 
 {what}
 
 | | |
 |---|---|
+| made from | {source} |
 | precision | {precision} |
 | parameters | {parameters:,} |
-| stored by fairseq_lowbit | {megabytes:,.2f} MB |
+| size in that precision | {megabytes:,.2f} MB |
 | input | mono audio at {rate} Hz{normalized} |
 | output | one frame of {features} values per {samples} samples, of each of {layers} layers |
 
@@ -168,11 +144,14 @@ _LAYER_NORM = "An utterance then gives the same as alone."
 
 def _card(loaded: LoadedModel, architecture: str) -> str:
     model, shape = loaded.model, loaded.model.shape
+    family = architecture.removesuffix("Model")
+    rules = model.plan.precision.rules
     return _CARD_TEXT.format(
-        family=architecture.removesuffix("Model").lower(),
+        tag=family.lower(),
+        family=family,
         source=Path(loaded.source).name,
         what=_QUANTIZED if is_quantized(model) else _FLOAT,
-        precision=model.plan.precision.name,
+        precision=model.plan.precision.name + (f" with {len(rules)} rules" if rules else ""),
         parameters=model.plan.parameters,
         megabytes=model.plan.bytes / 1e6,
         rate=f"{SAMPLE_RATE:,}",
