@@ -42,12 +42,9 @@ def is_model_directory(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
-def find(source: str | Path, with_weights: bool = True) -> Path | None:
+def find(source: str | Path) -> Path | None:
     """The folder of the model that ``source`` names, a path or an id of the hub; None if it names
     something else.
-
-    Args:
-        with_weights: False fetches the settings alone.
 
     Raises:
         LowbitError: see :func:`download`.
@@ -56,18 +53,16 @@ def find(source: str | Path, with_weights: bool = True) -> Path | None:
         return Path(source)
     is_id = _ID.fullmatch(str(source)) and Path(source).suffix not in _CHECKPOINTS
     if is_id and not Path(source).exists():
-        return download(str(source), with_weights)
+        return download(str(source))
     return None
 
 
-def download(name: str, with_weights: bool = True) -> Path:
+def download(name: str) -> Path:
     """The folder of the model with this id on the Hugging Face hub, fetched if it is not cached.
 
-    Args:
-        with_weights: False fetches the settings alone.
-
     Raises:
-        LowbitError: it cannot be fetched, and why.
+        LowbitError: it cannot be fetched, and why; or its settings ask for a model that is not
+            built here, before its weights are fetched.
     """
     try:
         hub = importlib.import_module("huggingface_hub")
@@ -76,12 +71,15 @@ def download(name: str, with_weights: bool = True) -> Path:
             f"{name} is no file or folder. If it is an id of the Hugging Face hub, install "
             "huggingface_hub (pip install 'fairseq-lowbit[hf]') to fetch it"
         ) from error
-    settings = [CONFIG, PREPROCESSOR, _PROCESSOR]
     try:
-        wanted = [*settings, "model*.safetensors*"] if with_weights else settings
-        folder = Path(hub.snapshot_download(name, allow_patterns=wanted))
-        if with_weights and _weight_file(folder) is None:
-            hub.snapshot_download(name, allow_patterns=[*settings, "pytorch_model*.bin*"])
+        settings = [CONFIG, PREPROCESSOR, _PROCESSOR]
+        folder = Path(hub.snapshot_download(name, allow_patterns=settings))
+        architecture(read_json(folder / CONFIG), folder / CONFIG)
+        hub.snapshot_download(name, allow_patterns=["model*.safetensors*"])
+        if _weight_file(folder) is None:
+            hub.snapshot_download(name, allow_patterns=["pytorch_model*.bin*"])
+    except LowbitError:
+        raise
     except Exception as error:  # the hub's own kinds, and those of whatever carries it
         raise LowbitError(
             f"{name} is no file or folder, and cannot be fetched from the Hugging Face hub "
@@ -95,36 +93,27 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
 
-def read_without_weights(directory: Path) -> Source:
-    """What the settings alone tell.
+def read(directory: Path) -> Source:
+    """A directory's model: the base model, whatever head stands on it. Weights are mapped, and read
+    when they are used.
 
     Raises:
-        LowbitError: settings that cannot be read, or that ask for a model that is not built here.
+        LowbitError: settings that cannot be read or ask for a model that is not built here; weights
+            that cannot be read, that have no place in the model, or that are missing.
     """
     config = read_json(directory / CONFIG)
     shape = architecture(config, directory / CONFIG)
-    return Source(shape, {}, _normalize(directory, shape))
-
-
-def read(directory: Path) -> Source:
-    """A directory's model: the base model, whatever head stands on it.
-
-    Raises:
-        LowbitError: see :func:`read_without_weights`; weights that cannot be read, that have no
-            place in the model, or that are missing.
-    """
-    source = read_without_weights(directory)
-    model_type = read_json(directory / CONFIG)["model_type"]
-    keys = to_ours(model_type, source.shape.extractor_mode)
+    normalize = _normalize(directory, shape)
+    keys = to_ours(config["model_type"], shape.extractor_mode)
     stored = _stored_weights(directory)
     _check_types(stored, directory)
     translation = translate(stored, keys, directory)
     weights = {name: tensor.float() for name, tensor in translation.weights.items()}
     if _MASK not in weights:
         logger.warning("%s has no masked_spec_embed: masked frames start as zeros", directory)
-        weights[_MASK] = torch.zeros(source.shape.encoder_embed_dim)
-    _check_complete(source.shape, weights, directory)
-    return Source(source.shape, weights, source.normalize, left_out=tuple(translation.left_out))
+        weights[_MASK] = torch.zeros(shape.encoder_embed_dim)
+    _check_complete(shape, weights, directory)
+    return Source(shape, weights, normalize, left_out=tuple(translation.left_out))
 
 
 def _check_types(weights: dict[str, Tensor], directory: Path) -> None:

@@ -45,12 +45,12 @@ def export(loaded: LoadedModel, out: Path) -> None:
     """Writes the model with decoded weights and float activations to the folder ``out``, whole or
     not at all. An earlier export there is replaced.
 
+    Args:
+        loaded: without an :func:`obstacle`.
+
     Raises:
-        LowbitError: see :func:`obstacle`; ``out`` cannot be written or holds anything else.
+        LowbitError: ``out`` cannot be written or holds anything else.
     """
-    reason = obstacle(loaded.model)
-    if reason:
-        raise LowbitError(f"{loaded.source} cannot become a Hugging Face directory: {reason}")
     made_by = f"fairseq_lowbit {fairseq_lowbit.__version__}"
     config = {**configuration(loaded.model.shape), _MARK: made_by}
     _check_replaceable(out)

@@ -57,10 +57,8 @@ def read_source(source: str | Path, with_weights: bool = True) -> Source:
     Raises:
         LowbitError: see :func:`open_model`.
     """
-    folder = huggingface_directory.find(source, with_weights)
-    if folder is not None and with_weights:
-        return huggingface_directory.read(folder)
+    folder = huggingface_directory.find(source)
     if folder is not None:
-        return huggingface_directory.read_without_weights(folder)
+        return huggingface_directory.read(folder)
     state = read_checkpoint(source, mmap=not with_weights)
     return fairseq_checkpoint.read(state, source)

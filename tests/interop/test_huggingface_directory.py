@@ -18,8 +18,8 @@ from fairseq_lowbit.interop.huggingface_directory import (
     find,
     is_model_directory,
     read,
-    read_without_weights,
 )
+from fairseq_lowbit.interop.huggingface_format import architecture
 from fairseq_lowbit.models import Hubert
 
 transformers = pytest.importorskip("transformers")
@@ -266,13 +266,9 @@ def test_heads_are_left_out_and_named(
     assert_equal_states(our_states(opened(tmp_path), audio)[0], states)
 
 
-def test_settings_alone(tmp_path: Path) -> None:
-    theirs = build("WavLM", "large", hidden_dropout=0.3, layerdrop=0.2)
-    theirs.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    source = read_without_weights(tmp_path)
-    shape = source.shape
-    assert source.weights == {}
+def test_settings(tmp_path: Path) -> None:
+    config = build("WavLM", "large", hidden_dropout=0.3, layerdrop=0.2).config.to_dict()
+    shape = architecture(config, tmp_path)
     assert (shape.dropout, shape.encoder_layerdrop) == (0.3, 0.2)
     assert (shape.num_buckets, shape.max_distance, shape.gru_rel_pos) == (16, 30, True)
     assert (shape.layer_norm_first, shape.extractor_mode) == (True, "layer_norm")
@@ -280,11 +276,10 @@ def test_settings_alone(tmp_path: Path) -> None:
 
 def test_what_a_short_config_leaves_out_is_hugging_faces_default(tmp_path: Path) -> None:
     for name in MODELS:
-        config = getattr(transformers, f"{name}Config")()
-        config.save_pretrained(tmp_path)
-        full = read_without_weights(tmp_path).shape
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": config.model_type}))
-        assert read_without_weights(tmp_path).shape == full
+        full = getattr(transformers, f"{name}Config")().to_dict()
+        full = json.loads(json.dumps(full))
+        short = {"model_type": full["model_type"]}
+        assert architecture(short, tmp_path) == architecture(full, tmp_path)
 
 
 @pytest.mark.parametrize("kind, expected", [("base", False), ("large", True)])
@@ -429,39 +424,42 @@ class TestDownload:
 
     hub = pytest.importorskip("huggingface_hub")
 
-    def test_of_the_weights_one_format_is_fetched(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        asked: list[list[str]] = []
+    @pytest.fixture
+    def fetched(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Patterns of the files that were asked for; the hub's model is what is in ``tmp_path``."""
+        patterns: list[str] = []
 
         def fetch(name: str, allow_patterns: list[str]) -> str:
-            asked.append(allow_patterns)
+            patterns.extend(allow_patterns)
             return str(tmp_path)
 
         monkeypatch.setattr(self.hub, "snapshot_download", fetch)
-        assert download("someone/model") == tmp_path
-        assert any("safetensors" in pattern for pattern in asked[0])
-        assert any(".bin" in pattern for pattern in asked[1])
-        (tmp_path / "model.safetensors").touch()
-        asked.clear()
-        download("someone/model")
-        assert len(asked) == 1
+        return patterns
 
-    def test_what_is_an_id(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        fetched: list[list[str]] = []
-
-        def fetch(name: str, allow_patterns: list[str]) -> str:
-            fetched.append(allow_patterns)
-            return str(tmp_path)
-
-        monkeypatch.setattr(self.hub, "snapshot_download", fetch)
-        for path in ("runs/teacher.pt", "teacher.safetensors", "runs/a/b", tmp_path):
-            assert find(path) is None
-        assert not fetched
-        build("WavLM").config.save_pretrained(tmp_path)
-        assert find(tmp_path) == tmp_path
+    def test_of_the_weights_one_format_is_fetched(self, fetched: list[str], tmp_path: Path) -> None:
+        build("WavLM").save_pretrained(tmp_path)
         assert open_without_weights("someone/model").shape.gru_rel_pos
-        assert not any("model*" in pattern for patterns in fetched for pattern in patterns)
+        assert any("safetensors" in pattern for pattern in fetched)
+        assert not any(".bin" in pattern for pattern in fetched)
+        fetched.clear()
+        (tmp_path / "model.safetensors").unlink()
+        assert download("someone/model") == tmp_path
+        assert any(".bin" in pattern for pattern in fetched)
+
+    def test_another_family_is_refused_before_its_weights_are_fetched(
+        self, fetched: list[str], tmp_path: Path
+    ) -> None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "whisper"}))
+        with pytest.raises(LowbitError, match="model_type 'whisper'; supported are hubert"):
+            open_model("someone/model")
+        assert not any("model" in pattern for pattern in fetched)
+
+    def test_paths_are_no_ids(self, fetched: list[str], tmp_path: Path) -> None:
+        for path in ("runs/teacher.pt", "teacher.safetensors", "runs/a/b", "hubert", tmp_path):
+            assert find(path) is None
+        build("Hubert").config.save_pretrained(tmp_path)
+        assert find(tmp_path) == tmp_path
+        assert not fetched
 
     def test_why_an_id_cannot_be_fetched(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from huggingface_hub.errors import LocalEntryNotFoundError

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.interop import huggingface_writer, open_model, write_model
+from fairseq_lowbit.interop.exporting import FORMATS
 from fairseq_lowbit.interop.huggingface_writer import export, obstacle
 from fairseq_lowbit.models import Architecture, Hubert, LoadedModel
 from fairseq_lowbit.models.architecture import FASTCONV
@@ -127,7 +128,7 @@ def test_taps_of_the_positional_convolution_that_are_all_zero(tmp_path: Path) ->
 def test_a_round_trip_gives_the_same_hidden_states(shape: Architecture, tmp_path: Path) -> None:
     write_model(tmp_path / "model.safetensors", build(shape), loaded(build(shape), True), tmp_path)
     first = open_model(tmp_path / "model.safetensors")
-    export(first, tmp_path / "out")
+    FORMATS["hf"].export(first, tmp_path / "out")
     second = open_model(tmp_path / "out")
     assert second.normalize
     assert torch.equal(second.model.mask_emb, first.model.mask_emb)
@@ -222,5 +223,5 @@ def test_what_cannot_be_written() -> None:
     assert "never calibrated" in obstacle(Hubert(TINY, precision=Precision("bitl_w1a1")))
     ungated = Hubert(replace(SHAPES["wavlm"], gru_rel_pos=False))
     assert "not gated" in obstacle(ungated)
-    with pytest.raises(LowbitError, match="checkpoint.pt cannot become .* not gated"):
-        export(loaded(ungated), Path("out"))
+    with pytest.raises(LowbitError, match="checkpoint.pt cannot be written .* not gated"):
+        FORMATS["hf"].export(loaded(ungated), Path("out"))
