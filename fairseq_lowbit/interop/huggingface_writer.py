@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 import fairseq_lowbit
@@ -55,7 +55,8 @@ def export(loaded: LoadedModel, out: Path) -> None:
     config = {**configuration(loaded.model.shape), _MARK: made_by}
     _check_replaceable(out)
     with atomic_folder(out) as folder:
-        save_file(_their_weights(loaded.model), folder / SAFETENSORS, {"format": "pt"})
+        weights = save(_their_weights(loaded.model), {"format": "pt"})
+        (folder / SAFETENSORS).write_bytes(weights)
         _write_json(folder / CONFIG, config)
         _write_json(folder / PREPROCESSOR, _preprocessor(loaded.normalize))
         (folder / CARD).write_text(_card(loaded, config["architectures"][0]), encoding="utf-8")
@@ -125,7 +126,8 @@ from transformers import {architecture}
 model = {architecture}.from_pretrained("PATH")  # this folder
 ```
 
-In a padded batch pass the attention mask. {padding}
+In a padded batch pass the attention mask.
+{padding}
 
 Written by fairseq_lowbit {version}.
 """
@@ -136,7 +138,7 @@ floating-point numbers, and its activations are not quantized. It is not the dep
 activations are quantized too where its precision says so, and whose file is smaller than this one.\
 """
 _GROUP_NORM = """\
-The first convolution's group norm sees the padding all the same, so an utterance does not give
+The first convolution's group norm sees the padding all the same, so that an utterance does not give
 quite the same as alone.\
 """
 _LAYER_NORM = "An utterance then gives the same as alone."

@@ -213,7 +213,7 @@ def test_an_interrupted_export_leaves_the_earlier_one(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(huggingface_writer, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(LowbitError, match=f"cannot write {out}: No space left"):
         export(loaded(build(LARGE)), out)
 
