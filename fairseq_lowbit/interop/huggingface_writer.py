@@ -135,7 +135,7 @@ _FLOAT = "The float model, as it was trained."
 _QUANTIZED = """\
 The weight-quantized view of a quantized model: its weights are the decoded values of its codes, as
 floating-point numbers, and its activations are not quantized. It is not the deployed model, whose
-activations are quantized too where its precision says so, and whose file is smaller than this one.\
+activations are quantized too where its precision says so, and whose weights are stored as codes.\
 """
 _GROUP_NORM = """\
 The first convolution's group norm sees the padding all the same, so that an utterance does not give
