@@ -14,19 +14,12 @@ from torch import Tensor
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.interop.checkpoint import load_pickled
-from fairseq_lowbit.interop.huggingface_format import (
-    architecture,
-    to_ours,
-    to_theirs,
-)
+from fairseq_lowbit.interop.huggingface_format import architecture, to_ours, to_theirs
 from fairseq_lowbit.interop.source import Source, translate
 from fairseq_lowbit.models import Architecture, Hubert, WithoutWeights
 
-CONFIG, PREPROCESSOR, _PROCESSOR = (
-    "config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+_PROCESSOR = "processor_config.json"  # of preprocessor and tokenizer together
 SAFETENSORS, _PICKLED = "model.safetensors", "pytorch_model.bin"
 SAMPLE_RATE = 16_000
 _MASK = "mask_emb"
@@ -137,6 +130,11 @@ def _check_complete(shape: Architecture, weights: dict[str, Tensor], directory: 
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        LowbitError: it cannot be read, or holds something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -19,8 +19,8 @@ class RelativePositions:
     """How distances between frames become rows of a table.
 
     Attributes:
-        buckets: rows of the table; half of them for keys behind the query. A quarter of them hold
-            one distance each, the others ever more.
+        buckets: rows of the table; the second half of them for keys later than the query. Of each
+            half, the first half has a row for every distance, and the others cover ever more.
         max_distance: distances from here on, in frames, share the last row.
         gated: whether every query frame scales its bias by what it reads.
     """
@@ -78,17 +78,18 @@ class RelativeAttention(SelfAttention):
         if first is None:
             self.relative_attention_bias = nn.Embedding(positions.buckets, heads)
             Embedding.adopt(self.relative_attention_bias, Role.EMBEDDING, InputKind.ANY)
-        table = self.relative_attention_bias if first is None else first.table
         # A module that stands in a tuple is not registered; a deep copy of the model still copies
-        # the reference and the table together.
-        self._table = (table,)
+        # it and the reference together.
+        self._first = () if first is None else (first,)
         if positions.gated:
             self.grep_linear = Linear(dim // heads, _GATES * _VALUES_PER_GATE, role=Role.GATE)
             self.grep_a = nn.Parameter(torch.ones(1, heads, 1, 1))
 
     @property
     def table(self) -> Embedding:
-        return self._table[0]
+        """[buckets, heads], of the first layer."""
+        owner = self._first[0] if self._first else self
+        return owner.relative_attention_bias
 
     def forward(
         self, x: Tensor, padding_mask: Tensor | None = None, need: AttentionMap | None = None
