@@ -69,7 +69,7 @@ def download(name: str) -> Path:
         folder = Path(hub.snapshot_download(name, allow_patterns=settings))
         architecture(read_json(folder / CONFIG), folder / CONFIG)
         hub.snapshot_download(name, allow_patterns=["model*.safetensors*"])
-        if _weight_file(folder) is None:
+        if weight_file(folder) is None:
             hub.snapshot_download(name, allow_patterns=["pytorch_model*.bin*"])
     except LowbitError:
         raise
@@ -158,14 +158,14 @@ def _normalize(directory: Path, shape: Architecture) -> bool:
     return bool(settings.get("do_normalize", shape.extractor_mode == "layer_norm"))
 
 
-def _weight_file(directory: Path) -> Path | None:
+def weight_file(directory: Path) -> Path | None:
     """The file with the weights, or the index of several."""
     names = (f"{name}{index}" for name in (SAFETENSORS, _PICKLED) for index in ("", ".index.json"))
     return next((directory / name for name in names if (directory / name).is_file()), None)
 
 
 def _stored_weights(directory: Path) -> dict[str, Tensor]:
-    path = _weight_file(directory)
+    path = weight_file(directory)
     if path is None:
         raise LowbitError(
             f"{directory} holds no weights: wanted is {SAFETENSORS}, {_PICKLED}, or the "
