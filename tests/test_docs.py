@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fairseq_lowbit.interop import open_model
+from fairseq_lowbit.interop.exporting import FORMATS
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "docs.py"
 DOCS = runpy.run_path(str(SCRIPT))
@@ -129,6 +132,7 @@ def test_python_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     trained = tmp_path / "exp/bitla_w1a1/checkpoints/checkpoint_best.pt"
     trained.parent.mkdir(parents=True)
     shutil.copy(CHECKPOINT, trained)
+    FORMATS["safetensors"].export(open_model(trained), tmp_path / "student.safetensors")
     torch.manual_seed(0)
     waveforms = [torch.randn(2, 16000) for _ in range(2)]
     exec(block, {"waveforms": waveforms, "waveform": waveforms[0]})
