@@ -29,6 +29,7 @@ INSTALL_REQUIRES = [
     "sentencepiece",
     "safetensors",
     "scikit-learn",
+    "threadpoolctl",
     "Jinja2",
     "matplotlib",
     "PyYAML",
