@@ -131,7 +131,7 @@ train() {
 # number may have several stages. Variables named in `no_settings` only say how a stage is run, and
 # may change between two starts.
 
-no_settings=()
+no_settings=() stage_log=""
 stage_numbers=() stage_ids=() stage_titles=() stage_commands=()
 declare -A is_light=()
 
