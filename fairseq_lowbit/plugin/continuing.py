@@ -41,8 +41,8 @@ _COURSE = (
     "common.fp16",
     "common.bf16",
 )
-# Copies of other settings, what follows from optimization.max_update, what is only watched, and
-# the stages, which are compared one by one.
+# Copies of other settings, what optimization.update_freq and max_update say too, what is only
+# watched, and the stages, which are compared one by one.
 _IGNORED = (
     "optimizer.lr",
     "lr_scheduler.lr",
@@ -55,6 +55,7 @@ _IGNORED = (
     "task.tensorboard_logdir",
     "task.health_interval",
     "task.max_unusable",
+    "task.seconds_per_update",
     "task.stages",
 )
 _NAMED = 3

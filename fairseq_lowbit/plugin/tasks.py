@@ -43,6 +43,7 @@ class SpeechTaskConfig(AudioConfig, FairseqDataclass):
     max_unusable: float = 0.05  # share of unusable files at which a run gives up
     health_interval: int = HEALTH_INTERVAL  # updates between health records; 0: none
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    seconds_per_update: Optional[float] = None  # what optimization.update_freq follows from
     stages: list[Stage] = field(default_factory=list)  # on the way; see config/schedule
     # Checkpoints, float or quantized. A student is of the teacher's shape.
     teacher: Optional[str] = None

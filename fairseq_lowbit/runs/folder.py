@@ -90,8 +90,11 @@ def quality_file(place: Path) -> Path:
     return place / QUALITY_FILE if place.is_dir() else place.with_suffix(f".{QUALITY_FILE}")
 
 
-def job_folder(overrides: Iterable[str], leave_out: Iterable[str] = ()) -> str:
+def job_folder(
+    overrides: Iterable[str], leave_out: Iterable[str] = (), alone: str = "job"
+) -> str:
     """A folder for one job of a sweep: its overrides, without those of the keys ``leave_out``.
+    ``alone`` is the folder of a job without any.
 
     Equal overrides give equal names and different ones different names, so a job finds its folder
     again and no other's. Characters with a meaning in a shell or in Hydra are replaced, and long
@@ -108,7 +111,7 @@ def job_folder(overrides: Iterable[str], leave_out: Iterable[str] = ()) -> str:
     if name != exact or len(name) > _JOB_LENGTH:
         digest = hashlib.sha256("\n".join(kept).encode()).hexdigest()[:8]
         name = f"{name[:_JOB_LENGTH]}-{digest}"
-    return name or "job"
+    return name or alone
 
 
 def write_failure(folder: Path, message: str) -> None:
