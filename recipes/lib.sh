@@ -215,7 +215,7 @@ show_stage() {
 # settings_of INDEX: the commands of a stage, with what only says how it is run left open.
 settings_of() (
     dry_run=yes
-    for name in "${no_settings[@]}"; do declare -g "$name=<$name>"; done
+    for _name in "${no_settings[@]}"; do declare "$_name=<$_name>"; done
     ${stage_commands[$1]}
 )
 

@@ -17,6 +17,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 
 import yaml
 
@@ -24,6 +26,7 @@ FILES = "checkpoints/**/progress.jsonl"  # the stages of a schedule have folders
 LEAST_UPDATES = 40
 SLACK = 1.1
 WIDTH = 150
+SECONDS_BETWEEN_LOOKS = 5
 SHOWN = ("[WARNING]", "[ERROR]", "Error")
 
 
@@ -34,12 +37,34 @@ def show(label: str, log: str, run: str) -> None:
     seen: dict[Path, int] = {}
     list(_new_records(Path(run), seen))  # of an earlier start
     with open(log, "a", buffering=1) as file:
-        for line in sys.stdin:
+        for line in _lines_in_time():
             file.write(line)
             shown = [line.rstrip()] if any(word in line for word in SHOWN) else []
             # Written before fairseq logs it.
             for text in [*shown, *map(_describe, _new_records(Path(run), seen))]:
                 print(f"  {label}: {text}"[:WIDTH], flush=True)
+
+
+def _lines_in_time() -> Iterator[str]:
+    """The lines of the input, and an empty one whenever none has come for a while: a job of SLURM
+    writes its records where they are read, and its output elsewhere."""
+    lines: SimpleQueue[str | None] = SimpleQueue()
+    Thread(target=_read_into, args=(lines,), daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=SECONDS_BETWEEN_LOOKS)
+        except Empty:
+            line = ""
+        yield line or ""
+        if line is None:
+            return
+
+
+def _read_into(lines: "SimpleQueue[str | None]") -> None:
+    """None comes behind the last line."""
+    for line in sys.stdin:
+        lines.put(line)
+    lines.put(None)
 
 
 def _new_records(run: Path, seen: dict[Path, int]) -> Iterator[dict]:

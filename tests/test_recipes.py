@@ -1,13 +1,35 @@
-"""What the recipes read from a run's progress; a whole recipe takes minutes."""
+"""What the recipes read from a run's progress, and their stages; a whole recipe takes minutes."""
 
 import json
+import os
+import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "recipes" / "progress.py"
+RECIPES = Path(__file__).parents[1] / "recipes"
+SCRIPT = RECIPES / "progress.py"
+LIBRISPEECH = RECIPES / "librispeech960.sh"
+# Three stages on recipes/lib.sh. The second tells its process id and waits; the third is light.
+STAGED = f"""#!/usr/bin/env bash
+# Greets.
+set -euo pipefail
+source {shlex.quote(str(RECIPES / "lib.sh"))}
+work="" name=world nj=1 wait=0 stage=0 stop_stage=2 dry_run=""
+options "work name nj wait stage stop-stage dry-run!" "$@"
+no_settings=(nj wait)
+greet() {{ step echo "hello $name" --jobs "$nj"; }}
+nap() {{ step bash -c 'echo "pid $$ $1"; exec sleep "$0"' "$wait" "$name"; }}
+add_stage 0 greet "say hello" greet
+add_stage 1 nap "rest" nap
+add_light_stage 2 bye "say it again" greet
+run_stages
+"""
 
 
 @pytest.fixture
@@ -73,3 +95,129 @@ def test_the_screen_shows_what_is_new(trial: Path) -> None:
         "  teacher: update 8, epoch 1, valid on valid: loss 1.5",
     ]
     assert log.read_text().count("\n") == 4
+
+
+@pytest.fixture
+def staged(tmp_path: Path) -> list[str]:
+    """The command of a small recipe in stages, with its --work."""
+    (tmp_path / "staged.sh").write_text(STAGED)
+    return ["bash", str(tmp_path / "staged.sh"), "--work", str(tmp_path / "work dir")]
+
+
+def run(command: list[str], *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+
+
+def stamps(staged: list[str]) -> set[str]:
+    return {path.name for path in Path(staged[-1], "stamps").iterdir()} - {"lock"}
+
+
+def test_stages_run_once(staged: list[str]) -> None:
+    first = run(staged)
+    assert first.returncode == 0, first.stderr
+    assert "stage 0 greet: say hello; log" in first.stdout
+    assert "hello world --jobs 1\n" in first.stdout
+    assert "next: rest" in first.stdout
+    assert Path(staged[-1], "logs", "0_greet.log").read_text() == "hello world --jobs 1\n"
+    assert stamps(staged) == {"0_greet.done", "1_nap.done", "2_bye.done"}
+    again = run(staged, "--nj", "4")  # which does not change what is made
+    assert again.returncode == 0
+    assert again.stdout.count("finished before") == 3
+    assert "hello" not in again.stdout
+
+
+def test_a_range_of_stages(staged: list[str]) -> None:
+    assert run(staged, "--stage", "1", "--stop-stage", "1").returncode == 0
+    assert stamps(staged) == {"1_nap.done"}
+
+
+def test_a_dry_run_shows_a_script_and_runs_nothing(staged: list[str]) -> None:
+    shown = run(staged, "--dry-run", "--stop-stage", "0", "--name", 'it\'s "$HOME" [0]')
+    assert not Path(staged[-1]).exists()
+    assert shown.stdout.startswith("# stage 0 greet: say hello\n")
+    assert run(["bash", "-c", shown.stdout]).stdout == 'hello it\'s "$HOME" [0] --jobs 1\n'
+
+
+def test_a_finished_stage_of_other_settings_is_refused(staged: list[str]) -> None:
+    run(staged)
+    other = run(staged, "--name", "moon")
+    assert other.returncode == 2
+    assert "stage 0 greet was finished with other settings" in other.stderr
+    assert "world" in other.stderr
+    assert "moon" in other.stderr
+    assert "hello" not in other.stdout
+    # A light stage is run again instead.
+    light = run(staged, "--name", "moon", "--stage", "2")
+    assert light.returncode == 0
+    assert "hello moon" in light.stdout
+
+
+def test_a_stage_that_fails_names_its_log(staged: list[str]) -> None:
+    failed = run(staged, "--wait", "long")
+    assert failed.returncode == 2
+    log = Path(staged[-1], "logs", "1_nap.log")
+    assert failed.stderr.endswith(f"error: bash -c failed; the log is {log}\n")
+    assert "invalid time interval" in log.read_text()
+    assert stamps(staged) == {"0_greet.done", "1_nap.begun"}
+
+
+@pytest.fixture
+def resting(staged: list[str]) -> Iterator[subprocess.Popen]:
+    """The recipe, as a shell starts it, in its second stage; its next line is what that prints."""
+    command = [*staged, "--wait", "60"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        while "stage 1 nap: rest" not in process.stdout.readline():
+            assert process.poll() is None
+        yield process
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_killed_stage_is_run_again_and_no_other(
+    staged: list[str], resting: subprocess.Popen
+) -> None:
+    os.killpg(resting.pid, signal.SIGKILL)
+    resting.wait()
+    assert stamps(staged) == {"0_greet.done", "1_nap.begun"}
+    again = run(staged, "--stop-stage", "1")
+    assert again.returncode == 0
+    assert "stage 0 greet: finished before" in again.stdout
+    assert "hello" not in again.stdout
+    assert stamps(staged) == {"0_greet.done", "1_nap.done"}
+
+
+def test_what_was_begun_with_other_settings_says_so(
+    staged: list[str], resting: subprocess.Popen
+) -> None:
+    os.killpg(resting.pid, signal.SIGKILL)
+    resting.wait()
+    other = run(staged, "--stage", "1", "--stop-stage", "1", "--name", "moon")
+    assert other.returncode == 0
+    assert "stage 1 nap was begun with other settings: was world, is moon" in other.stdout
+
+
+def test_an_interrupt_ends_what_runs(staged: list[str], resting: subprocess.Popen) -> None:
+    pid = int(resting.stdout.readline().split()[1])
+    assert is_alive(pid)
+    os.killpg(resting.pid, signal.SIGINT)
+    rest, _ = resting.communicate(timeout=20)
+    assert resting.returncode == 130
+    assert rest.endswith("interrupted; the same command goes on where it stopped\n")
+    assert not is_alive(pid)
+    assert stamps(staged) == {"0_greet.done", "1_nap.begun"}
+
+
+def test_two_starts_at_once_are_refused(staged: list[str], resting: subprocess.Popen) -> None:
+    second = run(staged)
+    assert second.returncode == 2
+    assert "work dir is in use by another start" in second.stderr
