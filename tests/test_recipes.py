@@ -8,7 +8,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -161,18 +163,26 @@ def test_a_stage_that_fails_names_its_log(staged: list[str]) -> None:
     assert stamps(staged) == {"0_greet.done", "1_nap.begun"}
 
 
+class Resting(NamedTuple):
+    recipe: subprocess.Popen
+    child: int  # the process that its second stage waits for
+
+    def kill(self) -> None:
+        os.killpg(self.recipe.pid, signal.SIGKILL)
+        self.recipe.wait()
+
+
 @pytest.fixture
-def resting(staged: list[str]) -> Iterator[subprocess.Popen]:
-    """The recipe, as a shell starts it, in its second stage; its next line is what that prints."""
+def resting(staged: list[str]) -> Iterator[Resting]:
+    """The recipe in its second stage, started as a shell starts it."""
     command = [*staged, "--wait", "60"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        while "stage 1 nap: rest" not in process.stdout.readline():
-            assert process.poll() is None
-        yield process
+    ) as recipe:
+        (line,) = islice((line for line in recipe.stdout if line.startswith("pid ")), 1)
+        yield Resting(recipe, int(line.split()[1]))
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(recipe.pid, signal.SIGKILL)
 
 
 def is_alive(pid: int) -> bool:
@@ -183,11 +193,8 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def test_a_killed_stage_is_run_again_and_no_other(
-    staged: list[str], resting: subprocess.Popen
-) -> None:
-    os.killpg(resting.pid, signal.SIGKILL)
-    resting.wait()
+def test_a_killed_stage_is_run_again_and_no_other(staged: list[str], resting: Resting) -> None:
+    resting.kill()
     assert stamps(staged) == {"0_greet.done", "1_nap.begun"}
     again = run(staged, "--stop-stage", "1")
     assert again.returncode == 0
@@ -196,28 +203,24 @@ def test_a_killed_stage_is_run_again_and_no_other(
     assert stamps(staged) == {"0_greet.done", "1_nap.done"}
 
 
-def test_what_was_begun_with_other_settings_says_so(
-    staged: list[str], resting: subprocess.Popen
-) -> None:
-    os.killpg(resting.pid, signal.SIGKILL)
-    resting.wait()
+def test_what_was_begun_with_other_settings_says_so(staged: list[str], resting: Resting) -> None:
+    resting.kill()
     other = run(staged, "--stage", "1", "--stop-stage", "1", "--name", "moon")
     assert other.returncode == 0
     assert "stage 1 nap was begun with other settings: was world, is moon" in other.stdout
 
 
-def test_an_interrupt_ends_what_runs(staged: list[str], resting: subprocess.Popen) -> None:
-    pid = int(resting.stdout.readline().split()[1])
-    assert is_alive(pid)
-    os.killpg(resting.pid, signal.SIGINT)
-    rest, _ = resting.communicate(timeout=20)
-    assert resting.returncode == 130
+def test_an_interrupt_ends_what_runs(staged: list[str], resting: Resting) -> None:
+    assert is_alive(resting.child)
+    os.killpg(resting.recipe.pid, signal.SIGINT)
+    rest, _ = resting.recipe.communicate(timeout=20)
+    assert resting.recipe.returncode == 130
     assert rest.endswith("interrupted; the same command goes on where it stopped\n")
-    assert not is_alive(pid)
+    assert not is_alive(resting.child)
     assert stamps(staged) == {"0_greet.done", "1_nap.begun"}
 
 
-def test_two_starts_at_once_are_refused(staged: list[str], resting: subprocess.Popen) -> None:
+def test_two_starts_at_once_are_refused(staged: list[str], resting: Resting) -> None:
     second = run(staged)
     assert second.returncode == 2
     assert "work dir is in use by another start" in second.stderr
