@@ -224,3 +224,134 @@ def test_two_starts_at_once_are_refused(staged: list[str], resting: Resting) -> 
     second = run(staged)
     assert second.returncode == 2
     assert "work dir is in use by another start" in second.stderr
+
+
+@pytest.fixture
+def librispeech(tmp_path: Path) -> list[str]:
+    """The command of the recipe with an empty --data and a --work."""
+    (tmp_path / "data").mkdir()
+    paths = ["--data", str(tmp_path / "data"), "--work", str(tmp_path / "work")]
+    return ["bash", str(LIBRISPEECH), *paths]
+
+
+def shown_stages(dry_run: str) -> dict[str, list[list[str]]]:
+    """The commands of each stage, by its number and name."""
+    stages: dict[str, list[list[str]]] = {}
+    for line in dry_run.splitlines():
+        if line.startswith("# stage "):
+            commands = stages.setdefault(line.removeprefix("# stage ").partition(":")[0], [])
+        else:
+            commands.append(shlex.split(line))
+    return stages
+
+
+def test_librispeech_is_trained_as_hubert_base_was(librispeech: list[str]) -> None:
+    """arXiv 2106.07447, section IV: two iterations, each on labels of its own."""
+    done = run(librispeech, "--dry-run", "--nj", "12")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    stages = shown_stages(done.stdout)
+    (first,), (second,) = stages["3 iteration1"], stages["5 iteration2"]
+    assert {"optimization.max_update=250000", "lr_scheduler.warmup_updates=20000"} <= {*first}
+    assert {"optimization.max_update=400000", "lr_scheduler.warmup_updates=32000"} <= {*second}
+    for command in first, second:
+        assert {"optimization.lr=[0.0005]", "run=gpu1"} <= {*command}
+    (labels,) = stages["4 labels"]
+    model = labels[labels.index("--model") + 1]
+    assert f"hydra.run.dir={Path(model).parents[1]}" in first
+    assert f"task.labels=[{labels[labels.index('--name') + 1]}]" in second
+    for option, value in (("--clusters", "500"), ("--layer", "6"), ("--workers", "12")):
+        assert labels[labels.index(option) + 1] == value
+    assert not Path(librispeech[-1]).exists()
+
+
+def test_librispeech_by_every_schedule_that_fits(librispeech: list[str]) -> None:
+    precisions = "bitla_w2a2 bitla_w1a1 sqwq_w1 bitla_w3a5"
+    shown = run(librispeech, "--dry-run", "--schedule", "all", "--precisions", precisions)
+    students = {
+        name: commands for name, commands in shown_stages(shown.stdout).items() if name[0] == "6"
+    }
+    assert {name.removeprefix("6 ") for name in students} == {
+        "bitla_w2a2_one_step",
+        "bitla_w1a1_one_step",
+        "bitla_w1a1_by_w1a2_w1a1",
+        "bitla_w1a1_by_w8a8_w4a4_w2a2_w1a1",
+        "sqwq_w1_one_step",
+        "sqwq_w1_by_w8_w4_w2_w1",
+        "bitla_w3a5_one_step",
+    }
+    # As many updates in all, however many stages.
+    (in_two,) = students["6 bitla_w1a1_by_w1a2_w1a1"]
+    assert {"schedule=w1a2_w1a1", "optimization.max_update=50000"} <= {*in_two}
+    (in_one,) = students["6 bitla_w1a1_one_step"]
+    assert "optimization.max_update=100000" in in_one
+    # A precision without a configuration of its own.
+    assert "model.precision.name=bitla_w3a5" in students["6 bitla_w3a5_one_step"][0]
+
+
+def test_librispeech_with_a_hubert_that_is_there(librispeech: list[str], tmp_path: Path) -> None:
+    (tmp_path / "hubert.pt").touch()
+    shown = run(librispeech, "--dry-run", "--adapt", str(tmp_path / "hubert.pt"))
+    stages = shown_stages(shown.stdout)
+    assert [name for name in stages if name[0] in "2345"] == ["5 adapted"]
+    (adapted,) = stages["5 adapted"]
+    assert f"task.teacher={tmp_path / 'hubert.pt'}" in adapted
+    (student,) = stages["6 bitla_w2a2_one_step"]
+    run_folder = adapted[-1].removeprefix("hydra.run.dir=")
+    assert f"task.teacher={run_folder}/checkpoints/checkpoint_last.pt" in student
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "huge"], "--size huge: choose one of base tiny"),
+        (["--run", "gpu2"], "--run gpu2: choose one of gpu1 gpu8 slurm"),
+        (["--nj", "0"], "--nj 0: give a whole number from 1"),
+        (["--data", "nowhere"], "--data nowhere is not a folder"),
+        (["--stage", "5", "--stop-stage", "4"], "--stage 5 lies behind --stop-stage 4"),
+        (["--stop-stage", "10"], "--stop-stage 10: the last stage is 9"),
+        (["--precisions", " "], "--precisions is empty"),
+        (["--precisions", "w2a2"], "--precisions: w2a2 is none"),
+        (["--precisions", "bitla_w2a2 bitla_w2a2"], "--precisions names bitla_w2a2 twice"),
+        (["--schedule", "slow"], "--schedule slow: choose one of one_step all w1a2_w1a1 "),
+        (
+            ["--schedule", "w1a2_w1a1"],
+            "--schedule w1a2_w1a1 does not end with bitla_w2a2: leave that out",
+        ),
+        (["--size", "tiny", "--run", "gpu8"], "--run gpu8: --size tiny runs on any machine"),
+        (["--layer"], "unknown option --layer; see --help"),
+        (["--work"], "--work needs a value"),
+    ],
+)
+def test_librispeech_refuses(librispeech: list[str], arguments: list[str], message: str) -> None:
+    refused = run(librispeech, *arguments)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"error: {message}")
+    assert refused.stderr.count("\n") == 1
+    assert refused.stdout == ""
+
+
+def test_librispeech_needs_data() -> None:
+    refused = run(["bash", str(LIBRISPEECH)])
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: --data DIR is missing")
+
+
+def test_librispeech_asks_the_package_about_precisions(librispeech: list[str]) -> None:
+    refused = run(librispeech, "--size", "tiny", "--precisions", "bitla_w2a2 bitla_w9a9")
+    assert refused.returncode == 2
+    assert "bitla_w9a9" in refused.stderr.splitlines()[0]
+    assert refused.stderr.splitlines()[-1] == "error: --precisions: bitla_w9a9 is none, see above"
+    assert not Path(librispeech[-1], "logs").exists()
+
+
+def test_librispeech_without_room(librispeech: list[str], tmp_path: Path) -> None:
+    """What the disk has is what df says."""
+    (tmp_path / "df").write_text("#!/bin/sh\nprintf 'head\\n/dev/sda 9 9 3000000 9%% /\\n'\n")
+    (tmp_path / "df").chmod(0o755)
+    path = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    refused = subprocess.run(librispeech, env=path, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"error: {librispeech[-1]} has 3 GB free; 4 trainings and their exports need about 21 GB\n"
+    )
