@@ -5,31 +5,32 @@ Before anything is built, values replace the words ``as_teacher`` of config/mode
 The run's record and its checkpoints hold them, so that nobody needs the teacher for them again.
 """
 
-from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.interop import read_checkpoint, read_source
+from fairseq_lowbit.interop import Source, read_source
+from fairseq_lowbit.models import Architecture
 from fairseq_lowbit.runs.folder import LAST_CHECKPOINT
 
 AS_TEACHER = "as_teacher"
-# Fields of Architecture that a student shares with its teacher; the others regularise training.
-SHAPE = (
-    "conv_feature_layers",
-    "extractor_mode",
-    "conv_bias",
-    "encoder_layers",
-    "encoder_embed_dim",
-    "encoder_ffn_embed_dim",
-    "encoder_attention_heads",
-    "layer_norm_first",
-    "conv_pos",
-    "conv_pos_groups",
-    "final_dim",
-)
+# Fields of Architecture that belong to a training, not to a model. All others are its shape.
+_OF_TRAINING = {
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "dropout_input",
+    "encoder_layerdrop",
+    "feature_grad_mult",
+    "mask_prob",
+    "mask_length",
+    "logit_temp",
+}
+SHAPE = tuple(f.name for f in fields(Architecture) if f.name not in _OF_TRAINING)
+# Of the shape, what a student may have otherwise: it changes no weight.
+_MAY_DIFFER = ("padding",)
 
 
 def adopt_teacher(config: DictConfig, folder: Path) -> None:
@@ -44,50 +45,30 @@ def adopt_teacher(config: DictConfig, folder: Path) -> None:
         LowbitError: a shape that is given beside the teacher's; there is no teacher, or it cannot
             be read.
     """
-    open_keys = list(_open_keys(config))
-    if not open_keys:
+    model = config.get("model")
+    given = OmegaConf.to_container(model, resolve=False) if OmegaConf.is_dict(model) else {}
+    if AS_TEACHER not in given.values():
         return
-    _refuse_contradictions(config)
-    value_of = _stored_values(folder) if _has_begun(folder) else _teacher_values(config)
-    with read_write(config), open_dict(config):
-        for key in open_keys:
-            OmegaConf.update(config, key, value_of(key))
-
-
-def _open_keys(config: DictConfig) -> Iterator[str]:
-    for section in ("model", "task"):
-        values = config.get(section)
-        for key in values if OmegaConf.is_dict(values) else ():
-            if OmegaConf.to_container(values, resolve=False)[key] == AS_TEACHER:
-                yield f"{section}.{key}"
-
-
-def _refuse_contradictions(config: DictConfig) -> None:
-    given = [key for key in SHAPE if config.model.get(key, AS_TEACHER) != AS_TEACHER]
-    if given:
+    open_names = [name for name in SHAPE if given.get(name, AS_TEACHER) == AS_TEACHER]
+    beside = [name for name in SHAPE if name not in (*open_names, *_MAY_DIFFER)]
+    if beside:
         raise LowbitError(
-            f"model.{given[0]}={config.model[given[0]]} beside model=as_teacher, which takes the "
-            "whole shape from task.teacher: leave it out, or choose another model="
+            f"model.{beside[0]}={given[beside[0]]} beside model=as_teacher, which takes the whole "
+            "shape from task.teacher: leave it out, or choose another model="
         )
+    source = _source(config, folder)
+    with read_write(config), open_dict(config):
+        for name in open_names:
+            config.model[name] = getattr(source.shape, name)
+        if config.task.normalize == AS_TEACHER:
+            config.task.normalize = source.normalize
 
 
-def _has_begun(folder: Path) -> bool:
-    return (folder / LAST_CHECKPOINT).is_file()
-
-
-def _stored_values(folder: Path) -> Callable[[str], Any]:
-    stored = OmegaConf.create(read_checkpoint(folder / LAST_CHECKPOINT, mmap=True)["cfg"])
-    return lambda key: OmegaConf.select(stored, key)
-
-
-def _teacher_values(config: DictConfig) -> Callable[[str], Any]:
+def _source(config: DictConfig, folder: Path) -> Source:
+    own = folder / LAST_CHECKPOINT
+    if own.is_file():
+        return read_source(own, with_weights=False)
     teacher = OmegaConf.select(config, "task.teacher", throw_on_missing=False)
     if not teacher:
         raise LowbitError("task.teacher is not set, from which model=as_teacher takes its shape")
-    source = read_source(teacher, with_weights=False)
-
-    def value_of(key: str) -> Any:
-        section, _, name = key.partition(".")
-        return source.normalize if section == "task" else getattr(source.shape, name)
-
-    return value_of
+    return read_source(teacher, with_weights=False)
