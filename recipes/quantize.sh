@@ -103,7 +103,7 @@ trial() {
 plan() {
     local length=(--updates "$updates")
     [[ -z "$minutes" ]] || length=(--minutes "$minutes")
-    step python "$repo/recipes/quantize.py" plan "$work/trial" "$work/plan" "${length[@]}" \
+    step python "$repo/recipes/quantize_plan.py" "$work/trial" "$work/plan" "${length[@]}" \
         --warmup "$warmup" --validations "$validations"
 }
 
@@ -164,7 +164,12 @@ if [[ -z "$dry_run" ]]; then
     source "$repo/scripts/setup.sh"
     # Threads that wait for each other sleep instead of taking a core.
     export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
-    mapfile -t formats < <(describe) 
+    mkdir -p "$work"
+    # Of the imported teacher once it is there: its source may be gone then.
+    python "$repo/recipes/quantize_describe.py" \
+        "$([[ -f "$teacher" ]] && echo "$teacher" || echo "$source_model")" "$precision" \
+        "$work/formats" "${overrides[@]}" || exit 2
+    mapfile -t formats <"$work/formats"
 fi
 for format in "${formats[@]}"; do
     add_light_stage 7 "$format" "$format export" export_model "$format"
