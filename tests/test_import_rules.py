@@ -29,8 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "configurations": CORE,
     "interop": CORE,
 }
-MAY_IMPORT["runs"] = CORE | {"data", "monitoring", "evaluation", "profiling"}
-MAY_IMPORT["report"] = CORE | {"data", "monitoring", "evaluation", "profiling", "runs"}
+MAY_IMPORT["runs"] = CORE | {"data", "interop", "monitoring", "evaluation", "profiling"}
+MAY_IMPORT["report"] = MAY_IMPORT["runs"] | {"runs"}
 MAY_IMPORT["plugin"] = set(MAY_IMPORT) - {"report"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 MAY_IMPORT["_hydra"] = set()

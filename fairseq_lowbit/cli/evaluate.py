@@ -12,7 +12,8 @@ from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.evaluation.compare import COMPARISON_FILE, compare
 from fairseq_lowbit.evaluation.quality import SECONDS, Candidate, read_held_out
-from fairseq_lowbit.models import LoadedModel, load_model
+from fairseq_lowbit.interop import open_model
+from fairseq_lowbit.models import LoadedModel
 from fairseq_lowbit.report.overview.comparison_figure import draw_comparison
 from fairseq_lowbit.runs.tables import comparison_table
 from fairseq_lowbit.terminal import print_table
@@ -51,12 +52,12 @@ def run(args: argparse.Namespace) -> int:
     calibration_options.check_needed(args, args.ptq)
     configs = [calibration_options.read_config(name, args) for name in args.ptq]
     precisions = [calibration_options.read_precision(config) for config in configs]
-    teacher = load_model(args.teacher)
+    teacher = open_model(args.teacher)
     for precision in precisions:
         calibration_options.check_criterion(args, teacher, precision)
     held_out = read_held_out(args.data, teacher, args.seconds)
     candidates = [_calibrated(teacher, config, args.data) for config in configs]
-    candidates += [Candidate.of(load_model(path), name) for name, path in students]
+    candidates += [Candidate.of(open_model(path), name) for name, path in students]
     with torch.inference_mode():
         comparison = compare(teacher, candidates, held_out, _announce)
     comparison.write(args.out)

@@ -12,7 +12,7 @@ from fairseq_lowbit.configurations import (
     model_config,
 )
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.models import load_model, load_without_weights
+from fairseq_lowbit.interop import open_model, open_without_weights
 from fairseq_lowbit.models.protocols import SpeechModel
 from fairseq_lowbit.nn import is_calibrated
 from fairseq_lowbit.profiling.timing import with_random_weights
@@ -51,7 +51,7 @@ class Target:
         """
         if not self.has_weights:
             return meta_model(self.config())
-        return load_without_weights(self.source)
+        return open_without_weights(self.source)
 
     def load(self) -> SpeechModel:
         """The model ready to run; a name has no weights and gets random ones.
@@ -61,7 +61,7 @@ class Target:
         """
         if not self.has_weights:
             return with_random_weights(partial(build_model, self.config()))
-        model = load_model(self.source).model
+        model = open_model(self.source).model
         if not is_calibrated(model):
             raise LowbitError(
                 f"{self.source} has quantizers that were never calibrated, so it cannot run: want "

@@ -7,7 +7,7 @@ from pathlib import Path
 from fairseq_lowbit.cli import calibration_options
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.models import load_model, write_model
+from fairseq_lowbit.interop import open_model, write_model
 from fairseq_lowbit.nn import describe_squashing
 from fairseq_lowbit.precision.plan_table import plan_table
 from fairseq_lowbit.terminal import print_table
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path(f"ptq_{args.precision}.pt")
     _check_out(out, args.teacher)
     config = calibration_options.read_config(args.precision, args)
-    teacher = load_model(args.teacher)
+    teacher = open_model(args.teacher)
     calibration_options.check_criterion(args, teacher, calibration_options.read_precision(config))
     manifest = read_manifest(args.data / f"{args.split}.tsv")
     started = time.monotonic()

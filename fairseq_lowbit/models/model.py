@@ -137,6 +137,20 @@ class Hubert(nn.Module):
         _, outputs = self.encode(frames, mask)
         return outputs, frames.padding_mask
 
+    def representations(
+        self, waveform: Tensor, lengths: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """What Hugging Face and s3prl call the hidden states: the input of layer 1, then the output
+        of every layer, that of the last behind the final layer norm of a pre-norm model; L + 1 of
+        [batch, frames, dim], and the frame padding mask (None without padding)."""
+        frames = self.extract(waveform, lengths)
+        x = self.begin(frames)
+        states = [x]
+        for layer in self.layers:
+            x = layer(x, frames.padding_mask).x
+            states.append(x)
+        return [*states[:-1], self.encoder.end(x)], frames.padding_mask
+
     def final_output(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Output of ``final_proj``, [batch, frames, final_dim]. Reaches every operator, so this is
         what calibration runs."""

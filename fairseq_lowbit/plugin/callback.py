@@ -27,7 +27,7 @@ import fairseq_lowbit
 from fairseq_lowbit.configurations import fold_rules
 from fairseq_lowbit.errors import LowbitError, describe_config_error
 from fairseq_lowbit.files import writing
-from fairseq_lowbit.models import read_checkpoint, updates_of
+from fairseq_lowbit.interop import read_checkpoint, updates_of
 from fairseq_lowbit.plugin import register
 from fairseq_lowbit.plugin.continuing import PATHS, OtherRun, adopt_stored_form, refuse_other_run
 from fairseq_lowbit.plugin.processes import SharedError, gather, is_first, rank, together

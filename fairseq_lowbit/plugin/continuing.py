@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fairseq_lowbit.configurations import fold_rules
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.models import read_checkpoint, updates_of
+from fairseq_lowbit.interop import read_checkpoint, updates_of
 from fairseq_lowbit.plugin.stages import OWN_DIR, Schedule, read_stages, stage_configs
 from fairseq_lowbit.runs.folder import LAST_CHECKPOINT, has_finished
 

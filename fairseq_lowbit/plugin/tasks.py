@@ -22,7 +22,8 @@ from fairseq_lowbit.data.manifest import check_format, read_manifest
 from fairseq_lowbit.data.recordings import LABEL_RATE, AudioConfig, AudioOptions
 from fairseq_lowbit.distillation import same_front_end
 from fairseq_lowbit.errors import LowbitError, require_number
-from fairseq_lowbit.models import Hubert, LoadedModel, load_model, start_from
+from fairseq_lowbit.interop import open_model
+from fairseq_lowbit.models import Hubert, LoadedModel, start_from
 from fairseq_lowbit.models.extractor import receptive_field
 from fairseq_lowbit.monitoring.health import every_layer, measure_health, refuse_collapsed
 from fairseq_lowbit.nn import is_quantized
@@ -118,7 +119,7 @@ class _SpeechTask(FairseqTask):
     def _initialize(self, model: Hubert) -> None:
         """Weights to start from, before any checkpoint of this run is loaded."""
         if self.cfg.init_from:
-            start_from(model, load_model(self.cfg.init_from))
+            start_from(model, open_model(self.cfg.init_from))
 
     def load_dataset(self, split: str, **kwargs: Any) -> None:
         with together():
@@ -220,7 +221,7 @@ class LowbitPretrainingTask(_SpeechTask):
 
     def _initialize(self, model: Hubert) -> None:
         if self.cfg.teacher:
-            teacher = load_model(self.cfg.teacher)
+            teacher = open_model(self.cfg.teacher)
             self._refuse_other_labels(teacher)
             start_from(model, teacher, role="teacher")
         super()._initialize(model)
@@ -229,11 +230,13 @@ class LowbitPretrainingTask(_SpeechTask):
         """Label embeddings learned anew would throw away what a teacher knows of its labels."""
         embeddings = getattr(teacher.model, "label_embs_concat", None)
         if embeddings is None:
-            logger.warning(f"teacher {teacher.path} has no label embeddings: they start at random")
+            logger.warning(
+                f"teacher {teacher.source} has no label embeddings: they start at random"
+            )
         elif len(embeddings) != self.label_classes:
             raise LowbitError(
                 f"{self._dictionary()} has {self.label_classes} label classes and the teacher "
-                f"{teacher.path} {len(embeddings)}: name the labels it was trained on "
+                f"{teacher.source} {len(embeddings)}: name the labels it was trained on "
                 "(task.label_dir, task.labels), or start from it by task.init_from to learn others"
             )
 
@@ -270,7 +273,7 @@ class LowbitDistillationTask(_SpeechTask):
         if not cfg.teacher:
             raise LowbitError("task.teacher is not set: name the teacher's checkpoint")
         with together():
-            self.teacher: LoadedModel = load_model(cfg.teacher)
+            self.teacher: LoadedModel = open_model(cfg.teacher)
         self.teacher.model.requires_grad_(False)
         if not self.teacher.has_final_projection:
             logger.info(f"teacher {cfg.teacher} has no final_proj: the final term is off")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_lowbit.errors import LowbitError, describe
-from fairseq_lowbit.models import WithoutWeights, load_without_weights
+from fairseq_lowbit.interop import open_without_weights
+from fairseq_lowbit.models import WithoutWeights
 from fairseq_lowbit.models.protocols import SpeechModel
 from fairseq_lowbit.precision import Plan
 from fairseq_lowbit.profiling import Profile, profile
@@ -114,7 +115,7 @@ def _with_costs(subjects: Sequence[Subject]) -> list[Subject]:
     for subject in subjects:
         if subject.checkpoint is not None:
             try:
-                models[subject.name] = load_without_weights(subject.checkpoint)
+                models[subject.name] = open_without_weights(subject.checkpoint)
             except Exception as error:  # one broken checkpoint must not prevent the page
                 problems[subject.name] = describe(error)
     reference = _reference(models.values())

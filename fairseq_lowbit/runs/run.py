@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.models import is_calibrated_only, read_checkpoint, updates_of
+from fairseq_lowbit.interop import is_calibrated_only, read_checkpoint, updates_of
 from fairseq_lowbit.runs.folder import (
     CHECKPOINTS,
     CONFIG_FILE,

@@ -24,7 +24,7 @@ from fairseq_lowbit.evaluation.quality import (
     read_quality,
 )
 from fairseq_lowbit.files import atomic_write
-from fairseq_lowbit.models import load_model
+from fairseq_lowbit.interop import open_model
 from fairseq_lowbit.runs.folder import quality_file
 from fairseq_lowbit.runs.run import Run
 
@@ -89,12 +89,12 @@ def _measure(run: Run, seconds: float, refer_to: Callable[..., _Referred]) -> Ru
     reference, quality = refer_to(run.teacher or run.checkpoint, run.data, seconds)
     if run.teacher is None:
         return RunQuality(quality, None)
-    return RunQuality(reference.measure(Candidate.of(load_model(run.checkpoint))), quality)
+    return RunQuality(reference.measure(Candidate.of(open_model(run.checkpoint))), quality)
 
 
 def _refer_to(checkpoint: Path, data: Path, seconds: float) -> _Referred:
     """A model as a reference for others, and its own quality."""
-    loaded = load_model(checkpoint)
+    loaded = open_model(checkpoint)
     reference = Reference(loaded, read_held_out(data, loaded, seconds))
     return reference, reference.measure_teacher(loaded.model.plan.precision.name)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fairseq_lowbit.models import load_model
+from fairseq_lowbit.interop import open_model
 from fairseq_lowbit.nn.operators import Operator
 from tests.plugin.conftest import TEACHER, Trainer, make_corpus, user_environment
 
@@ -110,7 +110,7 @@ def write_expected(folder: Path) -> None:
     waveform = torch.randn(1, 8000, generator=torch.Generator().manual_seed(0))
     expected, plans = {"waveform": waveform}, {}
     for path in sorted(folder.glob("*.pt")):
-        loaded = load_model(path)
+        loaded = open_model(path)
         model = loaded.model
         with torch.inference_mode():
             expected[f"{path.stem}.output"] = model.hidden_states(waveform)[0][-1].contiguous()

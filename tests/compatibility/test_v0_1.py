@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fairseq_lowbit.models import LoadedModel, load_model
+from fairseq_lowbit.interop import open_model
+from fairseq_lowbit.models import LoadedModel
 from fairseq_lowbit.nn.operators import Operator
 from tests.plugin.conftest import Trainer, corpus, trainer
 
@@ -27,7 +28,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def loaded(name: str) -> LoadedModel:
-    return load_model(FOLDER / f"{name}.pt")
+    return open_model(FOLDER / f"{name}.pt")
 
 
 def test_the_plan_is_the_stored_one(name: str, loaded: LoadedModel) -> None:
@@ -81,7 +82,7 @@ def test_a_half_done_run_goes_on(trainer: Trainer, tmp_path: Path) -> None:
     assert sorted(state) == sorted(ended)
     # Not to the bit: the processor that the fixture was made on may round otherwise, which moves
     # what has few values and small gradients by up to an update or two.
-    began = load_model(HALF_DONE / "checkpoints/checkpoint_last.pt").model.state_dict()
+    began = open_model(HALF_DONE / "checkpoints/checkpoint_last.pt").model.state_dict()
     for key in (key for key, value in ended.items() if value.is_floating_point()):
         moved = (ended[key] - began[key]).norm()
         allowed = 0.2 * moved + (0.01 if moved > 0 and "_quantizer." in key else 0)

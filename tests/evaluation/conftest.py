@@ -16,7 +16,8 @@ import yaml
 from fairseq_lowbit.data.label_file import SPECIAL_SYMBOLS
 from fairseq_lowbit.data.manifest import read_manifest, write_manifest
 from fairseq_lowbit.evaluation.utterances import Utterances, read_batches
-from fairseq_lowbit.models import Architecture, Hubert, LoadedModel, load_model
+from fairseq_lowbit.interop import open_model
+from fairseq_lowbit.models import Architecture, Hubert, LoadedModel
 from fairseq_lowbit.models.extractor import output_lengths
 from fairseq_lowbit.nn import calibrate
 from fairseq_lowbit.precision import Precision
@@ -129,7 +130,7 @@ def save(tmp_path: Path) -> Callable[[str, Hubert], Path]:
 
 @pytest.fixture
 def teacher(save: Callable, model: Hubert) -> LoadedModel:
-    return load_model(save("teacher", model))
+    return open_model(save("teacher", model))
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ def make_run(tmp_path: Path, data: Path, teacher: LoadedModel) -> Callable[..., 
         folder = tmp_path / name
         checkpoints = folder if is_stage else folder / "checkpoints"
         precision = (model.plan if model else teacher.model.plan).precision.to_mapping()
-        places = {"data": str(data), "teacher": str(teacher.path), "init_from": None}
+        places = {"data": str(data), "teacher": str(teacher.source), "init_from": None}
         config = {
             "task": places | {"stages": list(stages)} | task,
             "criterion": {"_name": loss},

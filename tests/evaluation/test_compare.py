@@ -17,7 +17,8 @@ from fairseq_lowbit.evaluation.masked import MaskedAccuracy
 from fairseq_lowbit.evaluation.probe import Probe
 from fairseq_lowbit.evaluation.ptq import post_training_quantized
 from fairseq_lowbit.evaluation.quality import Candidate, Quality, read_held_out
-from fairseq_lowbit.models import Hubert, LoadedModel, load_model
+from fairseq_lowbit.interop import open_model
+from fairseq_lowbit.models import Hubert, LoadedModel
 from fairseq_lowbit.precision import Precision
 from fairseq_lowbit.runs.tables import comparison_table
 
@@ -69,7 +70,7 @@ def test_without_labels_and_words(teacher: LoadedModel, model: Hubert, data: Pat
 
 def test_a_teacher_without_label_embeddings(data: Path, save: Callable, model: Hubert) -> None:
     student = Hubert(model.shape)
-    comparison = run(load_model(save("student", student)), data)
+    comparison = run(open_model(save("student", student)), data)
     assert comparison.teacher.masked is None
     assert comparison.teacher.probe is not None
 
@@ -132,7 +133,7 @@ def test_whether_the_probe_separates() -> None:
 
 
 def evaluate(teacher: LoadedModel, data: Path, out: Path, *options: str) -> int:
-    return main(["evaluate", str(teacher.path), f"--data={data}", f"--out={out}", *options])
+    return main(["evaluate", str(teacher.source), f"--data={data}", f"--out={out}", *options])
 
 
 def test_the_command_writes_a_figure_and_numbers(
@@ -171,7 +172,7 @@ def test_a_checkpoint_of_ptq_is_no_trained_one(
     ptq, trained, out = tmp_path / "ptq.pt", save("trained", model), tmp_path / "out"
     options = ["--calibration=percentile", "--percentile=99", "--rules=per_channel"]
     precision = "bitla_w4a4"
-    command = ["ptq", str(teacher.path), f"--precision={precision}", f"--data={data}"]
+    command = ["ptq", str(teacher.source), f"--precision={precision}", f"--data={data}"]
     assert main([*command, f"--out={ptq}", *options]) == 0
     students = (f"--student=mine={ptq}", f"--student=trained={trained}")
     assert evaluate(teacher, data, out, *students, f"--ptq={precision}", *options) == 0

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from fairseq_lowbit.cli.main import main
-from fairseq_lowbit.models import LoadedModel, load_model
+from fairseq_lowbit.interop import open_model
+from fairseq_lowbit.models import LoadedModel
 from fairseq_lowbit.nn import float_state, is_calibrated
 
 RULE = "[{match: '*.fc1', granularity: per_group, group_size: 4}]"
@@ -14,7 +15,7 @@ W8A8 = ("--precision", "bitl_w8a8")
 
 
 def ptq(teacher: LoadedModel, data: Path, out: Path, *arguments: str) -> int:
-    return main(["ptq", str(teacher.path), "--data", str(data), "--out", str(out), *arguments])
+    return main(["ptq", str(teacher.source), "--data", str(data), "--out", str(out), *arguments])
 
 
 def audio(*settings: str) -> tuple[str, ...]:
@@ -30,7 +31,7 @@ def test_writes_a_calibrated_checkpoint(
 ) -> None:
     out = tmp_path / "ptq.pt"
     assert ptq(teacher, data, out, "--precision", precision) == 0
-    loaded = load_model(out)
+    loaded = open_model(out)
     assert loaded.model.plan.precision.name == precision
     assert is_calibrated(loaded.model)
     # Whatever the method, the float weights are the teacher's, but for what squashing clipped.
@@ -53,7 +54,7 @@ def test_tables_know_whose_it_is_and_what_to_measure_on(
     monkeypatch.chdir("/")
     assert main(["sweep-table", str(out), "--csv", str(table), "--seconds", "5"]) == 0
     (found,) = (row for row in csv.DictReader(table.open()) if row["name"] == "ptq.pt")
-    assert found["teacher"] == str(teacher.path)
+    assert found["teacher"] == str(teacher.source)
     assert found["data"] == str(data)
     assert float(found["cosine"]) > 0.9
 
@@ -66,7 +67,7 @@ def test_rules_and_criteria_reach_the_result(
         out = tmp_path / f"{criterion}.pt"
         arguments = ("--precision", "bitl_w4a4", "--calibration", criterion, "--rules", RULE)
         assert ptq(teacher, data, out, *arguments) == 0
-        layer = load_model(out).model.encoder.layers[0]
+        layer = open_model(out).model.encoder.layers[0]
         assert layer.fc1.weight_quantizer.log_scale.shape == (24 * 16 // 4, 1)
         scales[criterion] = layer.fc2.weight_quantizer.scale.item()
         highest = layer.fc2.weight.abs().max().item() / 7
@@ -130,28 +131,28 @@ def test_the_teacher_is_not_overwritten(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    before = teacher.path.read_bytes()
+    before = teacher.source.read_bytes()
     monkeypatch.chdir(tmp_path)
     link = tmp_path / "link.pt"
-    link.symlink_to(teacher.path)
-    out = {"itself": teacher.path, "relative": Path(teacher.path.name), "link": link}[way]
+    link.symlink_to(teacher.source)
+    out = {"itself": teacher.source, "relative": Path(teacher.source.name), "link": link}[way]
     assert ptq(teacher, data, out, *W8A8) == 2
     assert f"--out: {out} is the teacher itself" in capsys.readouterr().err
-    assert teacher.path.read_bytes() == before
+    assert teacher.source.read_bytes() == before
     assert link.is_symlink()
 
 
 def test_rules_by_the_name_of_their_file(teacher: LoadedModel, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "ptq.pt"
     assert ptq(teacher, data, out, *W8A8, "--rules", "per_channel, none") == 0
-    entries = load_model(out).model.plan.entries
+    entries = open_model(out).model.plan.entries
     assert {entry.granularity for entry in entries if entry.is_quantized} == {"per_channel"}
 
 
 def test_the_audio_is_chosen(teacher: LoadedModel, data: Path, tmp_path: Path) -> None:
     def scales(*arguments: str) -> list[float]:
         assert ptq(teacher, data, tmp_path / "ptq.pt", *W8A8, *arguments) == 0
-        state = load_model(tmp_path / "ptq.pt").model.state_dict()
+        state = open_model(tmp_path / "ptq.pt").model.state_dict()
         return [v.item() for k, v in state.items() if k.endswith("input_quantizer.log_scale")]
 
     less = audio("batches=1", "max_seconds=0.1")

@@ -12,7 +12,7 @@ from fairseq.models.hubert.hubert import HubertConfig, HubertModel
 from fairseq.tasks.hubert_pretraining import HubertPretrainingConfig
 from omegaconf import OmegaConf
 
-from fairseq_lowbit.models import load_model
+from fairseq_lowbit.interop import open_model
 from fairseq_lowbit.plugin import register
 from tests.evaluation.conftest import SHAPE
 
@@ -66,7 +66,7 @@ def test_commands_read_it_without_fairseq(stock: Path, data: Path, tmp_path: Pat
 def test_fairseq_still_reads_what_it_could_before(stock: Path) -> None:
     register()
     allowed = set(torch.serialization.get_safe_globals())
-    assert load_model(stock).updates == 20
+    assert open_model(stock).updates == 20
     assert set(torch.serialization.get_safe_globals()) == allowed
     state = torch.load(stock, weights_only=True)
     assert isinstance(state["task_state"]["dictionaries"][0], Dictionary)

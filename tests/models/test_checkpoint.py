@@ -9,16 +9,8 @@ import torch
 from torch import nn
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.models import (
-    Architecture,
-    Hubert,
-    LoadedModel,
-    check_same_shapes,
-    load_model,
-    read_checkpoint,
-    start_from,
-    write_model,
-)
+from fairseq_lowbit.interop import open_model, read_checkpoint, write_model
+from fairseq_lowbit.models import Architecture, Hubert, LoadedModel, check_same_shapes, start_from
 from fairseq_lowbit.nn import calibrate, is_calibrated, quantizers
 from fairseq_lowbit.precision import Precision, Rule
 from fairseq_lowbit.quantization import SquashedQuantizer
@@ -61,13 +53,13 @@ def save(path: Path, state: object) -> Path:
 
 
 def loaded(model: Hubert) -> LoadedModel:
-    return LoadedModel(model, Path("teacher.pt"), 0, True, False)
+    return LoadedModel(model, "teacher.pt", 0, True, False)
 
 
 @pytest.mark.parametrize("precision", ["float", "bitla_w1a1", "sqwq_w2", "absmax_w4a8"])
 def test_model_comes_back_at_its_own_shape_and_precision(tmp_path: Path, precision: str) -> None:
     model = build(precision)
-    back = load_model(save(tmp_path / "c.pt", state_of(model)))
+    back = open_model(save(tmp_path / "c.pt", state_of(model)))
     assert back.model.shape == model.shape
     assert back.model.plan == model.plan
     assert (back.updates, back.has_final_projection, back.normalize) == (70, True, True)
@@ -82,7 +74,7 @@ def test_checkpoint_without_final_projection_loads_and_says_so(tmp_path: Path) -
     state = state_of(build(classes=0))
     for key in ("final_proj.weight", "final_proj.bias"):
         del state["model"][key]
-    back = load_model(save(tmp_path / "c.pt", state))
+    back = open_model(save(tmp_path / "c.pt", state))
     assert not back.has_final_projection
     assert not hasattr(back.model, "label_embs_concat")
 
@@ -93,22 +85,22 @@ def test_namespaces_of_old_checkpoints_are_plain_data(tmp_path: Path) -> None:
 
 
 def test_a_model_without_training_is_told_apart(tmp_path: Path) -> None:
-    source = load_model(save(tmp_path / "teacher.pt", state_of(build())))
+    source = open_model(save(tmp_path / "teacher.pt", state_of(build())))
     write_model(tmp_path / "ptq.pt", build("bitl_w2a2"), source, tmp_path)
     assert not source.is_calibrated_only
-    assert load_model(tmp_path / "ptq.pt").is_calibrated_only
+    assert open_model(tmp_path / "ptq.pt").is_calibrated_only
     # By a field of its own: whatever fairseq, or a converter, says of optimizers.
     state = torch.load(tmp_path / "ptq.pt", weights_only=True)
     for history in ([{"optimizer_name": "FairseqNAG"}], []):
         state["optimizer_history"] = history
-        assert load_model(save(tmp_path / "ptq.pt", state)).is_calibrated_only
+        assert open_model(save(tmp_path / "ptq.pt", state)).is_calibrated_only
     unnamed = state_of(build(), optimizer_history=[{"optimizer_name": None, "num_updates": 3}])
-    assert not load_model(save(tmp_path / "c.pt", unnamed)).is_calibrated_only
+    assert not open_model(save(tmp_path / "c.pt", unnamed)).is_calibrated_only
 
 
 def test_version_0_1_left_the_optimizers_name_empty() -> None:
-    assert load_model(VERSION_0_1 / "calibrated.pt").is_calibrated_only
-    assert not load_model(VERSION_0_1 / "hubert.pt").is_calibrated_only
+    assert open_model(VERSION_0_1 / "calibrated.pt").is_calibrated_only
+    assert not open_model(VERSION_0_1 / "hubert.pt").is_calibrated_only
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
@@ -180,7 +172,7 @@ def test_weights_of_another_shape_name_the_first_tensors(tmp_path: Path) -> None
     del state["model"]["layer_norm.weight"]
     state["model"]["layer_norm.gain"] = torch.zeros(12)
     with pytest.raises(LowbitError, match=r"c\.pt holds weights of another shape") as error:
-        load_model(save(tmp_path / "c.pt", state))
+        open_model(save(tmp_path / "c.pt", state))
     message = str(error.value)
     assert "encoder.layers.0.fc1.weight is (3, 16) where (24, 16) is wanted" in message
     assert "layer_norm.weight is missing" in message
@@ -192,7 +184,7 @@ def test_other_models_are_told_by_their_name(tmp_path: Path) -> None:
     for name in ("transformer_lm", "hubert_ctc"):
         state = {"cfg": {"model": {"_name": name, "activation_fn": "relu"}}, "model": {}}
         with pytest.raises(LowbitError, match=f"c.pt holds a {name}, not a HuBERT"):
-            load_model(save(tmp_path / "c.pt", state))
+            open_model(save(tmp_path / "c.pt", state))
 
 
 def test_a_folder_is_not_a_missing_file(tmp_path: Path) -> None:
@@ -287,7 +279,7 @@ def test_squashed_weights_and_groups_come_back(tmp_path: Path) -> None:
         Rule("final_proj", method="minmax", weight_bits=8, activation_bits=8),
     ]
     model = build(Precision("sqwq_w2", rules))
-    back = load_model(save(tmp_path / "c.pt", state_of(model))).model
+    back = open_model(save(tmp_path / "c.pt", state_of(model))).model
     assert back.plan == model.plan
     assert back.plan.precision.rules == rules
     assert is_calibrated(back)

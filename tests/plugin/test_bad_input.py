@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 
-from fairseq_lowbit.models import load_model
+from fairseq_lowbit.interop import open_model
 
 RATE = 16000
 
@@ -263,8 +263,8 @@ def test_a_loss_that_is_not_finite(train: Callable, trainer, teacher: Path) -> N
     assert re.search(r"not finite at update \d+", message)
     for part in ("loss_final", "loss_layers", "loss_attention", ".flac", "optimization.lr"):
         assert part in message
-    assert load_model(run.last).updates == 5
+    assert open_model(run.last).updates == 5
     assert all(torch.equal(run.state()["model"][name], value) for name, value in before.items())
     resumed = trainer.fork(run.folder, *options, "optimization.max_update=10")
     assert resumed.status == 0
-    assert load_model(run.last).updates == 10
+    assert open_model(run.last).updates == 10

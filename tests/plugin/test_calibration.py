@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fairseq_lowbit.cli.main import main
-from fairseq_lowbit.models import load_model
+from fairseq_lowbit.interop import open_model
 
 # Each leaves out, cuts or orders files in a way that the draw or the cuts depend on.
 READING = ("task.max_keep_size=30000", "task.max_sample_size=20000", "common.seed=3")
@@ -33,7 +33,7 @@ def test_a_run_starts_from_what_ptq_writes(
         "optimization.lr=[0]",
         *reading,
     )
-    started, calibrated = (load_model(path).model.state_dict() for path in (run.last, out))
+    started, calibrated = (open_model(path).model.state_dict() for path in (run.last, out))
     assert started.keys() == calibrated.keys()
     assert any("quantizer" in name for name in started)
     for name, value in started.items():

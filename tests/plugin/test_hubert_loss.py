@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from fairseq_lowbit.configurations import compose_config
-from fairseq_lowbit.models import load_model
+from fairseq_lowbit.interop import open_model
 
 OPTIONS = ("loss=demo_hubert", "optimization.max_update=40", "optimization.lr=[0.01]")
 
@@ -61,9 +61,9 @@ def test_another_start_keeps_the_teachers_labels(
     run = train(
         "bitla_w2a2", f"task.teacher={teacher}", start, "loss=hubert", "optimization.lr=[1e-30]"
     )
-    own, begin = (load_model(path).model.state_dict() for path in (run.last, student_run.last))
+    own, begin = (open_model(path).model.state_dict() for path in (run.last, student_run.last))
     assert torch.equal(own["encoder.layers.0.fc1.weight"], begin["encoder.layers.0.fc1.weight"])
-    labels = load_model(teacher).model.label_embs_concat
+    labels = open_model(teacher).model.label_embs_concat
     assert torch.equal(own["label_embs_concat"], labels)
 
 

@@ -15,7 +15,7 @@ from fairseq.distributed import utils as distributed_utils
 from omegaconf import OmegaConf
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.models import load_model
+from fairseq_lowbit.interop import open_model
 from fairseq_lowbit.plugin import register
 from fairseq_lowbit.plugin.interruption import STOPPED
 from tests.plugin.conftest import Run, free_port, user_environment
@@ -58,7 +58,7 @@ def assert_same_training(run, alone) -> None:
         assert run.logged(term) == pytest.approx(alone.logged(term), rel=1e-3, abs=2e-4), term
     for name, value in alone.state()["model"].items():
         torch.testing.assert_close(run.state()["model"][name], value, rtol=1e-3, atol=1e-5)
-    assert load_model(run.last).updates == UPDATES
+    assert open_model(run.last).updates == UPDATES
 
 
 def test_two_processes_do_what_one_does(alone, trainer, teacher: Path, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_one_command_spawns_them_and_hands_signals_on(
     output = "".join(lines)
     assert process.returncode == STOPPED, output
     assert "Traceback" not in output
-    updates = load_model(folder / "checkpoints" / "checkpoint_last.pt").updates
+    updates = open_model(folder / "checkpoints" / "checkpoint_last.pt").updates
     assert 2 < updates < 1000
     assert f"stopped by SIGTERM and saved at update {updates}: run the same command" in output
     assert sum(line.startswith("precision bitla_w2a2") for line in lines) == 1
@@ -127,11 +127,11 @@ def test_both_stop_in_the_same_update(alone, trainer, teacher: Path, tmp_path: P
     assert [run.status for run in stopped] == [STOPPED, STOPPED], stopped[0].output
     # After the gradients of update 3 were summed, so update 4 brings it to the other, and is due a
     # validation that has to be made up for.
-    assert load_model(stopped[0].last).updates == 4
+    assert open_model(stopped[0].last).updates == 4
     assert "valid on" not in stopped[0].output
     first, second = trainer.fork_ranks(folder, "bitla_w2a2", *options)
     assert (first.status, second.status) == (0, 0), first.output + second.output
-    assert load_model(first.last).updates == UPDATES
+    assert open_model(first.last).updates == UPDATES
     for name, value in alone.state()["model"].items():
         torch.testing.assert_close(first.state()["model"][name], value, rtol=1e-3, atol=1e-5)
     best = alone.state()["extra_state"]["best"]
@@ -220,7 +220,7 @@ def test_a_killed_process_ends_the_others(trainer, teacher: Path, tmp_path: Path
     assert first.status == 1
     assert "Traceback" not in first.output
     assert "rank 0: another process of this run has ended" in first.output
-    assert load_model(first.last).updates == 4
+    assert open_model(first.last).updates == 4
 
 
 # Schedules
@@ -260,7 +260,7 @@ def test_torchrun_goes_through_a_schedule(staged: Run) -> None:
         assert staged.output.count(f"\nprecision {precision}") == 1
     first = staged.checkpoints / "stage1_bitla_w2a2"
     for folder, name in ((first, "bitla_w2a2"), (staged.checkpoints, "bitla_w1a1")):
-        loaded = load_model(folder / "checkpoint_last.pt")
+        loaded = open_model(folder / "checkpoint_last.pt")
         assert (loaded.updates, loaded.model.plan.precision.name) == (4, name)
         assert json.loads((folder / "finished.json").read_text())["made_updates"] == 4
     assert staged.state()["cfg"]["task"]["init_from"] == str(first / "checkpoint_last.pt")
@@ -300,7 +300,7 @@ def test_a_mark_that_cannot_be_written_stops_all(trainer, teacher: Path, tmp_pat
     first, second = trainer.fork_ranks(folder, "bitla_w1a1", f"task.teacher={teacher}", *STAGES)
     assert "finished.json" in first.message()
     assert (second.status, "ERROR" in second.output) == (2, False)
-    assert load_model(blocked.parents[1] / "checkpoint_last.pt").updates == 4
+    assert open_model(blocked.parents[1] / "checkpoint_last.pt").updates == 4
 
 
 # Launching without GPUs

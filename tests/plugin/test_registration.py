@@ -10,7 +10,7 @@ from fairseq.models import MODEL_REGISTRY
 from fairseq.optim import OPTIMIZER_REGISTRY
 from fairseq.tasks import TASK_REGISTRY
 
-from fairseq_lowbit.models import load_model
+from fairseq_lowbit.interop import open_model
 from fairseq_lowbit.plugin import register
 
 register()
@@ -53,7 +53,7 @@ def test_fairseq_loads_a_teacher_without_its_labels(teacher: Path, tmp_path: Pat
 
 
 def same_as_our_own(model: torch.nn.Module, path: Path) -> None:
-    own = load_model(path).model
+    own = open_model(path).model
     assert model.plan == own.plan
     audio = torch.randn(1, 8000, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fairseq_lowbit.cli.main import main
-from fairseq_lowbit.models import load_model
+from fairseq_lowbit.interop import open_model
 from fairseq_lowbit.profiling import profile
 from tests.plugin.conftest import Run, Trainer
 from tests.report.page_parser import ReportPage
@@ -67,7 +67,7 @@ def test_the_comparison(report: Report) -> None:
     shown = ["teacher", "staged", "staged/stage1_bitla_w1a2", "student"]
     assert names[0] == "teacher"
     assert sorted(names) == sorted(shown)
-    model = load_model(report.student / "checkpoints" / "checkpoint_last.pt").model
+    model = open_model(report.student / "checkpoints" / "checkpoint_last.pt").model
     counted = profile(model, "student")
     head, cells = report.page.comparison[0], report.page.row("student")
     assert head[0] == "model"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fairseq_lowbit.models import load_model
+from fairseq_lowbit.interop import open_model
 from fairseq_lowbit.plugin.interruption import STOPPED
 
 UPDATES = 40
@@ -107,7 +107,7 @@ def test_killed_at_the_worst_moment(
     assert killed.status == -signal.SIGKILL, killed.output
     done = len(killed.logged("loss"))
     assert 5 < done < UPDATES
-    assert all(load_model(path).updates < UPDATES for path in killed.checkpoints.glob("*.pt"))
+    assert all(open_model(path).updates < UPDATES for path in killed.checkpoints.glob("*.pt"))
     assert killed.last.exists()
     run = trainer.fork(folder, "bitla_w1a1", *options)
     assert "calibrating" not in run.output
@@ -133,7 +133,7 @@ def test_asked_to_stop_again_and_again(
         assert stopped.status == STOPPED, stopped.output
         assert "Traceback" not in stopped.output
         assert re.search(rf"stopped by SIG\w+ and saved at update {last}:", stopped.output)
-        assert load_model(stopped.last).updates == last
+        assert open_model(stopped.last).updates == last
         # No time is spent on a validation.
         validations = [line for line in stopped.output.splitlines() if "valid on 'valid'" in line]
         assert not any(f"num_updates {last} " in line for line in validations)
@@ -232,7 +232,7 @@ def test_another_run_in_the_folder_of_an_unfinished_one(
     assert done.status == 0, done.output
     assert f"going on although task.teacher was {own} and is {moved} now" in done.output
     assert "going on although optimization.lr was [0.005] and is [0.004] now" in done.output
-    assert load_model(run.last).updates == 6
+    assert open_model(run.last).updates == 6
 
 
 def test_another_shape_in_the_same_folder(train: Callable, trainer) -> None:
@@ -270,4 +270,4 @@ def test_a_run_of_an_earlier_version_goes_on(
     options = (f"task.teacher={teacher}", "optimization.max_update=31")
     run = trainer.fork(folder, "bitla_w1a1", *options)
     assert run.status == 0, run.output
-    assert load_model(run.last).updates == 31
+    assert open_model(run.last).updates == 31

@@ -12,7 +12,7 @@ from fairseq.logging import progress_bar
 
 from fairseq_lowbit.cli.main import main
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.models import load_model
+from fairseq_lowbit.interop import open_model
 from fairseq_lowbit.plugin import register
 from fairseq_lowbit.plugin.interruption import STOPPED
 
@@ -20,7 +20,7 @@ SCALE = "encoder.layers.1.fc1.input_quantizer"
 
 
 def last_update(run) -> int:
-    return load_model(run.last).updates
+    return open_model(run.last).updates
 
 
 # Numbers that are not finite
@@ -67,7 +67,7 @@ def test_not_finite(
         assert not run.last.exists()
         return
     assert last_update(run) == last
-    assert all(torch.isfinite(value).all() for value in load_model(run.last).model.parameters())
+    assert all(torch.isfinite(value).all() for value in open_model(run.last).model.parameters())
 
 
 # The end
@@ -119,7 +119,7 @@ def test_a_full_disk(trainer, teacher: Path, tmp_path: Path) -> None:
         "health.jsonl",
         "progress.jsonl",
     }
-    assert load_model(run.checkpoints / "checkpoint_best.pt").updates == last_update(run) == 5
+    assert open_model(run.checkpoints / "checkpoint_best.pt").updates == last_update(run) == 5
     resumed = trainer.fork(run.folder, "bitla_w1a1", *options)
     assert resumed.status == 0, resumed.output
     assert last_update(resumed) == 15

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fairseq_lowbit.models import load_model
+from fairseq_lowbit.interop import open_model
 from fairseq_lowbit.runs.folder import read_progress
 
 STAGES = (
@@ -66,7 +66,7 @@ def test_one_command_runs_all_stages(uninterrupted, teacher: Path) -> None:
         "stage 3 of 3 (bitla_w1a1)",
     ]
     for index, updates in enumerate(UPDATES):
-        loaded = load_model(checkpoint(uninterrupted, index))
+        loaded = open_model(checkpoint(uninterrupted, index))
         assert loaded.updates == updates
         assert loaded.model.plan.precision.name == ("bitla_w4a4", "bitla_w2a2", "bitla_w1a1")[index]
     configs = [state(checkpoint(uninterrupted, index))["cfg"]["task"] for index in range(3)]
@@ -152,7 +152,7 @@ def test_a_finished_schedule_can_be_prolonged(
     assert longer.status == 0, longer.output
     assert started(longer) == ["stage 3 of 3 (bitla_w1a1)"]
     assert len(longer.logged("loss")) == 7 - UPDATES[2]
-    assert load_model(longer.last).updates == 7
+    assert open_model(longer.last).updates == 7
     refused = trainer.fork(folder, "bitla_w1a1", f"task.teacher={teacher}").message()
     assert FOLDERS[0] in refused
     assert "hydra.run.dir" in refused
@@ -181,7 +181,7 @@ def test_a_stage_that_stops_early_is_finished(train: Callable, teacher: Path) ->
     )
     assert started(run) == ["stage 1 of 2 (bitla_w1a2)", "stage 2 of 2 (bitla_w1a1)"]
     stage = run.checkpoints / "stage1_bitla_w1a2"
-    assert load_model(stage / "checkpoint_last.pt").updates == 10
+    assert open_model(stage / "checkpoint_last.pt").updates == 10
     assert '"made_updates": 10' in (stage / "finished.json").read_text()
 
 
@@ -202,7 +202,7 @@ def test_a_sweep_over_schedules(trainer, teacher: Path, tmp_path: Path) -> None:
     staged, plain = (state(sweep / job / last)["cfg"] for job in jobs)
     first = sweep / jobs[0] / "checkpoints/stage1_bitl_w1a2/checkpoint_last.pt"
     assert staged["task"]["init_from"] == str(first)
-    assert load_model(first).updates == 2
+    assert open_model(first).updates == 2
     assert plain["task"]["init_from"] is None
 
 

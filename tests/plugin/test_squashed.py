@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fairseq_lowbit.models import load_model
+from fairseq_lowbit.interop import open_model
 from fairseq_lowbit.nn import float_state, is_calibrated, quantizers, squashed_weights
 from fairseq_lowbit.quantization import SquashedQuantizer, squash_penalty
 
@@ -48,7 +48,7 @@ def test_the_regulariser_is_a_part_of_the_loss(squashed_run) -> None:
     terms = [squashed_run.logged(f"loss_{name}") for name in ("final", "layers", "attention")]
     sums = [sum(values) for values in zip(squash, *terms, strict=True)]
     assert squashed_run.logged("loss") == pytest.approx(sums, abs=3e-4)
-    model = load_model(squashed_run.last).model
+    model = open_model(squashed_run.last).model
     assert squash_penalty(squashed_weights(model)).item() < 0.05
 
 
@@ -60,7 +60,7 @@ def test_the_share_that_squashing_clips_is_logged(squashed_run) -> None:
 
 
 def test_a_squashed_student_comes_back(squashed_run) -> None:
-    model = load_model(squashed_run.last).model
+    model = open_model(squashed_run.last).model
     assert is_calibrated(model)
     assert model.plan.precision.name == "sqwq_w2"
     kinds = {type(q) for name, q in quantizers(model) if name.endswith("weight_quantizer")}
@@ -107,7 +107,7 @@ def test_a_schedule_of_widths(train: Callable, teacher: Path) -> None:
     assert list(map(int, told)) == [*range(1, 9), 1, 2]
     assert run.output.count("squashed the weights of 12 modules") == 2
     first, last = (
-        load_model(path).model
+        open_model(path).model
         for path in (run.checkpoints / "stage1_sqwq_w4" / "checkpoint_last.pt", run.last)
     )
     assert last.plan.precision.name == "sqwq_w1"
@@ -173,7 +173,7 @@ def test_rules_quantize_what_the_names_leave_float(train: Callable, teacher: Pat
     )
     losses = run.logged("loss")
     assert sum(losses[-3:]) < sum(losses[:3])
-    model = load_model(run.last).model
+    model = open_model(run.last).model
     stored = [vars(rule) for rule in model.plan.precision.rules]
     assert [{k: v for k, v in rule.items() if v is not None} for rule in stored] == rules
     plan = json.loads((run.checkpoints / "precision_plan.json").read_text())

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from fairseq_lowbit.cli.main import main
 from fairseq_lowbit.configurations import compose_config, config_names
-from fairseq_lowbit.models import load_model
+from fairseq_lowbit.interop import open_model
 from fairseq_lowbit.nn import quantizers
 from fairseq_lowbit.plugin import register
 from fairseq_lowbit.runs.run import read_run
@@ -67,12 +67,12 @@ def test_plan_is_printed_and_written(student_run) -> None:
     assert "precision bitla_w1a1" in student_run.output
     assert "encoder.layers.{0-1}.self_attn.probabilities" in student_run.output
     plan = json.loads((student_run.checkpoints / "precision_plan.json").read_text())
-    assert plan == load_model(student_run.last).model.plan.to_mapping()
+    assert plan == open_model(student_run.last).model.plan.to_mapping()
     assert f"{plan['parameters']:,}" in student_run.output
 
 
 def test_health_of_every_quantizer_is_recorded(student_run) -> None:
-    names = [name for name, _ in quantizers(load_model(student_run.last).model)]
+    names = [name for name, _ in quantizers(open_model(student_run.last).model)]
     assert len(names) == 2 * QUANTIZERS_PER_LAYER
     records = student_run.health()
     assert [record["update"] for record in records] == [0, 5, 10, 15, 20, 25]
@@ -97,7 +97,7 @@ def test_distillation_learns(student_run) -> None:
 
 def test_the_student_is_saved_without_its_teacher(student_run, teacher: Path) -> None:
     state = student_run.state()
-    own = {name for name, _ in load_model(student_run.last).model.named_parameters()}
+    own = {name for name, _ in open_model(student_run.last).model.named_parameters()}
     buffers = {name for name in state["model"] if name.endswith("_quantizer.calibrated")}
     assert set(state["model"]) == own | buffers
     assert "label_embs_concat" not in state["model"]
@@ -174,7 +174,7 @@ def test_rules_survive_the_checkpoint(train: Callable, teacher: Path) -> None:
     stored = run.state()["cfg"]["model"]["precision"]
     assert stored["name"] == "bitla_w2a2"
     assert [{k: v for k, v in rule.items() if v is not None} for rule in stored["rules"]] == rules
-    model = load_model(run.last).model
+    model = open_model(run.last).model
     written = json.loads((run.checkpoints / "precision_plan.json").read_text())
     assert model.plan.to_mapping() == written
     bits = {e.module: (e.weight_bits, e.activation_bits) for e in model.plan.entries}
@@ -189,7 +189,7 @@ def test_rules_survive_the_checkpoint(train: Callable, teacher: Path) -> None:
 def test_a_quantized_model_as_teacher(train: Callable, teacher: Path) -> None:
     stage = train("bitla_w4a4", f"task.teacher={teacher}")
     final = train("bitla_w1a1", f"task.teacher={stage.last}")
-    assert load_model(final.last).model.plan.precision.name == "bitla_w1a1"
+    assert open_model(final.last).model.plan.precision.name == "bitla_w1a1"
     assert all(value > 0 for value in final.logged("loss"))
 
 
@@ -218,7 +218,7 @@ def test_masked_prediction_trains_a_quantized_student(train: Callable, teacher: 
         "optimization.max_update=10",
         "optimization.lr=[0.0001]",
     )
-    model = load_model(run.last).model
+    model = open_model(run.last).model
     assert model.plan.precision.name == "bitla_w2a2"
     labels = torch.load(teacher, weights_only=False)["model"]["label_embs_concat"]
     torch.testing.assert_close(model.label_embs_concat, labels, rtol=0, atol=0.01)
@@ -285,7 +285,7 @@ def test_a_sweep_from_a_checkout(trainer, teacher: Path, tmp_path: Path) -> None
     for job in "01":
         checkpoints = tmp_path / "sweep" / job / "checkpoints"
         assert (checkpoints / "checkpoint_best.pt").is_file()
-        assert load_model(checkpoints / "checkpoint_last.pt").updates == 5
+        assert open_model(checkpoints / "checkpoint_last.pt").updates == 5
 
 
 def test_relative_paths(trainer, corpus: Path, teacher: Path, tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_one_run_from_a_checkout(trainer, teacher: Path, tmp_path: Path) -> None
         cwd=ROOT,
     )
     assert run.status == 0, run.output
-    assert load_model(run.last).updates == 5
+    assert open_model(run.last).updates == 5
 
 
 def test_a_calibrated_checkpoint_serves_fairseq_and_training(
@@ -321,7 +321,7 @@ def test_a_calibrated_checkpoint_serves_fairseq_and_training(
     out = tmp_path / "ptq.pt"
     command = ["ptq", str(teacher), "--precision", "sqwq_w4", "--data", str(corpus)]
     assert main([*command, "--out", str(out)]) == 0
-    own = load_model(out).model
+    own = open_model(out).model
     register()
     (loaded,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(out)])
     waveform = torch.randn(1, 4000, generator=torch.Generator().manual_seed(0))
@@ -341,7 +341,7 @@ def test_rules_of_several_files_are_trained_stored_and_resumed(
     stored = run.state()["cfg"]["model"]["precision"]
     assert len(stored["rules"]) == 4
     assert "rule_files" not in stored
-    entries = {e.module: e for e in load_model(run.last).model.plan.entries}
+    entries = {e.module: e for e in open_model(run.last).model.plan.entries}
     assert entries["encoder.pos_conv.0"].method == "minmax"
     assert entries["encoder.layers.0.fc1"].granularity == "per_channel"
     assert read_run(folder).rules == 4

@@ -15,7 +15,8 @@ from fairseq_lowbit.cli.main import main
 from fairseq_lowbit.evaluation.agreement import Agreement
 from fairseq_lowbit.evaluation.masked import MaskedAccuracy
 from fairseq_lowbit.evaluation.quality import Quality
-from fairseq_lowbit.models import Hubert, LoadedModel, write_model
+from fairseq_lowbit.interop import write_model
+from fairseq_lowbit.models import Hubert, LoadedModel
 from fairseq_lowbit.runs import run_quality
 from fairseq_lowbit.runs.columns import ModelRecord
 from fairseq_lowbit.runs.tables import write_csv
@@ -80,7 +81,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(*args: object) -> None:
         raise AssertionError("measured")
 
-    monkeypatch.setattr(run_quality, "load_model", refuse)
+    monkeypatch.setattr(run_quality, "open_model", refuse)
     return
 
 
@@ -174,11 +175,17 @@ def test_checkpoints_outside_of_runs(
     """They are measured like runs; what was measured is kept beside them."""
     student = calibrated("bitl_w4a4")
     path = tmp_path / "ptq.pt"
-    state = torch.load(teacher.path)
+    state = torch.load(teacher.source)
     state["cfg"]["criterion"] = {"_name": "lowbit_hubert"}
-    torch.save(state, teacher.path)
+    torch.save(state, teacher.source)
     write_model(path, student, teacher, data)
-    arguments = (path, teacher.path, f"--data={data}", f"--teacher={teacher.path}", "--seconds=5")
+    arguments = (
+        path,
+        teacher.source,
+        f"--data={data}",
+        f"--teacher={teacher.source}",
+        "--seconds=5",
+    )
     shown = report(*arguments, "--no-dissect")
     assert shown.status == 0, shown.problems
     assert shown.names == ["teacher.pt", "ptq.pt"]

@@ -55,7 +55,7 @@ def forbid_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(run_quality, "load_model", refuse)
+    monkeypatch.setattr(run_quality, "open_model", refuse)
 
 
 def test_runs_beside_their_teacher(

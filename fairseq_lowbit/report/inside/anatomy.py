@@ -74,12 +74,12 @@ def _refuse_unusable(loaded: LoadedModel) -> None:
     for name, parameter in loaded.model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise LowbitError(
-                f"{loaded.path}: {name} holds numbers that are not finite, so its training has "
+                f"{loaded.source}: {name} holds numbers that are not finite, so its training has "
                 "diverged; take an earlier checkpoint"
             )
     if not is_calibrated(loaded.model):
         raise LowbitError(
-            f"{loaded.path} holds quantizers that were never calibrated: train it, or write it "
+            f"{loaded.source} holds quantizers that were never calibrated: train it, or write it "
             "anew with fairseq-lowbit ptq"
         )
 
@@ -91,9 +91,9 @@ def _refuse_other_shape(student: LoadedModel, teacher: LoadedModel) -> None:
         fields.insert(0, "conv_feature_layers")
     if fields:
         raise LowbitError(
-            f"{student.path} has {fields[0]} {getattr(own, fields[0])} and its teacher "
-            f"{teacher.path} has {getattr(wanted, fields[0])}: they are compared head by head and "
-            "weight by weight, so give the teacher that it was distilled from"
+            f"{student.source} has {fields[0]} {getattr(own, fields[0])} and its teacher "
+            f"{teacher.source} has {getattr(wanted, fields[0])}: they are compared head by "
+            "head and weight by weight, so give the teacher that it was distilled from"
         )
 
 

@@ -11,7 +11,8 @@ from fairseq_lowbit.data.audio import SAMPLE_RATE
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError, describe
 from fairseq_lowbit.evaluation.utterances import read_usable
-from fairseq_lowbit.models import LoadedModel, load_model
+from fairseq_lowbit.interop import open_model
+from fairseq_lowbit.models import LoadedModel
 from fairseq_lowbit.report.drawing import Drawing, slug
 from fairseq_lowbit.report.inside.anatomy import Anatomy, dissect
 from fairseq_lowbit.report.inside.attention import attention_drawing
@@ -66,11 +67,11 @@ def _dissected(subject: Subject, teachers: dict[Path, LoadedModel]) -> Dissected
     teacher, missing = None, "its run names no teacher"
     if teacher_path is not None:
         try:
-            teacher = teachers.get(teacher_path) or load_model(teacher_path)
+            teacher = teachers.get(teacher_path) or open_model(teacher_path)
             teachers[teacher_path] = teacher
         except Exception as error:
             missing = describe(error)
-    student = load_model(subject.checkpoint)
+    student = open_model(subject.checkpoint)
     waveform, name = held_out_utterance(data, (teacher or student).normalize)
     drawings = anatomy_drawings(subject.name, dissect(student, teacher, waveform))
     if not drawings:

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 from omegaconf import OmegaConf
 
-from fairseq_lowbit.models import read_checkpoint
+from fairseq_lowbit.interop import read_checkpoint
 from fairseq_lowbit.precision.plan_table import PLAN_HEADS, plan_rows
 from fairseq_lowbit.report.page.page import Details, Line
 from fairseq_lowbit.report.subjects import Subject

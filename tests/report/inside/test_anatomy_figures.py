@@ -4,7 +4,6 @@ import re
 from dataclasses import replace
 from functools import cache
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,7 +41,7 @@ def anatomy_of(precision: Precision, shape: Architecture = TINY, teacher: bool =
         nn.init.normal_(linear.weight, std=0.3)
     calibrate(model, [WAVEFORM], model.final_output)
     student, teacher_model = (
-        LoadedModel(m, Path("x.pt"), 0, has_final_projection=True, normalize=False)
+        LoadedModel(m, "x.pt", 0, has_final_projection=True, normalize=False)
         for m in (model, other)
     )
     return dissect(student, teacher_model if teacher else None, WAVEFORM)

@@ -41,7 +41,7 @@ def test_beside_a_teacher_or_alone(
         return [name]
 
     def dissect(student: object, teacher: object, waveform: object) -> None:
-        teachers.append(teacher and teacher.path)
+        teachers.append(teacher and teacher.source)
 
     monkeypatch.setattr(dissection, "anatomy_drawings", drawings)
     monkeypatch.setattr(dissection, "dissect", dissect)

@@ -1,0 +1,89 @@
+"""A model that was read from somewhere, and how another model starts from it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.models.model import Hubert
+from fairseq_lowbit.nn import float_state, forget_calibration
+
+StateDict = dict[str, Tensor]
+LABEL_EMBEDDINGS = "label_embs_concat"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode and what is known of where it came from.
+
+    Attributes:
+        source: the file, folder or id, as it was named.
+        updates: training updates behind it.
+        has_final_projection: False when the source has no ``final_proj`` (a fine-tuned or converted
+            teacher); the model's own is then untrained.
+        normalize: whether it was trained on utterances of zero mean and unit variance.
+        is_calibrated_only: quantized without training.
+        left_out: what the source holds and the model does not, such as the head of a fine-tuned
+            model.
+    """
+
+    model: Hubert
+    source: str
+    updates: int
+    has_final_projection: bool
+    normalize: bool
+    is_calibrated_only: bool = False
+    left_out: tuple[str, ...] = ()
+
+
+def start_from(model: Hubert, source: LoadedModel, role: str = "init_from") -> None:
+    """Copies ``source``'s weights into ``model``, whose precision may differ.
+
+    Quantizers are left out: scales belong to a bit width and are calibrated anew; squashed weights
+    arrive as the float weights they stand for. Label embeddings that either side lacks are left out
+    too.
+
+    Raises:
+        LowbitError: the shapes differ, with the first differing tensors.
+    """
+    state = float_state(source.model)
+    weights = {k: v for k, v in state.items() if not _is_optional(k)}
+    own = {k: v for k, v in model.state_dict().items() if not _is_optional(k)}
+    _check_names_and_shapes(own, weights, f"{role} {source.source}")
+    labels = state.get(LABEL_EMBEDDINGS)
+    own_labels = model.state_dict().get(LABEL_EMBEDDINGS)
+    if labels is not None and own_labels is not None and own_labels.shape == labels.shape:
+        weights[LABEL_EMBEDDINGS] = labels
+    model.load_state_dict(weights, strict=False)
+    forget_calibration(model)
+
+
+def check_same_shapes(model: nn.Module, weights: StateDict, path: object) -> None:
+    """Raises LowbitError that names the first tensors that differ between model and checkpoint."""
+    _check_names_and_shapes(model.state_dict(), weights, f"checkpoint {path}")
+
+
+def _check_names_and_shapes(expected: StateDict, weights: StateDict, what: str) -> None:
+    differing = differences(expected, weights)
+    if differing:
+        raise LowbitError(
+            f"{what} is of another shape than the model: {differing}. "
+            "Give the model the checkpoint's architecture, for example model=fastconv_tiny"
+        )
+
+
+def differences(expected: StateDict, weights: StateDict) -> str:
+    """The first tensors that differ; empty when none does."""
+    differing = [
+        f"{name} is {tuple(weights[name].shape)} where {tuple(tensor.shape)} is wanted"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    differing += [f"{name} is missing" for name in expected if name not in weights]
+    differing += [f"{name} is unknown to the model" for name in weights if name not in expected]
+    more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
+    return "; ".join(differing[:3]) + more
+
+
+def _is_optional(key: str) -> bool:
+    return key == LABEL_EMBEDDINGS or "_quantizer." in key
