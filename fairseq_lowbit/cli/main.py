@@ -21,6 +21,7 @@ COMMANDS = (
     ("plan", "show which module gets which precision, and what that costs"),
     ("profile", "count storage, operations and memory of models"),
     ("synthesize", "make a small speech corpus without a download"),
+    ("librispeech", "check and unpack LibriSpeech and write its manifests"),
     ("prepare", "write fairseq's manifests for a folder of audio"),
     ("labels", "make the k-means labels that HuBERT is trained on"),
     ("ptq", "quantize a checkpoint by calibration, without training"),
