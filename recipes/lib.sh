@@ -265,7 +265,7 @@ run_stage() {
 next_stage() {
     local next="$(($1 + 1))"
     if ((next < ${#stage_ids[@]} && stage_numbers[next] <= stop_stage)); then
-        printf '; next: %s' "${stage_titles[next]}"
+        printf '; next: stage %s' "${stage_ids[next]/_/ }"
     fi
 }
 

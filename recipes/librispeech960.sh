@@ -46,7 +46,7 @@ test_subsets="test-clean test-other"
 clusters1=100   # HuBERT
 clusters2=500   # HuBERT
 layer=6         # whose output is clustered: HuBERT
-fit_share=0.1   # of the training audio that k-means is fitted on in stage 4: HuBERT
+fit_seconds=345600 # of training audio for k-means in stage 4: 10 %, HuBERT
 shards=64       # of the labels, each of which is made as a whole or not at all
 
 # Stages 3 and 5: 32 times 87.5 s of audio per update, HuBERT.
@@ -79,12 +79,12 @@ no_settings=(run nj)
 
 # Enough to see every stage work. The rest is run=demo_pretraining and run=demo_student.
 tiny_settings() {
-    clusters1=20 clusters2=30 layer=2 fit_share=1 shards=3
-    pretraining_updates1=60 pretraining_updates2=60 pretraining_lr=0.002
-    adaptation_updates=60 adaptation_lr=0.001
-    qat_updates=40 qat_lr=0.001
-    often=(common.log_interval=10 checkpoint.save_interval_updates=20
-        dataset.validate_interval_updates=20)
+    clusters1=20 clusters2=30 layer=2 fit_seconds=600 shards=3
+    pretraining_updates1=40 pretraining_updates2=40 pretraining_lr=0.002 pretraining_least=4000
+    adaptation_updates=40 adaptation_lr=0.001
+    qat_updates=24 qat_lr=0.001
+    tiny=(dataset.max_tokens=96000 dataset.validate_interval_updates=20
+        checkpoint.save_interval_updates=10 common.log_interval=10)
 }
 
 check_options() {
@@ -183,7 +183,7 @@ labels_of_mfcc() { labels "$labels1" "$clusters1"; }
 
 labels_of_features() {
     labels "$labels2" "$clusters2" --model "$(checkpoint_in iteration1)" --layer "$layer" \
-        --fit-share "$fit_share"
+        --fit-seconds "$fit_seconds"
 }
 
 # pretrain NAME LABELS UPDATES
@@ -216,7 +216,7 @@ quantize() {
 # set_length UPDATES WARMUP LR: sets `length`, overrides; WARMUP in % of the updates.
 set_length() {
     length=("optimization.max_update=$1" "lr_scheduler.warmup_updates=$(($1 * $2 / 100))"
-        "optimization.lr=[$3]" "${often[@]}")
+        "optimization.lr=[$3]" "${tiny[@]}")
 }
 
 # run_group pretraining|student
@@ -248,7 +248,7 @@ hand_over() {
 configs="$repo/config"
 mapfile -t schedules < <(basename -s .yaml "$configs"/schedule/w*.yaml)
 declare -A precision_of=() schedule_of=()
-students=() often=()
+students=() tiny=()
 [[ "$size" != tiny ]] || tiny_settings
 check_options
 list_students
@@ -272,11 +272,11 @@ if [[ -z "$adapt" ]]; then
 else
     add_stage 5 adapted "$adapt with the FastConv front-end" adapt
 fi
-for name in "${students[@]}"; do add_stage 6 "$name" "QAT, ${name//_/ }" quantize "$name"; done
+for name in "${students[@]}"; do add_stage 6 "$name" "quantization-aware training" quantize "$name"; done
 add_light_stage 7 profile "what the models cost" profile
 for name in "$baseline_name" "${students[@]}"; do
     for format in "${formats[@]}"; do
-        add_light_stage 8 "${name}_$format" "$format export of $name" export_model "$name" "$format"
+        add_light_stage 8 "${name}_$format" "export to $format" export_model "$name" "$format"
     done
 done
 add_light_stage 9 superb "hand-over to SUPERB" hand_over

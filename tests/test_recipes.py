@@ -119,7 +119,7 @@ def test_stages_run_once(staged: list[str]) -> None:
     assert first.returncode == 0, first.stderr
     assert "stage 0 greet: say hello; log" in first.stdout
     assert "hello world --jobs 1\n" in first.stdout
-    assert "next: rest" in first.stdout
+    assert "next: stage 1 nap" in first.stdout
     assert Path(staged[-1], "logs", "0_greet.log").read_text() == "hello world --jobs 1\n"
     assert stamps(staged) == {"0_greet.done", "1_nap.done", "2_bye.done"}
     again = run(staged, "--nj", "4")  # which does not change what is made

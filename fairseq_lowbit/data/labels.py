@@ -1,46 +1,114 @@
-"""First-iteration HuBERT labels: k-means clusters of MFCC, in the files fairseq expects."""
+"""HuBERT's labels: k-means clusters of frame features, in the files that fairseq expects.
+
+Three steps, each of which leaves finished work alone: fit k-means on a sample of the first split,
+label every shard of every split, and join the shards.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import hashlib
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from fairseq_lowbit.data.audio import SAMPLE_RATE, UnusableAudio, read_audio
+from fairseq_lowbit.data.audio import SAMPLE_RATE, UnusableAudio
+from fairseq_lowbit.data.clusters import Clusters, fit_clusters, load_clusters
+from fairseq_lowbit.data.features import FrameFeatures, Mfcc, read_features
+from fairseq_lowbit.data.label_shards import (
+    Shard,
+    ShardResult,
+    finish_shard,
+    read_shard,
+    shard_settings,
+    write_shard,
+)
 from fairseq_lowbit.data.manifest import Manifest, read_manifest
-from fairseq_lowbit.data.mfcc import FRAME_RATE, mfcc
-from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.files import atomic_write
+from fairseq_lowbit.errors import LowbitError, require_number
+from fairseq_lowbit.files import atomic_write, check_writable
+from fairseq_lowbit.machine import usable_cores
 
-# A dimension that hardly varies would otherwise be blown up to the weight of the others.
-_LEAST_DEVIATION = 1e-5
-_NO_FRAMES = np.empty((0, 39), dtype=np.float32)
+logger = logging.getLogger(__name__)
+_MOST_THREADS = 8
 
 
 @dataclass(frozen=True)
-class Clusters:
-    """A fitted k-means model with the statistics its features are standardised by: the deltas are
-    an order of magnitude smaller than the cepstra and would not count otherwise."""
+class LabelJob:
+    """The labels of a corpus; raises LowbitError for settings that make no sense.
 
-    centers: np.ndarray  # [clusters, 39] in standardised units
-    mean: np.ndarray  # [39]
-    deviation: np.ndarray  # [39]
-    label_rate: int
+    Writes ``<split>.<name>``, ``dict.<name>.txt`` and ``kmeans.<name>.npz`` into ``data_dir``, and
+    ``<name>.shards/`` with what the first is joined from.
 
-    def assign(self, features: np.ndarray) -> np.ndarray:
-        """The nearest centre of each frame: int [frames] of float [frames, 39]."""
-        points = (features - self.mean) / self.deviation
-        # |x - c|^2 without |x|^2, which is the same for every centre.
-        return ((self.centers**2).sum(axis=1) - 2 * points @ self.centers.T).argmin(axis=1)
+    Label t stands for what follows sample t * 16000 / ``label_rate``. At 50 Hz there are exactly as
+    many as frames of the convolutional front-end, for MFCC too: a label and a frame see the same
+    400 samples. A file that cannot be used has an empty line.
+    """
 
-    def save(self, path: str | Path) -> None:
-        with atomic_write(path, "wb") as file:
-            np.savez(file, **vars(self))
+    data_dir: Path
+    features: FrameFeatures = field(default_factory=Mfcc)
+    clusters: int = 100
+    label_rate: int = 50
+    fit_seconds: float = 5 * 3600  # of random files of the first split, which k-means is fitted on
+    seed: int = 0
+    splits: tuple[str, ...] = ("train", "valid", "test")
+    name: str = "km"
+    shards: int = 1
+
+    def __post_init__(self) -> None:
+        rate = self.features.rate
+        if self.clusters < 2 or self.label_rate <= 0 or rate % self.label_rate:
+            raise LowbitError(
+                f"labels need two or more clusters and a rate that divides {rate} Hz, "
+                f"not {self.clusters} and {self.label_rate}"
+            )
+        require_number("--fit-seconds", self.fit_seconds, 0, excluded=True)
+        require_number("--seed", self.seed, 0)
+        require_number("--shards", self.shards, 1)
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name) or self.name in ("tsv", "wrd"):
+            raise LowbitError(
+                f"--name {self.name}: it becomes the end of the label files' names, so give "
+                "letters, digits, - and _ (not tsv or wrd), for example km500"
+            )
+
+    @property
+    def kmeans(self) -> Path:
+        return self.data_dir / f"kmeans.{self.name}.npz"
+
+    @property
+    def dictionary(self) -> Path:
+        return self.data_dir / f"dict.{self.name}.txt"
+
+    @property
+    def folder(self) -> Path:
+        """Of the shards."""
+        return self.data_dir / f"{self.name}.shards"
+
+    def labels(self, split: str) -> Path:
+        return self.data_dir / f"{split}.{self.name}"
+
+    @cached_property
+    def manifests(self) -> dict[str, Manifest]:
+        return {split: read_manifest(self.data_dir / f"{split}.tsv") for split in self.splits}
+
+    def fit_settings(self) -> str:
+        """Digest of all that the k-means model follows from."""
+        train = self.manifests[self.splits[0]].digest()
+        own = (self.clusters, self.label_rate, float(self.fit_seconds), self.seed)
+        parts = (train, self.features.digest(), own)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def all_shards(self) -> list[Shard]:
+        numbers = range(1, self.shards + 1)
+        return [Shard(split, number, self.shards) for split in self.splits for number in numbers]
 
 
 @dataclass
@@ -55,112 +123,197 @@ class LabelSummary:
     unusable: list[str]  # one message per file whose line was left empty
 
 
-def make_labels(
-    data_dir: str | Path,
-    clusters: int = 100,
-    *,
-    splits: Sequence[str] = ("train", "valid", "test"),
-    label_rate: int = 50,
-    fit_seconds: float = 5 * 3600,
-    seed: int = 0,
-) -> LabelSummary:
-    """Labels every file of `<split>.tsv` in `data_dir`; writes `<split>.km` next to it.
+def make_labels(job: LabelJob, workers: int = 1) -> LabelSummary:
+    """All steps, or what is left of them.
 
-    k-means is fitted on at most `fit_seconds` of randomly chosen files of the first split only.
-    Also writes `dict.km.txt` (the dictionary for fairseq) and `kmeans.npz` (see `Clusters`).
+    Args:
+        workers: processes; more than one need more than one shard.
 
-    Label t stands for samples t * hop to t * hop + 400 with hop = 16000 / label_rate, which is the
-    field of view of the convolutional front-end: at 50 Hz there are exactly as many labels as
-    frames. A file that cannot be used gets an empty line and a place in the summary.
-
-    Raises LowbitError for missing manifests or too little usable audio.
+    Raises:
+        LowbitError: missing manifests, fewer frames than clusters, a full disk.
     """
-    if clusters < 2 or label_rate <= 0 or FRAME_RATE % label_rate:
+    fit(job)
+    label_shards(job, job.all_shards(), workers)
+    return join(job)
+
+
+def fit(job: LabelJob) -> Clusters:
+    """Fits k-means and writes it, unless it has been fitted with the same settings before."""
+    settings = job.fit_settings()
+    if job.kmeans.is_file():
+        earlier = load_clusters(job.kmeans)
+        if earlier.settings == settings:
+            return earlier
+        logger.warning(f"{job.kmeans} was fitted with other settings or files: it is fitted again")
+    check_writable(job.kmeans)
+    found = fit_clusters(_fit_features(job), job.clusters, job.seed, job.features.standardize)
+    clusters = replace(found, label_rate=job.label_rate, settings=settings)
+    clusters.save(job.kmeans)
+    return clusters
+
+
+def _fit_features(job: LabelJob) -> Iterator[np.ndarray]:
+    """Features of random files of the first split until ``fit_seconds`` are full."""
+    manifest = job.manifests[job.splits[0]]
+    order = np.random.default_rng(job.seed).permutation(len(manifest))
+    before = np.cumsum(manifest.sizes[order]) - manifest.sizes[order]
+    chosen = order[before < job.fit_seconds * SAMPLE_RATE]
+    paths = [manifest.root / manifest.names[i] for i in chosen]
+    found = read_features(paths, job.features, _threads(1))
+    for features in tqdm(found, "features for k-means", len(paths), disable=None, leave=False):
+        if not isinstance(features, UnusableAudio):
+            yield features
+
+
+def fitted(job: LabelJob) -> Clusters:
+    """The k-means model that :func:`fit` has written.
+
+    Raises:
+        LowbitError: it is missing, or was fitted with other settings.
+    """
+    if not job.kmeans.is_file() or load_clusters(job.kmeans).settings != job.fit_settings():
+        state = "was fitted with other settings or files" if job.kmeans.is_file() else "is missing"
         raise LowbitError(
-            f"labels need two or more clusters and a rate that divides {FRAME_RATE} Hz, "
-            f"not {clusters} and {label_rate}"
+            f"k-means model {job.kmeans} {state}: run the same command with --fit-only, once, "
+            "before the jobs of the shards"
         )
-    data_dir = Path(data_dir)
-    manifests = {split: read_manifest(data_dir / f"{split}.tsv") for split in splits}
-    features = _fit_features(manifests[splits[0]], fit_seconds, seed)
-    if len(features) < clusters:
-        raise LowbitError(f"{len(features)} frames of audio are too few for {clusters} clusters")
-    model = _fit(features, clusters, label_rate, seed)
-    model.save(data_dir / "kmeans.npz")
-    unusable: list[str] = []
+    return load_clusters(job.kmeans)
+
+
+def label_shards(job: LabelJob, shards: Sequence[Shard], workers: int = 1) -> int:
+    """Labels the ``shards`` that are not finished, each in one process; returns how many.
+
+    Raises:
+        LowbitError: k-means is not fitted, a full disk, a worker process that was killed.
+    """
+    require_number("--workers", workers, 1)
+    clusters = fitted(job)
+    job.folder.mkdir(exist_ok=True)
+    settings = _settings(job, shards, clusters)
+    todo = _unfinished(job, settings)
+    files = sum(len(shard.lines(len(job.manifests[shard.split]))) for shard in todo)
+    with tqdm(total=files, desc="labels", unit="file", disable=None, leave=False) as bar:
+        if workers == 1 or len(todo) < 2:
+            for shard in todo:
+                _label(job, shard, settings[shard], _threads(1), bar.update)
+        else:
+            _label_in_processes(job, {s: settings[s] for s in todo}, workers, bar)
+    return len(todo)
+
+
+def _unfinished(job: LabelJob, settings: dict[Shard, str]) -> list[Shard]:
+    """The shards that are to be labelled; tells of those that are there and do not do."""
+    found = {shard: read_shard(shard, job.folder, digest) for shard, digest in settings.items()}
+    again = [(shard, reason) for shard, (_, reason) in found.items() if reason]
+    if again:
+        shard, reason = again[0]
+        logger.warning(
+            f"{len(again)} shards are labelled again, first {shard.labels(job.folder)}, which was "
+            f"{reason}"
+        )
+    return [shard for shard, (result, _) in found.items() if result is None]
+
+
+def _settings(job: LabelJob, shards: Sequence[Shard], clusters: Clusters) -> dict[Shard, str]:
+    manifests = {split: manifest.digest() for split, manifest in job.manifests.items()}
+    model = (clusters.digest(), job.features.digest())
+    return {shard: shard_settings(shard, manifests[shard.split], *model) for shard in shards}
+
+
+def _label_in_processes(job: LabelJob, shards: dict[Shard, str], workers: int, bar: tqdm) -> None:
+    threads = _threads(workers)
+    # A forked process would inherit the threads of numpy and torch in a state of no use.
+    context = get_context("spawn")
+    # A copy, without the manifests: reading them again is faster than sending them every time.
+    sent = replace(job)
+    with ProcessPoolExecutor(workers, context, job.features.limit_threads, (threads,)) as pool:
+        started = {
+            pool.submit(_label, sent, shard, digest, threads): shard
+            for shard, digest in shards.items()
+        }
+        try:
+            for future in as_completed(started):
+                future.result()
+                shard = started[future]
+                bar.update(len(shard.lines(len(job.manifests[shard.split]))))
+        except BrokenProcessPool as error:
+            raise LowbitError(
+                "a worker process was killed, most likely for want of memory: run the same command "
+                "with fewer --workers to go on; finished shards are kept"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _label(
+    job: LabelJob,
+    shard: Shard,
+    settings: str,
+    threads: int,
+    on_files: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Labels one shard; calls ``on_files`` with the number of files done since."""
+    manifest = job.manifests[shard.split]
+    names = (manifest.names[line] for line in shard.lines(len(manifest)))
+    paths = [manifest.root / name for name in names]
+    clusters = load_clusters(job.kmeans)
+    # The old stamp must not vouch for new labels.
+    shard.stamp(job.folder).unlink(missing_ok=True)
+    found = _counted(read_features(paths, job.features, threads), on_files)
+    step = job.features.rate // job.label_rate
+    result = write_shard(shard.labels(job.folder), found, clusters, step)
+    finish_shard(shard, job.folder, settings, result)
+
+
+def _counted(found: Iterator, on_files: Callable[[int], object]) -> Iterator:
+    for entry in found:
+        yield entry
+        on_files(1)
+
+
+def _threads(workers: int) -> int:
+    return max(1, min(_MOST_THREADS, usable_cores() // workers))
+
+
+def join(job: LabelJob) -> LabelSummary:
+    """Writes ``<split>.<name>`` from its shards, and the dictionary.
+
+    Raises:
+        LowbitError: a shard is missing; a full disk.
+    """
+    clusters = fitted(job)
+    results = _results(job, clusters)
+    for split in job.splits:
+        with atomic_write(job.labels(split), "wb") as file:
+            for shard in (shard for shard in results if shard.split == split):
+                with open(shard.labels(job.folder), "rb") as part:
+                    shutil.copyfileobj(part, file)
+    for leftover in job.folder.glob(".*.tmp"):  # of processes that were killed
+        leftover.unlink(missing_ok=True)
     counts = {
-        s: _label_split(m, model, data_dir / f"{s}.km", unusable) for s, m in manifests.items()
+        split: np.sum([r.counts for shard, r in results.items() if shard.split == split], axis=0)
+        for split in job.splits
     }
-    with atomic_write(data_dir / "dict.km.txt") as file:
-        file.writelines(f"{i} {count}\n" for i, count in enumerate(counts[splits[0]]))
+    with atomic_write(job.dictionary) as file:
+        file.writelines(f"{i} {count}\n" for i, count in enumerate(counts[job.splits[0]]))
     return LabelSummary(
-        clusters,
-        fitted_frames=len(features),
+        job.clusters,
+        fitted_frames=clusters.frames,
         frames={s: int(c.sum()) for s, c in counts.items()},
         used_clusters={s: int((c > 0).sum()) for s, c in counts.items()},
         top_share={s: float(c.max() / max(c.sum(), 1)) for s, c in counts.items()},
-        unusable=unusable,
+        unusable=[message for result in results.values() for message in result.unusable],
     )
 
 
-def _fit_features(manifest: Manifest, seconds: float, seed: int) -> np.ndarray:
-    """MFCC of random files until `seconds` are full: [frames, 39]."""
-    order = np.random.default_rng(seed).permutation(len(manifest))
-    before = np.cumsum(manifest.sizes[order]) - manifest.sizes[order]
-    chosen = order[before < seconds * SAMPLE_RATE]
-    paths = [manifest.root / manifest.names[i] for i in chosen]
-    return np.concatenate([_NO_FRAMES, *_all_features(paths, "features", [])])
-
-
-def _all_features(paths: list[Path], title: str, unusable: list[str]) -> Iterator[np.ndarray]:
-    """MFCC of each file in order, empty for an unusable one, whose message joins ``unusable``."""
-    # Threads help: numpy and the decoder release the lock.
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        # A bounded number of files in flight: a large corpus does not fit into memory.
-        for start in tqdm(range(0, len(paths), 256), title, disable=None, leave=False):
-            for features in pool.map(_file_features, paths[start : start + 256]):
-                if isinstance(features, UnusableAudio):
-                    unusable.append(str(features))
-                    features = _NO_FRAMES
-                yield features
-
-
-def _file_features(path: Path) -> np.ndarray | UnusableAudio:
-    try:
-        return mfcc(read_audio(path, SAMPLE_RATE), SAMPLE_RATE)
-    except UnusableAudio as error:
-        return error
-
-
-def _fit(features: np.ndarray, clusters: int, label_rate: int, seed: int) -> Clusters:
-    from sklearn.cluster import MiniBatchKMeans  # slow to import, and only needed here
-
-    mean = features.mean(axis=0, dtype=np.float64)
-    deviation = np.maximum(features.std(axis=0, dtype=np.float64), _LEAST_DEVIATION)
-    points = ((features - mean) / deviation).astype(np.float32)
-    kmeans = MiniBatchKMeans(
-        clusters,
-        batch_size=10_000,
-        max_iter=100,
-        max_no_improvement=100,
-        n_init=5,
-        reassignment_ratio=0.0,
-        random_state=seed,
-    )
-    centers = kmeans.fit(points).cluster_centers_
-    mean, deviation = mean.astype(np.float32), deviation.astype(np.float32)
-    return Clusters(centers.astype(np.float32), mean, deviation, label_rate)
-
-
-def _label_split(
-    manifest: Manifest, model: Clusters, path: Path, unusable: list[str]
-) -> np.ndarray:
-    """Writes one line of labels per file; returns how often each label occurs: int [clusters]."""
-    step = FRAME_RATE // model.label_rate
-    counts = np.zeros(len(model.centers), dtype=np.int64)
-    with atomic_write(path) as file:
-        for features in _all_features(list(manifest.files()), path.name, unusable):
-            labels = model.assign(features[::step])
-            counts += np.bincount(labels, minlength=len(counts))
-            file.write(" ".join(map(str, labels)) + "\n")
-    return counts
+def _results(job: LabelJob, clusters: Clusters) -> dict[Shard, ShardResult]:
+    shards = job.all_shards()
+    settings = _settings(job, shards, clusters)
+    results = {shard: read_shard(shard, job.folder, settings[shard])[0] for shard in shards}
+    missing = [shard for shard, result in results.items() if result is None]
+    if missing:
+        raise LowbitError(
+            f"{len(missing)} of {len(shards)} shards are missing, first "
+            f"{missing[0].labels(job.folder)}: label them first"
+        )
+    return results

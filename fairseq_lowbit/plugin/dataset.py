@@ -7,15 +7,12 @@ import torch
 from fairseq.data import FairseqDataset
 from torch import Tensor
 
-from fairseq_lowbit.data.label_file import LabelFile
+from fairseq_lowbit.data.label_file import LabelFile, check_labels
 from fairseq_lowbit.data.manifest import Manifest
 from fairseq_lowbit.data.recordings import FIRST_EPOCH, AudioOptions, Recording, Recordings
-from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.plugin.interruption import detach_data_worker
 
 NO_LABEL = -1
-_PROBED_LINES = 64
-_LABEL_TOLERANCE = 0.1
 
 
 class SpeechDataset(FairseqDataset):
@@ -41,30 +38,10 @@ class SpeechDataset(FairseqDataset):
         super().__init__()
         self.manifest, self.options, self.labels = manifest, options, labels
         for label in labels:
-            if len(label) != len(manifest):
-                raise LowbitError(
-                    f"{label.path} has {len(label)} lines and {manifest.path} has "
-                    f"{len(manifest)} files; make the labels again"
-                )
+            check_labels(label, manifest, options.label_rate, options.sample_rate)
         self.recordings = Recordings(manifest, options)
         self.sizes = self.recordings.sizes
-        self._check_label_rate()
         self.epoch = FIRST_EPOCH
-
-    def _check_label_rate(self) -> None:
-        """A wrong rate would train a wrong teacher without a word."""
-        lines, rate = self.recordings.lines, self.options.label_rate
-        for label in self.labels:
-            for line in lines[:: max(1, len(lines) // _PROBED_LINES)]:
-                seconds = self.manifest.sizes[line] / self.options.sample_rate
-                count = len(label[int(line)])
-                # An empty line stands for a file that could not be labelled.
-                if count and abs(count / rate - seconds) > _LABEL_TOLERANCE:
-                    raise LowbitError(
-                        f"{label.path} line {line + 1} has {count} labels for {seconds:.2f} s of "
-                        f"audio, not {rate:g} a second: set task.label_rate to "
-                        f"{count / seconds:.0f}, or make the labels again"
-                    )
 
     def digest(self) -> list[str]:
         """Equal for the same files and labels, wherever they lie."""

@@ -86,7 +86,7 @@ _TEST_VOICES = (
 )
 
 # Speech of the held-out splits per minute of training speech.
-_HELD_OUT_SHARE = 1 / 12
+HELD_OUT_SHARE = 1 / 12
 # However many words it says, every voice is also heard in connected speech.
 _MIN_SENTENCES = 3
 # Takes of each test word: 640 in all, so a probe's accuracy is known to about 2 %.
@@ -133,7 +133,7 @@ class _Utterance:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """What one voice has to say: isolated words, then sentences to fill `seconds`."""
 
     voice: Voice
@@ -170,12 +170,12 @@ def synthesize_corpus(out: str | Path, *, minutes: float = 24, seed: int = 0) ->
     return summary
 
 
-def _plan(minutes: float, seed: int) -> dict[str, list[_Part]]:
+def _plan(minutes: float, seed: int) -> dict[str, list[Part]]:
     """Shares words and sentences out among the voices; nothing here depends on the audio."""
     # One take of every word a minute: words are about two fifths of the training speech.
     takes = {"train": max(2, round(minutes)), "valid": 3, "test": _TEST_TAKES}
-    shares = {"train": 1.0, "valid": _HELD_OUT_SHARE, "test": _HELD_OUT_SHARE}
-    numbers = _sentence_numbers(minutes, seed)
+    shares = {"train": 1.0, "valid": HELD_OUT_SHARE, "test": HELD_OUT_SHARE}
+    numbers = sentence_numbers(minutes, seed)
     plan, position = {}, 0
     for split, voices in VOICES.items():
         plan[split] = []
@@ -183,7 +183,7 @@ def _plan(minutes: float, seed: int) -> dict[str, list[_Part]]:
             seconds = 60 * minutes * shares[split] / len(voices)
             words = _words_of_voice(i, len(voices), takes[split])
             chosen = numbers[position :: sum(map(len, VOICES.values()))]
-            plan[split].append(_Part(voice, (seed, position), words, chosen, seconds))
+            plan[split].append(Part(voice, (seed, position), words, chosen, seconds))
             position += 1
     return plan
 
@@ -198,8 +198,9 @@ def _words_of_voice(voice: int, voices: int, takes: int) -> list[tuple[str, int]
     ]
 
 
-def _sentence_numbers(minutes: float, seed: int) -> np.ndarray:
-    """Distinct sentence numbers, so that no sentence is said by two voices."""
+def sentence_numbers(minutes: float, seed: int) -> np.ndarray:
+    """Distinct numbers for `sentence`, more than ``minutes`` take, so that no sentence is said by
+    two voices: int [sentences]."""
     # No sentence is shorter than a second; every voice gets some even in a tiny corpus.
     needed = int(60 * minutes) + 20 * sum(map(len, VOICES.values()))
     total = len(_TEMPLATES) * prod(map(len, _PARTS.values()))
@@ -218,7 +219,7 @@ def sentence(number: int) -> str:
     return _TEMPLATES[template].format(**phrases)
 
 
-def _speak_all(out: Path, parts: list[_Part]) -> dict[Voice, list[_Utterance]]:
+def _speak_all(out: Path, parts: list[Part]) -> dict[Voice, list[_Utterance]]:
     """Voices are independent of each other, so the number of threads does not change a sample."""
     workers = min(4, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
@@ -227,9 +228,21 @@ def _speak_all(out: Path, parts: list[_Part]) -> dict[Voice, list[_Utterance]]:
         return {part.voice: utterances for part, utterances in zip(parts, bar, strict=True)}
 
 
-def _speak(out: Path, part: _Part) -> Iterator[_Utterance]:
+def _speak(out: Path, part: Part) -> Iterator[_Utterance]:
     folder = Path("audio", part.voice.name)
     (out / folder).mkdir(parents=True, exist_ok=True)
+    for stem, text, speech in record_part(part):
+        name = (folder / f"{stem}.flac").as_posix()
+        write_speech(out / name, speech)
+        yield _Utterance(name, len(speech), text, text in WORDS)
+
+
+def write_speech(path: Path, speech: np.ndarray) -> None:
+    soundfile.write(path, speech, SAMPLE_RATE, subtype="PCM_16")
+
+
+def record_part(part: Part) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Stem of the file, text and samples (float32 at 16 kHz) of each utterance."""
     rng = np.random.default_rng(part.seed)
     least = len(part.words) + _MIN_SENTENCES
     seconds = 0.0
@@ -238,13 +251,11 @@ def _speak(out: Path, part: _Part) -> Iterator[_Utterance]:
             if i >= least and seconds >= part.seconds:
                 return
             speech = _record(engine, text, rng)
-            name = (folder / f"{stem}.flac").as_posix()
-            soundfile.write(out / name, speech, SAMPLE_RATE, subtype="PCM_16")
             seconds += len(speech) / SAMPLE_RATE
-            yield _Utterance(name, len(speech), text, text in WORDS)
+            yield stem, text, speech
 
 
-def _script(part: _Part) -> Iterator[tuple[str, str]]:
+def _script(part: Part) -> Iterator[tuple[str, str]]:
     """File stems and texts, the isolated words first."""
     for word, take in part.words:
         yield f"word_{word}_{take:02d}", word
