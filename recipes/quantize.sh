@@ -81,14 +81,14 @@ import_teacher() { step fairseq-lowbit import-teacher "$source_model" "$teacher"
 
 prepare() { step fairseq-lowbit prepare "$audio" "$data"; }
 
-# train_student RUN OVERRIDES...: trains in the folder RUN.
+# train_student LABEL OVERRIDES...: trains in $work/LABEL.
 train_student() {
-    local place="$1" settings=(--config-name "$precision")
+    local label="$1" settings=(--config-name "$precision")
     shift
     # Of a precision without a file of its own, everything but the name is any other's.
     [[ -f "$repo/config/$precision.yaml" ]] ||
         settings=(--config-name bitla_w1a1 "model.precision.name=$precision")
-    train "$precision" "$stage_log" "$place" "${settings[@]}" model=as_teacher "run=$run" \
+    train "$label" "$stage_log" "$work/$label" "${settings[@]}" model=as_teacher "run=$run" \
         "task.data=$data" "task.teacher=$teacher" "task.seconds_per_update=$update_seconds" \
         "dataset.max_tokens=$(samples "$batch_seconds")" "${overrides[@]}" "$@"
 }
@@ -96,8 +96,8 @@ train_student() {
 samples() { awk -v seconds="$1" 'BEGIN { printf "%d", seconds * 16000 }'; }
 
 trial() {
-    train_student "$work/trial" "optimization.max_update=$trial_updates" common.log_interval=1 \
-        checkpoint.no_save=true
+    (train_student trial "optimization.max_update=$trial_updates" common.log_interval=1 \
+        checkpoint.no_save=true) || die "if memory was short, --batch-seconds with a smaller number helps"
 }
 
 plan() {
@@ -115,7 +115,7 @@ learn() {
     else
         mapfile -t length <"$work/plan"
     fi
-    train_student "$work/$precision" "${length[@]}"
+    train_student "$precision" "${length[@]}"
 }
 
 calibrate() {
@@ -165,10 +165,11 @@ if [[ -z "$dry_run" ]]; then
     # Threads that wait for each other sleep instead of taking a core.
     export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
     mkdir -p "$work"
-    # Of the imported teacher once it is there: its source may be gone then.
-    python "$repo/recipes/quantize_describe.py" \
-        "$([[ -f "$teacher" ]] && echo "$teacher" || echo "$source_model")" "$precision" \
-        "$work/formats" "${overrides[@]}" || exit 2
+    # Once imported, the teacher is read from there: a hub may be out of reach.
+    readable="$source_model"
+    [[ ! -f "$teacher" ]] || readable="$teacher"
+    python "$repo/recipes/quantize_outlook.py" "$readable" "$precision" "$work/formats" \
+        "${overrides[@]}" || exit 2
     mapfile -t formats <"$work/formats"
 fi
 for format in "${formats[@]}"; do

@@ -35,15 +35,15 @@ def plan(args: argparse.Namespace) -> None:
         "checkpoint.save_interval_updates": between,
     }
     args.out.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
-    lines = (
-        f"the training, by the trial in {args.trial}:",
-        f"  updates  {updates}, not tuned",
-        f"  audio    {audio / 3600:.3g} h: {audio / corpus:.3g} times the {corpus / 3600:.3g} h there are",
-        f"  memory   {peak_memory(args.trial) / 1e9:.3g} GB of every GPU, or of the machine without",
-        f"  time     {duration(seconds)}: {update:.3g} s an update, {validation:.3g} s a validation",
-        "another length: --updates N or --minutes M; less memory: --batch-seconds S",
+    memory, epochs = peak_memory(args.trial) / 1e9, audio / corpus
+    print(f"the training, by the trial in {args.trial}:")
+    print(f"  updates  {updates}, not tuned")
+    print(f"  audio    {audio / 3600:.3g} h, which is {epochs:.3g} times what there is")
+    print(f"  memory   {memory:.3g} GB of every GPU; without one, of every process")
+    print(
+        f"  time     {duration(seconds)}; an update {update:.3g} s, a validation {validation:.3g} s"
     )
-    print("\n".join(lines))
+    print("another length: --updates N or --minutes M; less memory: --batch-seconds S")
 
 
 def _seconds_of(manifest: Path) -> float:
