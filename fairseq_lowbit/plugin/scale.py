@@ -31,7 +31,7 @@ def describe_scale(config: Any, batches: EpochBatchIterator) -> Iterator[str]:
         )
     updates = max(1, -(-len(batches) // update_freq))
     hours = dataset.sizes.sum() / rate / 3600
-    told = f"{hours:.3g} h of audio per epoch in {updates} updates"
+    told = f"{hours:.3g} h of audio per epoch, {updates} update{'s' * (updates > 1)}"
     if planned:
         epochs = planned / updates
         told += f": {planned} updates are {epochs:.3g} epochs, {epochs * hours:.3g} h"

@@ -104,7 +104,7 @@ def test_a_run_says_how_large_it_is(trainer: Trainer, teacher: Path, tmp_path: P
     assert first.output.count(said) == 1
     assert said not in second.output
     hours, updates, epochs = re.search(
-        r"(\S+) h of audio per epoch in (\d+) updates: 12 updates are (\S+) epochs", first.output
+        r"(\S+) h of audio per epoch, (\d+) updates: 12 updates are (\S+) epochs", first.output
     ).groups()
     lines = (trainer.data / "train.tsv").read_text().splitlines()[1:]
     seconds = sum(int(line.split("\t")[1]) for line in lines) / 16000
