@@ -69,6 +69,7 @@ check_options() {
     if has_manifests; then
         for split in train valid test; do
             [[ -f "$data/$split.tsv" ]] || die "--data $data has manifests, but no $split.tsv"
+            (($(wc -l <"$data/$split.tsv") > 1)) || die "--data: $data/$split.tsv lists no file"
         done
     fi
 }

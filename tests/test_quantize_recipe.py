@@ -42,7 +42,7 @@ def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
     for split in ("train", "valid", "test"):
-        (folder / f"{split}.tsv").write_text("/\n")
+        (folder / f"{split}.tsv").write_text("/\na.flac\t16000\n")
     return folder
 
 
@@ -91,8 +91,11 @@ def test_options_that_are_refused(given: dict[str, str], message: str, data: Pat
 
 
 def test_manifests_without_held_out_audio(data: Path) -> None:
-    (data / "test.tsv").unlink()
     options = ("--teacher", "t.pt", "--precision", "bitla_w2a2", "--dry-run")
+    (data / "test.tsv").write_text("/\n")
+    done = recipe("--data", data, *options)
+    assert done.stderr == f"error: --data: {data}/test.tsv lists no file\n"
+    (data / "test.tsv").unlink()
     done = recipe("--data", data, *options)
     assert done.stderr == f"error: --data {data} has manifests, but no test.tsv\n"
 

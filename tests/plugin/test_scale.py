@@ -17,6 +17,7 @@ from fairseq_lowbit.configurations import compose_config, config_dir
 from fairseq_lowbit.interop import open_model
 from fairseq_lowbit.models import Architecture
 from fairseq_lowbit.plugin.callback import _make_paths_absolute
+from fairseq_lowbit.plugin.continuing import _is_refused
 from fairseq_lowbit.plugin.teacher_shape import AS_TEACHER, SHAPE
 from tests.plugin.conftest import SMALL, Run, Trainer
 
@@ -216,6 +217,14 @@ def test_paths_and_ids_of_teachers(tmp_path: Path) -> None:
     for path in ("mine/model", "exp/teacher.pt", "teacher", "a/b/c", "./a/b", "../b"):
         assert absolute(path) == str(tmp_path / path), path
     assert absolute("a/b", "data") == str(tmp_path / "a/b")
+
+
+def test_another_model_of_a_hub_is_another_teacher() -> None:
+    """A path may have moved, an id does not."""
+    moved = ("task.teacher", "/old/teacher.pt", "/new/teacher.pt")
+    assert not _is_refused(moved, is_done=False)
+    assert _is_refused(("task.teacher", "org/one", "org/other"), is_done=False)
+    assert _is_refused(("task.teacher", "/old/teacher.pt", "org/one"), is_done=False)
 
 
 # SLURM, rehearsed in a process of this machine
