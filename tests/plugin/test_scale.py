@@ -1,7 +1,12 @@
 """Where a run trains changes nothing of what it trains, and a student takes its teacher's shape."""
 
+import os
 import re
 import shutil
+import signal
+import subprocess
+import time
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -247,11 +252,56 @@ def test_a_job_of_submitit(trainer: Trainer, teacher: Path, tmp_path: Path) -> N
     assert done.status == 0, done.output
     assert open_model(done.last).updates == 5
     assert (folder / ".hydra" / "config.yaml").is_file()
-    told = "\n".join(path.read_text() for path in (folder / ".submitit").rglob("*_log.out"))
-    assert "2 processes x 3 s of audio" in told
+    assert "2 processes x 3 s of audio" in told_by_jobs(folder)
     done = trainer.fork(folder, "bitla_w2a2", *options, "optimization.max_update=8")
     assert done.status == 0, done.output
     assert open_model(done.last).updates == 8
+
+
+@pytest.mark.full
+def test_a_job_out_of_time_is_saved_and_queued_again(
+    trainer: Trainer, teacher: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """SLURM's announcement, which submitit answers; here its local executor starts the job anew."""
+    folder = tmp_path / "run"
+    options = (
+        f"task.teacher={teacher}",
+        *SLURM,
+        f"{PROCESSES}=1",
+        "common.bf16=false",
+        "optimization.max_update=60",
+        "checkpoint.save_interval_updates=1000",
+        "dataset.validate_interval_updates=1000",
+    )
+    command = trainer.command(folder, "bitla_w2a2", *options)
+    with subprocess.Popen(command, cwd=tmp_path, env=environment) as process:
+        while "num_updates=3," not in told_by_jobs(folder):
+            assert process.poll() is None, told_by_jobs(folder)
+            time.sleep(0.05)
+        for job in pids_with("submitit.core._submit", str(folder)):
+            os.kill(job, signal.SIGUSR2)
+    said = told_by_jobs(folder)
+    assert process.returncode == 0, said
+    stop = re.search(r"stopped by SIGUSR2 and saved at update (\d+)", said)
+    assert 3 <= int(stop[1]) < 60
+    assert f"num_updates={int(stop[1]) + 1}," in said
+    assert open_model(folder / "checkpoints" / "checkpoint_last.pt").updates == 60
+
+
+def told_by_jobs(folder: Path) -> str:
+    logs = (folder / ".submitit").rglob("*_log.*")
+    return "\n".join(path.read_text() for path in sorted(logs))
+
+
+def pids_with(*words: str) -> list[int]:
+    """Processes whose command line has all of them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # ended since
+            line = path.read_bytes().decode(errors="replace")
+            if all(word in line for word in words):
+                found.append(int(path.parent.name))
+    return found
 
 
 def test_slurm_asks_for_what_it_trains_on() -> None:
