@@ -17,6 +17,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 
 import yaml
 
@@ -24,6 +26,7 @@ FILES = "checkpoints/**/progress.jsonl"  # the stages of a schedule have folders
 LEAST_UPDATES = 40
 SLACK = 1.1
 WIDTH = 150
+SECONDS_BETWEEN_LOOKS = 5
 SHOWN = ("[WARNING]", "[ERROR]", "Error")
 
 
@@ -34,12 +37,34 @@ def show(label: str, log: str, run: str) -> None:
     seen: dict[Path, int] = {}
     list(_new_records(Path(run), seen))  # of an earlier start
     with open(log, "a", buffering=1) as file:
-        for line in sys.stdin:
+        for line in _lines_in_time():
             file.write(line)
             shown = [line.rstrip()] if any(word in line for word in SHOWN) else []
             # Written before fairseq logs it.
             for text in [*shown, *map(_describe, _new_records(Path(run), seen))]:
                 print(f"  {label}: {text}"[:WIDTH], flush=True)
+
+
+def _lines_in_time() -> Iterator[str]:
+    """The lines of the input, and an empty one whenever none has come for a while: a job of SLURM
+    writes its records where they are read, and its output elsewhere."""
+    lines: SimpleQueue[str | None] = SimpleQueue()
+    Thread(target=_read_into, args=(lines,), daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=SECONDS_BETWEEN_LOOKS)
+        except Empty:
+            line = ""
+        yield line or ""
+        if line is None:
+            return
+
+
+def _read_into(lines: "SimpleQueue[str | None]") -> None:
+    """None comes behind the last line."""
+    for line in sys.stdin:
+        lines.put(line)
+    lines.put(None)
 
 
 def _new_records(run: Path, seen: dict[Path, int]) -> Iterator[dict]:
@@ -61,12 +86,12 @@ def _describe(record: dict) -> str:
 
 
 def rate(run: str) -> None:
-    update, _ = _costs(run)
+    update, _ = costs(run)
     print(f"{1 / update:.2f}")
 
 
 def plan(run: str, seconds: str) -> None:
-    update, validation = _costs(run)
+    update, validation = costs(run)
     config = yaml.safe_load(Path(run, ".hydra", "config.yaml").read_text())
     update += validation / config["dataset"]["validate_interval_updates"]
     updates = max(LEAST_UPDATES, int((float(seconds) - validation) / update))
@@ -74,7 +99,7 @@ def plan(run: str, seconds: str) -> None:
     print(f"optimization.max_update={updates} optimization.stop_time_hours={end / 3600:.5f}")
 
 
-def _costs(run: str) -> tuple[float, float]:
+def costs(run: str | Path) -> tuple[float, float]:
     """Seconds of an update and of a validation in a trial, which ends with a validation."""
     records = list(_new_records(Path(run), {}))
     if len(records) < 3 or records[-1]["phase"] != "valid":
@@ -83,6 +108,11 @@ def _costs(run: str) -> tuple[float, float]:
     # Behind the first interval, in which buffers and caches fill.
     update = (last["wall_seconds"] - first["wall_seconds"]) / (last["update"] - first["update"])
     return update, valid["wall_seconds"] - last["wall_seconds"]
+
+
+def peak_memory(run: str | Path) -> float:
+    """Bytes at most in a run, as :mod:`fairseq_lowbit.plugin.progress` records them."""
+    return max(record["peak_memory_bytes"] for record in _new_records(Path(run), {}))
 
 
 if __name__ == "__main__":

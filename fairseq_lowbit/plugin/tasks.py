@@ -44,6 +44,7 @@ class SpeechTaskConfig(AudioConfig, FairseqDataclass):
     max_unusable: float = 0.05  # share of unusable files at which a run gives up
     health_interval: int = HEALTH_INTERVAL  # updates between health records; 0: none
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    seconds_per_update: Optional[float] = None  # what optimization.update_freq follows from
     stages: list[Stage] = field(default_factory=list)  # on the way; see config/schedule
     # Checkpoints, float or quantized. A student is of the teacher's shape.
     teacher: Optional[str] = None
@@ -120,6 +121,16 @@ class _SpeechTask(FairseqTask):
         """Weights to start from, before any checkpoint of this run is loaded."""
         if self.cfg.init_from:
             start_from(model, open_model(self.cfg.init_from))
+
+    def _compare_audio(self, teacher: LoadedModel) -> None:
+        """A warning, because a converted checkpoint may not tell what its audio was like."""
+        if teacher.normalize != self.cfg.normalize and is_first():
+            wanted = str(teacher.normalize).lower()
+            logger.warning(
+                f"task.normalize={str(self.cfg.normalize).lower()}, but as far as "
+                f"{teacher.source} says, its audio was {'' if teacher.normalize else 'not '}"
+                f"normalized: set task.normalize={wanted} unless you know better"
+            )
 
     def load_dataset(self, split: str, **kwargs: Any) -> None:
         with together():
@@ -238,6 +249,7 @@ class LowbitPretrainingTask(_SpeechTask):
     def _initialize(self, model: Hubert) -> None:
         if self.cfg.teacher:
             teacher = open_model(self.cfg.teacher)
+            self._compare_audio(teacher)
             self._refuse_other_labels(teacher)
             start_from(model, teacher, role="teacher")
         super()._initialize(model)
@@ -291,6 +303,7 @@ class LowbitDistillationTask(_SpeechTask):
             raise LowbitError("task.teacher is not set: name the teacher's checkpoint")
         with together():
             self.teacher: LoadedModel = open_model(cfg.teacher)
+        self._compare_audio(self.teacher)
         self.teacher.model.requires_grad_(False)
         if not self.teacher.has_final_projection:
             logger.info(f"teacher {cfg.teacher} has no final_proj: the final term is off")

@@ -1,6 +1,7 @@
 """fairseq's trainer with what a run of days needs: it stops when asked to, says where numbers stop
 being finite, keeps the fp32 weights of a bf16 or fp16 run, and looks after a model's quantizers."""
 
+import logging
 import math
 import os
 import sys
@@ -17,10 +18,19 @@ from torch import Tensor
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.monitoring.divergence import first_non_finite
 from fairseq_lowbit.plugin import interruption, progress
-from fairseq_lowbit.plugin.processes import SharedError, gather, raise_shared, together
+from fairseq_lowbit.plugin.processes import (
+    SharedError,
+    gather,
+    is_first,
+    raise_shared,
+    together,
+)
 from fairseq_lowbit.plugin.quantized_training import QuantizedTraining
+from fairseq_lowbit.plugin.scale import describe_scale
 from fairseq_lowbit.precision import Plan
 from fairseq_lowbit.runs.folder import LAST_CHECKPOINT
+
+logger = logging.getLogger(__name__)
 
 _MISSED = "missed_validation"
 _CRASH_FILE = "crash.pt"
@@ -53,6 +63,7 @@ class LowbitTrainer(Trainer):
         self.missed_validation = False
         self.loaded_state: dict[str, Any] | None = None
         self._signalled: Tensor | float = 0.0
+        self._has_told_scale = False
         # With several GPUs fairseq moves the model to its own when it is first asked for: too late
         # for calibration there.
         _ = self.model
@@ -64,6 +75,10 @@ class LowbitTrainer(Trainer):
 
     def get_train_iterator(self, *args: Any, **kwargs: Any) -> EpochBatchIterator:
         iterator = super().get_train_iterator(*args, **kwargs)
+        if not self._has_told_scale and is_first():
+            for line in describe_scale(self.cfg, iterator):
+                logger.info(line)
+        self._has_told_scale = True
         if self._quantized is not None:
             self._quantized.prepare()
         return iterator

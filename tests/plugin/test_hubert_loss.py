@@ -23,7 +23,7 @@ def student(trainer, teacher: Path, tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.parametrize("loss", ["distillation", "hubert", "demo_distillation", "demo_hubert"])
-@pytest.mark.parametrize("run", ["student_librispeech960", "demo_student"])
+@pytest.mark.parametrize("run", ["local", "demo_student"])
 def test_every_loss_goes_with_every_run(loss: str, run: str) -> None:
     given = ["task.data=/data", "task.teacher=/t.pt", f"loss={loss}", f"run={run}"]
     config = compose_config("bitl_w2a2", given)

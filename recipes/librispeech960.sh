@@ -1,0 +1,292 @@
+#!/usr/bin/env bash
+# LibriSpeech 960 h, from the archives to low-bit models and their exports, in stages:
+#
+#   0  check and unpack LibriSpeech
+#   1  manifests
+#   2  k-means labels of MFCC
+#   3  FastConv HuBERT, iteration 1
+#   4  k-means labels of its features
+#   5  FastConv HuBERT, iteration 2: the float baseline; with --adapt, instead of stages 2 to 5,
+#      HuBERT Base adapted to the FastConv front-end by distillation
+#   6  quantization-aware training, for every precision by every schedule
+#   7  profile
+#   8  exports
+#   9  hand-over to SUPERB
+#
+#   bash recipes/librispeech960.sh --data DIR --work DIR
+#   bash recipes/librispeech960.sh --data DIR --work DIR --dry-run
+#                              shows every command and runs none
+#
+#   --data DIR                 folder with train-clean-100.tar.gz ..., or with what they unpack to
+#   --work DIR                 where everything goes (default exp/librispeech960_<size>)
+#   --stage N --stop-stage M   only these stages
+#   --precisions "NAME..."     default "bitla_w2a2 bitla_w1a1"
+#   --schedule NAME            one_step (default), w8a8_w4a4_w2a2_w1a1, w1a2_w1a1, or all: one_step and,
+#                              for every precision, the schedules that end with it
+#   --adapt SRC                a HuBERT checkpoint, Hugging Face folder or id for stage 5
+#   --run gpu1|gpu8|slurm      what trains (default gpu1); the batch stays the same
+#   --nj N                     processes for labels (default: every core)
+#   --size base|tiny           tiny rehearses all stages in minutes on two CPU cores
+#
+# Interrupted, the same command goes on where it stopped. A finished stage is not run again.
+set -euo pipefail
+# shellcheck source=recipes/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+# What is marked HuBERT is how HuBERT Base was trained: Hsu et al., arXiv 2106.07447, section IV, and
+# fairseq's configuration hubert_base_librispeech. What does not change between the stages stands in
+# config/base/pretraining.yaml. What is marked untuned is a starting point.
+
+# Stages 0 and 1: the 960 h, and what losses are watched on.
+train_subsets="train-clean-100 train-clean-360 train-other-500" # HuBERT
+valid_subsets="dev-clean dev-other"
+test_subsets="test-clean test-other"
+
+# Stages 2 and 4.
+clusters1=100   # HuBERT
+clusters2=500   # HuBERT
+layer=6         # whose output is clustered: HuBERT
+fit_seconds=345600 # of training audio for k-means in stage 4: 10 %, HuBERT
+shards=64       # of the labels, each of which is made as a whole or not at all
+
+# Stages 3 and 5: 32 times 87.5 s of audio per update, HuBERT.
+pretraining_updates1=250000 # HuBERT
+pretraining_updates2=400000 # HuBERT
+pretraining_warmup=8        # % of the updates: HuBERT
+pretraining_lr=0.0005       # HuBERT
+pretraining_least=32000     # samples of the shortest utterances that are used: HuBERT
+
+# Stage 5 with --adapt, untuned.
+adaptation_updates=100000
+adaptation_warmup=4 # % of the updates
+adaptation_lr=0.0002
+
+# Stage 6, untuned. A schedule has as many updates in all as one step.
+qat_updates=100000
+qat_warmup=4 # % of the updates of a step
+qat_lr=0.0002
+
+# Stage 8.
+formats=(safetensors hf onnx)
+
+data="" work="" stage=0 stop_stage=9 dry_run="" size=base run="" nj="" adapt=""
+precisions="bitla_w2a2 bitla_w1a1" schedule=one_step
+options "data work stage stop-stage precisions schedule adapt run nj size dry-run!" "$@"
+# What says how a stage is run, and not what it makes.
+no_settings=(run nj)
+
+# --- What was asked for ---------------------------------------------------------------------------
+
+# Enough to see every stage work. The rest is run=demo_pretraining and run=demo_student.
+tiny_settings() {
+    clusters1=20 clusters2=30 layer=2 fit_seconds=600 shards=3
+    pretraining_updates1=40 pretraining_updates2=40 pretraining_lr=0.002 pretraining_least=4000
+    adaptation_updates=40 adaptation_lr=0.001
+    qat_updates=24 qat_lr=0.001
+    tiny=(dataset.max_tokens=96000 dataset.validate_interval_updates=20
+        checkpoint.save_interval_updates=10 common.log_interval=10)
+}
+
+check_options() {
+    local name
+    one_of --size "$size" base tiny
+    [[ "$size" == base || -z "$run" ]] || die "--run $run: --size tiny runs on any machine, as it is"
+    one_of --run "${run:=gpu1}" gpu1 gpu8 slurm
+    one_of --schedule "$schedule" one_step all "${schedules[@]}"
+    whole_number --nj "${nj:=$(nproc)}" 1
+    [[ -n "$data" ]] || die "--data DIR is missing: the folder with LibriSpeech's archives; see --help"
+    [[ -d "$data" ]] || die "--data $data is not a folder"
+    for name in $precisions; do
+        [[ "$name" =~ ^[a-z]+_w[a-z0-9]+$ ]] || die "--precisions: $name is none; bitla_w2a2 is one"
+    done
+    [[ -n "${precisions// /}" ]] || die "--precisions is empty: name one or more, such as bitla_w2a2"
+}
+
+# Fills students, each PRECISION_one_step or PRECISION_by_SCHEDULE, and what these are made of.
+list_students() {
+    local precision name
+    for precision in $precisions; do
+        case "$schedule" in
+            one_step) add_student "$precision" one_step ;;
+            all)
+                add_student "$precision" one_step
+                for name in "${schedules[@]}"; do
+                    ! ends_with "$name" "$precision" || add_student "$precision" "$name"
+                done
+                ;;
+            *)
+                ends_with "$schedule" "$precision" || die "--schedule $schedule does not end with" \
+                    "$precision: leave that out of --precisions, or take --schedule all"
+                add_student "$precision" "$schedule"
+                ;;
+        esac
+    done
+}
+
+# A schedule is named by the bits of its stages.
+ends_with() { [[ "$2" == *_"${1##*_}" ]]; }
+
+add_student() {
+    local name="$1_by_$2"
+    [[ "$2" != one_step ]] || name="$1_one_step"
+    [[ -z "${precision_of[$name]:-}" ]] || die "--precisions names $1 twice"
+    students+=("$name")
+    precision_of[$name]="$1" schedule_of[$name]="$2"
+}
+
+# What only the package can tell, before anything is run.
+check_models() {
+    local precision
+    if ((stage <= 6 && stop_stage >= 6)); then
+        for precision in $precisions; do
+            fairseq-lowbit plan "$precision" "run=$(run_group student)" >/dev/null ||
+                die "--precisions: $precision is none, see above"
+        done
+    fi
+    if [[ -n "$adapt" ]] && ((stage <= 5 && stop_stage >= 5)); then
+        fairseq-lowbit profile "$adapt" >/dev/null || die "--adapt $adapt cannot be read, see above"
+    fi
+    ((stage <= 5)) || [[ -f "$baseline" ]] || die "--stage $stage needs $baseline, which stage 5 makes"
+}
+
+# A run keeps three checkpoints, each of weights and two moments, and writes a fourth before it
+# removes one. The corpus is looked after by stage 0.
+check_space() {
+    local name runs=2 each=5
+    [[ "$size" == base ]] || each=0
+    for name in "${students[@]}"; do runs=$((runs + $(steps_of "${schedule_of[$name]}"))); done
+    need_space "$work" $((runs * each + 1)) "$runs trainings and their exports"
+}
+
+# steps_of SCHEDULE: how many stages of its own a training has.
+steps_of() {
+    if [[ "$1" == one_step ]]; then echo 1; else grep -c '^ *- {precision:' "$configs/schedule/$1.yaml"; fi
+}
+
+absolute() { if [[ "$1" == /* ]]; then echo "$1"; else echo "$PWD/$1"; fi; }
+
+# --- The stages -----------------------------------------------------------------------------------
+
+unpack() { step fairseq-lowbit librispeech "$data" "$corpus" "${subsets[@]}" --unpack-only; }
+
+manifests() { step fairseq-lowbit librispeech "$data" "$corpus" "${subsets[@]}"; }
+
+# labels NAME CLUSTERS ARGUMENTS...
+labels() {
+    local name="$1" clusters="$2"
+    shift 2
+    step fairseq-lowbit labels "$corpus" --name "$name" --clusters "$clusters" "$@" \
+        --shards "$shards" --workers "$nj"
+}
+
+labels_of_mfcc() { labels "$labels1" "$clusters1"; }
+
+labels_of_features() {
+    labels "$labels2" "$clusters2" --model "$(checkpoint_in iteration1)" --layer "$layer" \
+        --fit-seconds "$fit_seconds"
+}
+
+# pretrain NAME LABELS UPDATES
+pretrain() {
+    set_length "$3" "$pretraining_warmup" "$pretraining_lr"
+    train "$1" "$stage_log" "$work/$1" --config-name hubert_fastconv \
+        "run=$(run_group pretraining)" "task.data=$corpus" "task.labels=[$2]" \
+        "task.min_sample_size=$pretraining_least" "${length[@]}"
+}
+
+adapt() {
+    set_length "$adaptation_updates" "$adaptation_warmup" "$adaptation_lr"
+    train adapted "$stage_log" "$work/adapted" --config-name fastconv_adaptation \
+        "run=$(run_group student)" "task.data=$corpus" "task.teacher=$adapt" "${length[@]}"
+}
+
+# quantize STUDENT
+quantize() {
+    local precision="${precision_of[$1]}" schedule="${schedule_of[$1]}" settings
+    set_length "$((qat_updates / $(steps_of "$schedule")))" "$qat_warmup" "$qat_lr"
+    settings=(--config-name "$precision")
+    # Of a precision without a file of its own, everything but the name is any other's.
+    [[ -f "$configs/$precision.yaml" ]] ||
+        settings=(--config-name bitla_w1a1 "model.precision.name=$precision")
+    [[ "$schedule" == one_step ]] || settings+=("schedule=$schedule")
+    train "$1" "$stage_log" "$work/$1" "${settings[@]}" "run=$(run_group student)" \
+        "task.data=$corpus" "task.teacher=$baseline" "${length[@]}"
+}
+
+# set_length UPDATES WARMUP LR: sets `length`, overrides; WARMUP in % of the updates.
+set_length() {
+    length=("optimization.max_update=$1" "lr_scheduler.warmup_updates=$(($1 * $2 / 100))"
+        "optimization.lr=[$3]" "${tiny[@]}")
+}
+
+# run_group pretraining|student
+run_group() { if [[ "$size" == tiny ]]; then echo "demo_$1"; else echo "$run"; fi; }
+
+checkpoint_in() { echo "$work/$1/checkpoints/checkpoint_last.pt"; }
+
+profile() {
+    local name checkpoints=("$baseline")
+    for name in "${students[@]}"; do checkpoints+=("$(checkpoint_in "$name")"); done
+    step fairseq-lowbit profile "${checkpoints[@]}"
+}
+
+# export_model NAME FORMAT
+export_model() {
+    local place="$work/exports/$1"
+    [[ "$2" == hf ]] || place+=".$2"
+    step fairseq-lowbit export "$(checkpoint_in "$1")" --to "$2" "$place"
+}
+
+hand_over() {
+    local name
+    step echo "recipes/superb.sh, which will measure these models, is not part of this version:"
+    for name in "$baseline_name" "${students[@]}"; do step echo "  $(checkpoint_in "$name")"; done
+}
+
+# --- Go -------------------------------------------------------------------------------------------
+
+configs="$repo/config"
+mapfile -t schedules < <(basename -s .yaml "$configs"/schedule/w*.yaml)
+declare -A precision_of=() schedule_of=()
+students=() tiny=()
+[[ "$size" != tiny ]] || tiny_settings
+check_options
+list_students
+
+data="$(absolute "$data")" work="$(absolute "${work:-$repo/exp/librispeech960_$size}")"
+[[ ! -e "$adapt" ]] || adapt="$(absolute "$adapt")"
+corpus="$work/data"
+labels1="mfcc_km$clusters1" labels2="layer${layer}_km$clusters2"
+baseline_name="${adapt:+adapted}"
+: "${baseline_name:=iteration2}"
+baseline="$(checkpoint_in "$baseline_name")"
+read -ra subsets <<<"--train $train_subsets --valid $valid_subsets --test $test_subsets"
+
+add_stage 0 unpack "check and unpack LibriSpeech" unpack
+add_stage 1 manifests "manifests" manifests
+if [[ -z "$adapt" ]]; then
+    add_stage 2 labels "$clusters1 k-means labels of MFCC" labels_of_mfcc
+    add_stage 3 iteration1 "FastConv HuBERT, iteration 1" pretrain iteration1 "$labels1" "$pretraining_updates1"
+    add_stage 4 labels "$clusters2 k-means labels of layer $layer" labels_of_features
+    add_stage 5 iteration2 "FastConv HuBERT, iteration 2" pretrain iteration2 "$labels2" "$pretraining_updates2"
+else
+    add_stage 5 adapted "$adapt with the FastConv front-end" adapt
+fi
+for name in "${students[@]}"; do add_stage 6 "$name" "quantization-aware training" quantize "$name"; done
+add_light_stage 7 profile "what the models cost" profile
+for name in "$baseline_name" "${students[@]}"; do
+    for format in "${formats[@]}"; do
+        add_light_stage 8 "${name}_$format" "export to $format" export_model "$name" "$format"
+    done
+done
+add_light_stage 9 superb "hand-over to SUPERB" hand_over
+
+check_stage_range
+if [[ -z "$dry_run" ]]; then
+    source "$repo/scripts/setup.sh"
+    # Threads that wait for each other sleep instead of taking a core.
+    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+    check_space
+    check_models
+fi
+run_stages
