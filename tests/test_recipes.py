@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
@@ -355,3 +357,39 @@ def test_librispeech_without_room(librispeech: list[str], tmp_path: Path) -> Non
     assert refused.stderr == (
         f"error: {librispeech[-1]} has 3 GB free; 4 trainings and their exports need about 21 GB\n"
     )
+
+
+@pytest.mark.full
+def test_librispeech_at_tiny_size_survives_a_kill(tmp_path: Path) -> None:
+    """From archives to exports; killed in the first pre-training, finished by the same command."""
+    pytest.importorskip("espeakng_loader")
+    archives, work = tmp_path / "archives", tmp_path / "work"
+    synthesize = ["fairseq-lowbit", "synthesize", str(archives), "--layout", "librispeech"]
+    subprocess.run([*synthesize, "--minutes", "2", "--archives"], check=True)
+    paths = ["--data", str(archives), "--work", str(work)]
+    command = ["bash", str(LIBRISPEECH), "--size", "tiny", *paths]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as recipe:
+        saved = work / "iteration1" / "checkpoints" / "checkpoint_last.pt"
+        while not saved.is_file():
+            assert recipe.poll() is None, "ended before it could be killed"
+            time.sleep(0.1)
+        os.killpg(recipe.pid, signal.SIGKILL)
+    stamps = work / "stamps"
+    finished = {path: path.stat().st_mtime_ns for path in stamps.glob("*.done")}
+    assert {path.stem for path in finished} == {"0_unpack", "1_manifests", "2_labels"}
+    assert (stamps / "3_iteration1.begun").is_file()
+
+    resumed = run(command)
+    assert resumed.returncode == 0, resumed.stdout[-3000:] + resumed.stderr
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    first_update = re.search(r"iteration1: update (\d+)", resumed.stdout)
+    assert int(first_update[1]) > 10, "the pre-training was begun anew"
+    for name in ("iteration2", "bitla_w2a2_one_step", "bitla_w1a1_one_step"):
+        assert f"{work / name}/checkpoints/checkpoint_last.pt" in resumed.stdout  # the profile
+        assert (work / "exports" / f"{name}.safetensors").is_file()
+        assert (work / "exports" / name / "config.json").is_file()
+        assert (work / "exports" / f"{name}.onnx").is_file()
+
+    again = run(command)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("finished before") == len(list(stamps.glob("*.done"))) == 18
