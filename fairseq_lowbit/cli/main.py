@@ -24,8 +24,10 @@ COMMANDS = (
     ("librispeech", "check and unpack LibriSpeech and write its manifests"),
     ("prepare", "write fairseq's manifests for a folder of audio"),
     ("labels", "make the k-means labels that HuBERT is trained on"),
+    ("import-teacher", "read a model of fairseq or Hugging Face"),
     ("ptq", "quantize a checkpoint by calibration, without training"),
     ("evaluate", "measure a checkpoint"),
+    ("export", "write a model for use elsewhere"),
     ("sweep-table", "collect runs into one table"),
     ("report", "one page from runs, checkpoints and tables"),
 )

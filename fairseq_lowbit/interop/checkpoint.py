@@ -14,7 +14,7 @@ import torch
 from numpy._core.multiarray import scalar
 
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.files import atomic_write
+from fairseq_lowbit.files import atomic_write, check_writable
 from fairseq_lowbit.interop import own_file
 from fairseq_lowbit.models import Architecture, Hubert, LoadedModel
 
@@ -197,6 +197,21 @@ def write_model(path: str | Path, model: Hubert, source: LoadedModel, data: Path
         return
     with atomic_write(path, "wb") as file:
         torch.save(state, file)
+
+
+def obstacle(model: Hubert) -> str:
+    """Why ``model`` cannot be this package's own file: any model can."""
+    return ""
+
+
+def export(loaded: LoadedModel, out: Path) -> None:
+    """Writes ``loaded`` as this package's own file, which needs neither fairseq nor the teacher.
+
+    Raises:
+        LowbitError: ``out`` cannot be written.
+    """
+    check_writable(out)
+    own_file.write(out, as_checkpoint(loaded), loaded.model.plan)
 
 
 def _what_is_wrong(error: Exception) -> str:

@@ -60,11 +60,13 @@ def read(state: dict[str, Any], path: str | Path) -> Source:
         raise LowbitError(
             f"checkpoint {path} holds a {name}, not a HuBERT, wav2vec 2.0 or WavLM of fairseq"
         )
-    if name not in _OWN:
+    # What was converted from a checkpoint of this package may have lost its name.
+    is_own = name in _OWN or "precision" in config
+    if not is_own:
         found = translate(weights, _KEYS, f"checkpoint {path}")
         weights, left_out = found.weights, (*left_out, *found.left_out)
         config = {**_DEFAULTS, **config}
-    precision = config.get("precision") if name in _OWN else None
+    precision = config.get("precision") if is_own else None
     return Source(
         Architecture.from_mapping(config),
         weights,

@@ -23,7 +23,7 @@ def open_model(source: str | Path) -> LoadedModel:
     """
     found = read_source(source)
     model = found.build()
-    found.fill(model, source)
+    model.load_state_dict(found.fitting_weights(model, source))
     return LoadedModel(
         model.eval(),
         str(source),
@@ -44,7 +44,8 @@ def open_without_weights(source: str | Path) -> Hubert:
     found = read_source(source, with_weights=False)
     with WithoutWeights():
         model = found.build()
-        return model
+    found.fitting_weights(model, source)
+    return model
 
 
 def read_source(source: str | Path, with_weights: bool = True) -> Source:

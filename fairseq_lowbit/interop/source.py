@@ -42,8 +42,8 @@ class Source:
     def has_final_projection(self) -> bool:
         return "final_proj.weight" in self.weights
 
-    def fill(self, model: Hubert, name: object) -> None:
-        """Puts the weights into a model that :meth:`build` made.
+    def fitting_weights(self, model: Hubert, name: object) -> StateDict:
+        """The weights for a model that :meth:`build` made, complete.
 
         Args:
             name: of the source, for messages.
@@ -60,7 +60,7 @@ class Source:
                 f"checkpoint {name} holds weights of another shape than its own configuration: "
                 f"{differing}"
             )
-        model.load_state_dict(weights)
+        return weights
 
 
 class Move(NamedTuple):

@@ -49,7 +49,7 @@ def test_beside_a_teacher_or_alone(
     subjects = subjects_of(*folders)
     *shown, deaf = dissect_all(subjects, lambda subject: seen.append(subject.name))
     assert seen == ["a", "b", "c", "d"]
-    assert teachers == [tmp_path / "teacher.pt", None, None]
+    assert teachers == [str(tmp_path / "teacher.pt"), None, None]
     assert [one.drawings for one in shown] == [["a"], ["b"], ["c"]]
     assert f"beside its teacher {tmp_path}/teacher.pt" in shown[0].note
     assert f"without a teacher: checkpoint {tmp_path}/gone.pt does not exist" in shown[1].note

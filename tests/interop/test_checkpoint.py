@@ -181,10 +181,9 @@ def test_weights_of_another_shape_name_the_first_tensors(tmp_path: Path) -> None
 
 
 def test_other_models_are_told_by_their_name(tmp_path: Path) -> None:
-    for name in ("transformer_lm", "hubert_ctc"):
-        state = {"cfg": {"model": {"_name": name, "activation_fn": "relu"}}, "model": {}}
-        with pytest.raises(LowbitError, match=f"c.pt holds a {name}, not a HuBERT"):
-            open_model(save(tmp_path / "c.pt", state))
+    state = {"cfg": {"model": {"_name": "transformer_lm", "activation_fn": "relu"}}, "model": {}}
+    with pytest.raises(LowbitError, match="c.pt holds a transformer_lm, not a HuBERT"):
+        open_model(save(tmp_path / "c.pt", state))
 
 
 def test_a_folder_is_not_a_missing_file(tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""The formats that a model is written in for use elsewhere."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol
+
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.models import Hubert, LoadedModel
+
+
+class Exporter(Protocol):
+    """What the module of a format has."""
+
+    def obstacle(self, model: Hubert) -> str:
+        """Why ``model`` cannot be written so; empty when it can."""
+
+    def export(self, loaded: LoadedModel, out: Path) -> None:
+        """Writes ``loaded`` to ``out``, at once or not at all."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of export.
+
+    Attributes:
+        what: it holds, on one line.
+        module: of this folder, an :class:`Exporter`, loaded when the format is asked for.
+        ending: of the file's name; empty for a folder.
+    """
+
+    what: str
+    module: str
+    ending: str
+
+    def obstacle(self, model: Hubert) -> str:
+        """Why ``model`` cannot be written in this format; empty when it can."""
+        return self._exporter().obstacle(model)
+
+    def export(self, loaded: LoadedModel, out: Path) -> None:
+        """Writes ``loaded`` to ``out``, at once or not at all.
+
+        Raises:
+            LowbitError: the model has no form in this format, a package is missing, or ``out``
+                cannot be written.
+        """
+        if self.ending and out.suffix != self.ending:
+            raise LowbitError(f"{out}: give a file name that ends in {self.ending}")
+        reason = self.obstacle(loaded.model)
+        if reason:
+            raise LowbitError(f"{loaded.source} cannot be written as {self.what}: {reason}")
+        self._exporter().export(loaded, out)
+
+    def _exporter(self) -> "Exporter":
+        return import_module(f"fairseq_lowbit.interop.{self.module}")
+
+
+FORMATS = {
+    "safetensors": Format(
+        "one file of this package, with configuration, weights and plan",
+        "checkpoint",
+        ".safetensors",
+    ),
+    "hf": Format(
+        "a Hugging Face folder, with the weights as they are decoded and float activations",
+        "huggingface_writer",
+        "",
+    ),
+    "onnx": Format("an ONNX graph, checked against ONNX Runtime", "onnx", ".onnx"),
+}
