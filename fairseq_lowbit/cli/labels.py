@@ -95,10 +95,11 @@ def _features(args: argparse.Namespace) -> FrameFeatures:
         raise LowbitError("--model and --layer belong together: give both, or none for MFCC")
     if args.model is None:
         return Mfcc()
-    # Loads torch, which MFCC do without.
+    # They load torch, which MFCC do without.
     from fairseq_lowbit.evaluation.layer_features import LayerFeatures
+    from fairseq_lowbit.interop import open_model
 
-    return LayerFeatures(args.model, args.layer)
+    return LayerFeatures(args.model, args.layer, open_model)
 
 
 def _describe(args: argparse.Namespace) -> str:

@@ -97,19 +97,24 @@ def check_labels(
             f"{len(manifest)} files; make the labels again"
         )
     seconds = manifest.sizes / sample_rate
-    wrong = (labels.counts > 0) & (abs(labels.counts / label_rate - seconds) > _TOLERANCE)
+    wrong = _wrong_lines(labels.counts, seconds, label_rate)
     if not wrong.any():
         return
     line = int(wrong.argmax())
-    found = labels.counts.sum() / seconds[labels.counts > 0].sum()
-    # Labels of other files are about right in all, those of another rate are not.
-    is_other_rate = abs(found / label_rate - 1) > _TOLERANCE
-    remedy = f"set task.label_rate to {found:.0f}, or " if is_other_rate else ""
+    # A rate shows best in the longest recording: labels are missing at its ends only.
+    longest = int(np.where(labels.counts > 0, seconds, 0).argmax())
+    rate = max(1, round(labels.counts[longest] / seconds[longest]))
+    is_other_rate = not _wrong_lines(labels.counts, seconds, rate).any()
+    remedy = f"set task.label_rate to {rate}, or " if is_other_rate else ""
     raise LowbitError(
         f"{labels.path} line {line + 1} has {labels.counts[line]} labels for {seconds[line]:.2f} s "
         f"of audio ({manifest.names[line]}), not {label_rate:g} a second: {remedy}make the labels "
         f"of {manifest.path} again"
     )
+
+
+def _wrong_lines(counts: np.ndarray, seconds: np.ndarray, rate: float) -> np.ndarray:
+    return (counts > 0) & (abs(counts / rate - seconds) > _TOLERANCE)
 
 
 def count_classes(dictionary: dict[str, int]) -> int:

@@ -2,6 +2,7 @@
 iteration."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from fairseq_lowbit.data.audio import SAMPLE_RATE
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.models import Hubert, LoadedModel, load_model
+from fairseq_lowbit.models import Hubert, LoadedModel
 from fairseq_lowbit.models.extractor import receptive_field
 
 # Longer recordings are cut, so that attention does not take all memory.
@@ -28,7 +29,8 @@ class LayerFeatures:
     the GPU where there is one.
 
     Args:
-        model: source of the model, for example a checkpoint.
+        source: where the model is, for example a checkpoint.
+        open_model: loads it; a function that another process can import.
         layer: 1 for the output of the first layer; 0 for the input of it.
 
     Raises:
@@ -36,8 +38,9 @@ class LayerFeatures:
             model whose frames are no whole number per second.
     """
 
-    model: str
+    source: str
     layer: int
+    open_model: Callable[[str], LoadedModel]
     standardize: bool = False
     is_threaded: bool = False
 
@@ -55,17 +58,17 @@ class LayerFeatures:
 
     def digest(self) -> str:
         self._loaded()
-        return f"{_weights_digest(self.model)} layer {self.layer}"
+        return f"{_weights_digest(self.source, self.open_model)} layer {self.layer}"
 
     def limit_threads(self, threads: int) -> None:
         torch.set_num_threads(threads)
 
     def _loaded(self) -> LoadedModel:
-        loaded = _load(self.model)
+        loaded = _load(self.source, self.open_model)
         layers = len(loaded.model.layers)
         if not 0 <= self.layer <= layers:
             raise LowbitError(
-                f"--layer {self.layer}: {self.model} has layers 1 to {layers}, and 0 is the input "
+                f"--layer {self.layer}: {self.source} has layers 1 to {layers}, and 0 is the input "
                 "of the first"
             )
         return loaded
@@ -98,9 +101,10 @@ def layer_output(
     piece = max(1, int(longest_seconds * SAMPLE_RATE) // hop)
     outputs = [waveform.new_empty(0, model.features)]
     for first in range(0, frames, piece):
-        last = min(first + piece, frames) - 1
-        cut = waveform[first * hop : last * hop + field]
-        outputs.append(_layer_of_piece(model, cut, layer))
+        last = first + piece - 1
+        # The last piece keeps what is less than a frame: group norm sees it too.
+        end = len(waveform) if last + 1 >= frames else last * hop + field
+        outputs.append(_layer_of_piece(model, waveform[first * hop : end], layer))
     return torch.cat(outputs)
 
 
@@ -113,15 +117,15 @@ def _layer_of_piece(model: Hubert, waveform: Tensor, layer: int) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _load(source: str) -> LoadedModel:
-    loaded = load_model(source)
+def _load(source: str, open_model: Callable[[str], LoadedModel]) -> LoadedModel:
+    loaded = open_model(source)
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     return loaded
 
 
 @lru_cache(maxsize=1)
-def _weights_digest(source: str) -> str:
-    loaded = _load(source)
+def _weights_digest(source: str, open_model: Callable[[str], LoadedModel]) -> str:
+    loaded = _load(source, open_model)
     digest = hashlib.sha256(str((loaded.model.shape, loaded.normalize)).encode())
     for name, tensor in loaded.model.state_dict().items():
         digest.update(name.encode())

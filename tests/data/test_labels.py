@@ -343,6 +343,7 @@ class Killed:
         Killed.worker = True
 
 
+@pytest.mark.full
 def test_a_killed_worker(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Where a worker process finds the class above.
     monkeypatch.setattr(Killed, "__module__", "test_labels")
