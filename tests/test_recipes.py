@@ -156,6 +156,22 @@ def test_a_finished_stage_of_other_settings_is_refused(staged: list[str]) -> Non
     assert "hello moon" in light.stdout
 
 
+def test_a_finished_stage_is_refused_when_one_before_it_runs_again(staged: list[str]) -> None:
+    run(staged)
+    stamp = Path(staged[-1], "stamps", "0_greet.done")
+    stamp.unlink()
+    refused = run(staged)
+    assert refused.returncode == 2
+    assert "stage 1 nap was finished before stage 0 greet: take another --work" in refused.stderr
+    assert not stamp.exists()
+    # Also when that has run meanwhile; a light stage runs again.
+    assert run(staged, "--stop-stage", "0").returncode == 0
+    assert run(staged).returncode == 2
+    light = run(staged, "--stage", "2")
+    assert light.returncode == 0
+    assert "hello world" in light.stdout
+
+
 def test_a_stage_that_fails_names_its_log(staged: list[str]) -> None:
     failed = run(staged, "--wait", "long")
     assert failed.returncode == 2
@@ -313,6 +329,7 @@ def test_librispeech_with_a_hubert_that_is_there(librispeech: list[str], tmp_pat
         (["--stage", "5", "--stop-stage", "4"], "--stage 5 lies behind --stop-stage 4"),
         (["--stop-stage", "10"], "--stop-stage 10: the last stage is 9"),
         (["--precisions", " "], "--precisions is empty"),
+        (["--valid", ""], "--valid is empty"),
         (["--precisions", "w2a2"], "--precisions: w2a2 is none"),
         (["--precisions", "bitla_w2a2 bitla_w2a2"], "--precisions names bitla_w2a2 twice"),
         (["--schedule", "slow"], "--schedule slow: choose one of one_step all w1a2_w1a1 "),
@@ -392,4 +409,4 @@ def test_librispeech_at_tiny_size_survives_a_kill(tmp_path: Path) -> None:
 
     again = run(command)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("finished before") == len(list(stamps.glob("*.done"))) == 18
+    assert again.stdout.count("finished before") == len(list(stamps.glob("*.done"))) == 19
