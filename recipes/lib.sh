@@ -10,9 +10,9 @@ export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::UserWarning,ignore::FutureWarni
 log() { printf '[%(%H:%M:%S)T] %s\n' -1 "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
-# options "NAME..." ARGUMENTS...: --NAME VALUE sets the variable NAME, in which - becomes _. A NAME! in
-# the list is a switch: without a value, it sets its variable to yes. --help prints the comment at the
-# head of the recipe.
+# options "NAME..." ARGUMENTS...: --NAME VALUE sets the variable NAME, in which - becomes _. A NAME!
+# in the list is a switch: without a value, it sets its variable to yes. --help prints the comment
+# at the head of the recipe.
 options() {
     local known=" $1 " name variable
     shift
@@ -51,7 +51,8 @@ whole_number() {
     fi
 }
 
-# need_space FOLDER GIGABYTES WHAT: refuses a disk that will not hold WHAT. FOLDER may be made later.
+# need_space FOLDER GIGABYTES WHAT: refuses a disk that will not hold WHAT. FOLDER may not be there
+# yet.
 need_space() {
     local folder="$1" free
     while [[ ! -d "$folder" ]]; do folder="$(dirname "$folder")"; done
@@ -202,7 +203,8 @@ check_stage_range() {
 lock_work() {
     command -v flock >/dev/null || return 0
     exec {lock_file}>"$work/stamps/lock"
-    flock -n "$lock_file" || die "$work is in use by another start of a recipe, or by what it left running"
+    flock -n "$lock_file" ||
+        die "$work is in use by another start of a recipe, or by what it left running"
 }
 
 show_stage() {
@@ -227,7 +229,8 @@ check_stamps() {
     stamp="$work/stamps/$id"
     if [[ -f "$stamp.done" && -z "${is_light[$id]:-}" ]]; then
         problem="$(outdated_by "$1")"
-        [[ -z "$problem" ]] || die "stage ${id/_/ } was finished before $problem: $(way_out "$stamp")"
+        [[ -z "$problem" ]] ||
+            die "stage ${id/_/ } was finished before $problem: $(way_out "$stamp")"
         problem="$(changed_settings "$stamp.done" "$1")"
         [[ -z "$problem" ]] ||
             die "stage ${id/_/ } was finished with other settings ($problem): $(way_out "$stamp")"
@@ -270,7 +273,7 @@ run_stage() {
     local id="${stage_ids[$1]}" begin="$SECONDS" stamp
     stamp="$work/stamps/$id"
     stage_log="$work/logs/$id.log"
-    if [[ -f "$stamp.done" && -z "$(outdated_by "$1")$(changed_settings "$stamp.done" "$1")" ]]; then
+    if is_finished "$1"; then
         log "stage ${id/_/ }: finished before"
         return
     fi
@@ -280,6 +283,11 @@ run_stage() {
     ${stage_commands[$1]}
     mv "$stamp.begun" "$stamp.done"
     log "stage ${id/_/ }: took $(duration $((SECONDS - begin)))$(next_stage "$1")"
+}
+
+is_finished() {
+    local stamp="$work/stamps/${stage_ids[$1]}.done"
+    [[ -f "$stamp" && -z "$(changed_settings "$stamp" "$1")" && -z "$(outdated_by "$1")" ]]
 }
 
 next_stage() {

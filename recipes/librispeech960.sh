@@ -23,8 +23,8 @@
 #                              parts of LibriSpeech, for example --train train-clean-100
 #   --stage N --stop-stage M   only these stages
 #   --precisions "NAME..."     default "bitla_w2a2 bitla_w1a1"
-#   --schedule NAME            one_step (default), w8a8_w4a4_w2a2_w1a1, w1a2_w1a1, or all: one_step and,
-#                              for every precision, the schedules that end with it
+#   --schedule NAME            one_step (default), w8a8_w4a4_w2a2_w1a1, w1a2_w1a1, or all: one_step
+#                              and, for every precision, the schedules that end with it
 #   --adapt SRC                a HuBERT checkpoint, Hugging Face folder or id for stage 5
 #   --run gpu1|gpu8|slurm      what trains (default gpu1); the batch stays the same
 #   --nj N                     processes for labels (default: every core)
@@ -35,9 +35,9 @@ set -euo pipefail
 # shellcheck source=recipes/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-# What is marked HuBERT is how HuBERT Base was trained: Hsu et al., arXiv 2106.07447, section IV, and
-# fairseq's configuration hubert_base_librispeech. What does not change between the stages stands in
-# config/base/pretraining.yaml. What is marked untuned is a starting point.
+# What is marked HuBERT is how HuBERT Base was trained: Hsu et al., arXiv 2106.07447, section IV,
+# and fairseq's configuration hubert_base_librispeech. What does not change between the stages
+# stands in config/base. What is marked untuned is a starting point.
 
 # Stages 0 and 1. Losses are watched on valid; test is for reports.
 train="train-clean-100 train-clean-360 train-other-500" # HuBERT
@@ -73,8 +73,8 @@ formats=(safetensors hf onnx)
 
 data="" work="" stage=0 stop_stage=9 dry_run="" size=base run="" nj="" adapt=""
 precisions="bitla_w2a2 bitla_w1a1" schedule=one_step
-options "data work train valid test stage stop-stage precisions schedule adapt run nj size dry-run!" \
-    "$@"
+known="data work train valid test precisions schedule adapt run nj size"
+options "$known stage stop-stage dry-run!" "$@"
 # What says how a stage is run, and not what it makes.
 no_settings=(run nj)
 
@@ -93,17 +93,17 @@ tiny_settings() {
 check_options() {
     local name
     one_of --size "$size" base tiny
-    [[ "$size" == base || -z "$run" ]] || die "--run $run: --size tiny runs on any machine, as it is"
+    [[ "$size" == base || -z "$run" ]] || die "--run $run: --size tiny runs on any machine as it is"
     one_of --run "${run:=gpu1}" gpu1 gpu8 slurm
     one_of --schedule "$schedule" one_step all "${schedules[@]}"
     whole_number --nj "${nj:=$(nproc)}" 1
-    [[ -n "$data" ]] || die "--data DIR is missing: the folder with LibriSpeech's archives; see --help"
+    [[ -n "$data" ]] || die "--data DIR is missing: the folder with LibriSpeech's archives"
     [[ -d "$data" ]] || die "--data $data is not a folder"
     for name in $precisions; do
         [[ "$name" =~ ^[a-z]+_w[a-z0-9]+$ ]] || die "--precisions: $name is none; bitla_w2a2 is one"
     done
-    [[ -n "${precisions// /}" ]] || die "--precisions is empty: name one or more, such as bitla_w2a2"
-    [[ -n "${valid// /}" ]] || die "--valid is empty: training is watched on it, for example dev-clean"
+    [[ -n "${precisions// /}" ]] || die "--precisions is empty: name some, such as bitla_w2a2"
+    [[ -n "${valid// /}" ]] || die "--valid is empty: name what training is watched on"
 }
 
 # Fills students, each PRECISION_one_step or PRECISION_by_SCHEDULE, and what these are made of.
@@ -150,7 +150,8 @@ check_models() {
     if [[ -n "$adapt" ]] && ((stage <= 5 && stop_stage >= 5)); then
         fairseq-lowbit profile "$adapt" >/dev/null || die "--adapt $adapt cannot be read, see above"
     fi
-    ((stage <= 5)) || [[ -f "$teacher" ]] || die "--stage $stage needs $teacher, which stage 5 makes"
+    ((stage <= 5)) || [[ -f "$teacher" ]] ||
+        die "--stage $stage needs $teacher, which stage 5 makes"
 }
 
 # A run keeps three checkpoints, each of weights and two moments, and writes a fourth before it
