@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 import numpy as np
@@ -14,11 +14,15 @@ import numpy as np
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import atomic_write
 
+if TYPE_CHECKING:
+    from sklearn.cluster import MiniBatchKMeans
+
 # A dimension that hardly varies would otherwise be blown up to the weight of the others.
 _LEAST_DEVIATION = 1e-5
 _BATCH_FRAMES = 10_000
 # Features in memory at a time. What fits is clustered in several passes, and more in one.
 _BLOCK_BYTES = 512 * 2**20
+_NO_FRAMES = np.empty((0, 0), dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -82,33 +86,40 @@ def fit_clusters(
         LowbitError: fewer frames than clusters.
     """
     blocks = _blocks(features)
-    first = next(blocks, np.empty((0, 0), np.float32))
-    frames = len(first)
+    block = next(blocks, _NO_FRAMES)
+    frames = len(block)
     if frames < clusters:
         raise LowbitError(
             f"{frames} frames of audio are too few for {clusters} clusters: give more audio "
             "(--fit-seconds) or fewer --clusters"
         )
-    mean, deviation = _statistics(first, standardize)
+    mean, deviation = _statistics(block, standardize)
     kmeans = _kmeans(clusters, seed)
-    second = next(blocks, None)
-    if second is None:
-        kmeans.fit(_standardized(first, mean, deviation))
+    if block.nbytes < _BLOCK_BYTES:  # all there is
+        _standardize(block, mean, deviation)
+        kmeans.fit(block)
     else:
-        random = np.random.default_rng(seed)
-        batch_frames = max(_BATCH_FRAMES, clusters)  # the first one has to hold all centres
         frames = 0
-        for block in chain((first, second), blocks):
+        random = np.random.default_rng(seed)
+        while len(block):
+            _standardize(block, mean, deviation)
+            _partial_fit(kmeans, block, random)
             frames += len(block)
-            # Neighbouring frames are alike, so a batch is drawn from the whole block.
-            points = _standardized(block, mean, deviation)[random.permutation(len(block))]
-            for batch in np.array_split(points, max(1, len(points) // batch_frames)):
-                kmeans.partial_fit(batch)
+            block = next(blocks, _NO_FRAMES)
     centers = kmeans.cluster_centers_.astype(np.float32)
     return Clusters(centers, mean.astype(np.float32), deviation.astype(np.float32), frames=frames)
 
 
-def _kmeans(clusters: int, seed: int):
+def _partial_fit(kmeans: MiniBatchKMeans, block: np.ndarray, random: np.random.Generator) -> None:
+    # Neighbouring frames are alike, so a batch is drawn from the whole block.
+    order = random.permutation(len(block))
+    # The first batch has to hold all centres.
+    batches = len(order) // max(_BATCH_FRAMES, kmeans.n_clusters)
+    for chosen in np.array_split(order, max(1, batches)):
+        kmeans.partial_fit(block[chosen])
+
+
+def _kmeans(clusters: int, seed: int) -> MiniBatchKMeans:
     from sklearn.cluster import MiniBatchKMeans  # slow to import, and only needed here
 
     return MiniBatchKMeans(
@@ -129,8 +140,9 @@ def _blocks(features: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         gathered.append(frames)
         size += frames.nbytes
         if size >= _BLOCK_BYTES:
-            yield np.concatenate(gathered)
-            gathered, size = [], 0
+            block = np.concatenate(gathered)
+            gathered, size = [], 0  # before the block is used: there is no room for both
+            yield block
     if gathered:
         yield np.concatenate(gathered)
 
@@ -145,5 +157,9 @@ def _statistics(features: np.ndarray, standardize: bool) -> tuple[np.ndarray, np
     return mean, deviation
 
 
-def _standardized(features: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
-    return ((features - mean) / deviation).astype(np.float32)
+def _standardize(features: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> None:
+    """In place, and in pieces: the statistics have double precision, features of a block do not
+    fit into memory so."""
+    for start in range(0, len(features), _BATCH_FRAMES):
+        piece = features[start : start + _BATCH_FRAMES]
+        piece[...] = (piece - mean) / deviation
