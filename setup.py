@@ -43,12 +43,17 @@ SWEEP = ["hydra-joblib-launcher", "hydra-optuna-sweeper>=1.3", "hydra-submitit-l
 # Models of transformers that fairseq_lowbit.quantize() knows.
 HF = ["transformers>=5"]
 
+# s3prl, whose tasks a model of ours is judged on. It requires torchaudio, which set-up leaves out
+# as it does that of fairseq: docs/superb.md.
+SUPERB = ["s3prl>=0.4.18,<0.5"]
+
 EXTRAS_REQUIRE = {
     # An offline speech synthesizer for the demo corpus. eSpeak NG is under the GPLv3.
     "demo": ["espeakng-loader"],
     "hf": HF,
+    "superb": SUPERB,
     "sweep": SWEEP,
-    "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff", *HF, *SWEEP],
+    "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff", *HF, *SUPERB, *SWEEP],
 }
 
 setup(

@@ -84,28 +84,32 @@ for line in open("constraints.txt"):
 PY
 }
 
-# What fairseq-fixed and this package with its extras demo and dev require, except
+# What fairseq-fixed, s3prl and this package with its extras demo and dev require, except
 #   fairseq-fixed   is there by now, perhaps under another distribution's name,
-#   torchaudio      fairseq works without it, and the build of pip's default index needs CUDA:
+#   s3prl           is there by now, perhaps from its repository,
+#   torchaudio      both work without it, and the build of pip's default index needs CUDA:
 #                   beside a CPU torch it breaks `from transformers import HubertModel`.
 write_requirements() {
     python -P - <<'PY'
 from importlib.metadata import PackageNotFoundError, requires
+
+left_out = ("fairseq-fixed", "s3prl", "torchaudio")
 
 
 def print_requirements(distribution, extras):
     for requirement in requires(distribution):
         spec, _, marker = requirement.partition(";")
         wanted = "extra ==" not in marker or any(f'"{extra}"' in marker for extra in extras)
-        if wanted and not spec.startswith(("fairseq-fixed", "torchaudio")):
+        if wanted and not spec.startswith(left_out):
             print(spec if "extra ==" in marker else requirement)
 
 
 print_requirements("fairseq-lowbit", ("demo", "dev"))
-try:
-    print_requirements("fairseq-fixed", ())
-except PackageNotFoundError:  # a fairseq of another distribution: installed with what it needs
-    pass
+for distribution in ("fairseq-fixed", "s3prl"):
+    try:
+        print_requirements(distribution, ())
+    except PackageNotFoundError:  # one of another distribution: installed with what it needs
+        pass
 PY
 }
 
@@ -159,13 +163,17 @@ install_everything() {
             "python3-dev)"
     fi
 
+    if ! has_module s3prl; then
+        "${pip[@]}" --no-build-isolation --no-deps s3prl
+    fi
+
     say "installing fairseq-lowbit (editable) and what it needs"
     "${pip[@]}" --no-build-isolation --no-deps --editable .
     write_requirements >"$scratch/requirements.txt"
     # pip's own warning would name what is left out on purpose; what else does not fit, shows here.
     "${pip[@]}" --no-warn-conflicts -r "$scratch/requirements.txt"
     remove_torchaudio_of_earlier_setup
-    local intended="fairseq-lowbit .* requires fairseq-fixed|fairseq-fixed .* requires torchaudio"
+    local intended="fairseq-lowbit .* requires fairseq-fixed|.* requires torchaudio"
     python -m pip check | grep -Ev "^($intended|No broken requirements)" >&2 || true
 }
 

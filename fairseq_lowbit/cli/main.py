@@ -1,7 +1,8 @@
 """Entry point of ``fairseq-lowbit``.
 
 A subcommand is a module of this folder with ``HELP``, ``add_arguments(parser)`` and
-``run(args) -> int``, and a line in ``COMMANDS``.
+``run(args) -> int``, and a line in ``COMMANDS``. One with ``PASSES_ON = True`` gets what its parser
+does not know as ``args.others``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ COMMANDS = (
     ("ptq", "quantize a checkpoint by calibration, without training"),
     ("evaluate", "measure a checkpoint"),
     ("export", "write a model for use elsewhere"),
+    ("s3prl", "run s3prl's downstream tasks on a model"),
     ("sweep-table", "collect runs into one table"),
     ("report", "one page from runs, checkpoints and tables"),
 )
@@ -48,7 +50,8 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
             module = import_module(f"fairseq_lowbit.cli.{name.replace('-', '_')}")
             subparser.description = module.HELP
             module.add_arguments(subparser)
-            subparser.set_defaults(run=module.run)
+            passes_on = getattr(module, "PASSES_ON", False)
+            subparser.set_defaults(run=module.run, passes_on=passes_on)
     return parser
 
 
@@ -56,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns the exit status (2 for a user's mistake)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in arguments if not word.startswith("-")), None)
-    args = build_parser(chosen).parse_args(arguments)
+    parser = build_parser(chosen)
+    args, args.others = parser.parse_known_args(arguments)
+    if args.others and not args.passes_on:
+        parser.error(f"unrecognized arguments: {' '.join(args.others)}")
     try:
         return args.run(args)
     except LowbitError as error:

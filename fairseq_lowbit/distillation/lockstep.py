@@ -13,12 +13,13 @@ from fairseq_lowbit.nn.attention import AttentionMap
 
 
 class DistillationTerms(NamedTuple):
-    """The three terms, each () fp32: mean over valid frames, and over layers for the last two,
-    which are None when they were not asked for."""
+    """The terms, each () fp32: mean over valid frames, and over layers for ``layers`` and
+    ``attention``; None when they were not asked for."""
 
     final: Tensor
     layers: Tensor | None
     attention: Tensor | None
+    front_end: Tensor | None = None
 
 
 def distill(
@@ -30,6 +31,7 @@ def distill(
     attention: AttentionMap | None = "probabilities",
     layers: bool = True,
     shared_front_end: bool = False,
+    front_end: bool = False,
 ) -> tuple[DistillationTerms, Tensor]:
     """Runs both models over one batch and compares them.
 
@@ -42,6 +44,7 @@ def distill(
             computes its maps, and attention is fused where its probabilities are not quantized.
         layers: compare the outputs of the layers.
         shared_front_end: compute it once for both; see :func:`same_front_end`.
+        front_end: compare the inputs of the first layer.
 
     Returns:
         the terms, and the number of valid frames. The final term costs next to nothing and is
@@ -55,6 +58,7 @@ def distill(
     with torch.no_grad():
         target = teacher.begin(teacher_frames, mask)
     x = student.begin(frames, mask)
+    front_end_term = feature_error(x, target, valid) if front_end else None
     layer_terms, attention_terms = [], []
     for teacher_layer, layer in zip(teacher.layers, student.layers, strict=True):
         with torch.no_grad():
@@ -69,7 +73,7 @@ def distill(
     with torch.no_grad():
         target = teacher.project_final(target)
     final = feature_error(student.project_final(x), target, valid)
-    terms = DistillationTerms(final, _mean(layer_terms), _mean(attention_terms))
+    terms = DistillationTerms(final, _mean(layer_terms), _mean(attention_terms), front_end_term)
     return terms, frames.valid().sum()
 
 
@@ -86,4 +90,6 @@ def same_front_end(teacher: LayeredEncoder, student: LayeredEncoder) -> bool:
     if any(is_quantized(front_end) for front_end in front_ends):
         return False
     weights, own = (front_end.state_dict() for front_end in front_ends)
-    return all(torch.equal(tensor, own[name]) for name, tensor in weights.items())
+    return weights.keys() == own.keys() and all(
+        torch.equal(tensor, own[name]) for name, tensor in weights.items()
+    )

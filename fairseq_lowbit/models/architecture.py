@@ -11,6 +11,8 @@ FASTCONV = (
     "[(64,10,5)] + [(128,3,2),(128,1,1)]*2 + [(256,3,2),(256,1,1)]*2 + [(512,2,2),(512,1,1)]*2"
 )
 
+PADDING = ("valid", "fairseq", "fairseq_hubert")
+
 # Options of fairseq's HubertConfig that change the model, and their one supported value.
 _NOT_BUILT = {
     "activation_fn": "gelu",
@@ -18,7 +20,6 @@ _NOT_BUILT = {
     "conv_pos_batch_norm": False,
     "pos_conv_depth": 1,
     "target_glu": False,
-    "untie_final_proj": False,
 }
 
 
@@ -55,7 +56,9 @@ class Architecture:
     mask_length: int = _option(10, "frames per mask")
     logit_temp: float = _option(0.1, "temperature of the label logits")
     padding: str = _option(
-        "valid", "valid: no statistic sees padding; fairseq: group norm over padding as well"
+        "valid",
+        "valid: no statistic sees padding; fairseq: group norm over padding as well, as in wav2vec "
+        "2.0 and Hugging Face; fairseq_hubert: and padded frames are those of fairseq's HuBERT",
     )
 
     def check(self) -> None:
@@ -65,8 +68,8 @@ class Architecture:
             raise LowbitError(
                 f"model.extractor_mode {self.extractor_mode!r}; allowed are default, layer_norm"
             )
-        if self.padding not in ("valid", "fairseq"):
-            raise LowbitError(f"model.padding {self.padding!r}; allowed are valid, fairseq")
+        if self.padding not in PADDING:
+            raise LowbitError(f"model.padding {self.padding!r}; allowed are {', '.join(PADDING)}")
         for divisor in ("encoder_attention_heads", "conv_pos_groups"):
             if self.encoder_embed_dim % getattr(self, divisor):
                 raise LowbitError(

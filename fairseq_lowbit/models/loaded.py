@@ -36,19 +36,26 @@ class LoadedModel:
     left_out: tuple[str, ...] = ()
 
 
-def start_from(model: Hubert, source: LoadedModel, role: str = "init_from") -> None:
+def start_from(
+    model: Hubert, source: LoadedModel, role: str = "init_from", front_end: bool = True
+) -> None:
     """Copies ``source``'s weights into ``model``, whose precision may differ.
 
     Quantizers are left out: scales belong to a bit width and are calibrated anew; squashed weights
     arrive as the float weights they stand for. Label embeddings that either side lacks are left out
     too.
 
+    Args:
+        role: of the source, for messages.
+        front_end: False leaves the model its own convolutions in front of the encoder, which may be
+            of another shape.
+
     Raises:
         LowbitError: the shapes differ, with the first differing tensors.
     """
     state = float_state(source.model)
-    weights = {k: v for k, v in state.items() if not _is_optional(k)}
-    own = {k: v for k, v in model.state_dict().items() if not _is_optional(k)}
+    weights = _required(state, front_end)
+    own = _required(model.state_dict(), front_end)
     _check_names_and_shapes(own, weights, f"{role} {source.source}")
     labels = state.get(LABEL_EMBEDDINGS)
     own_labels = model.state_dict().get(LABEL_EMBEDDINGS)
@@ -85,5 +92,12 @@ def differences(expected: StateDict, weights: StateDict) -> str:
     return "; ".join(differing[:3]) + more
 
 
-def _is_optional(key: str) -> bool:
-    return key == LABEL_EMBEDDINGS or "_quantizer." in key
+def _required(weights: StateDict, front_end: bool) -> StateDict:
+    """All but quantizers and label embeddings, and the front-end where it is not wanted."""
+    return {
+        key: tensor
+        for key, tensor in weights.items()
+        if key != LABEL_EMBEDDINGS
+        and "_quantizer." not in key
+        and (front_end or not key.startswith("feature_extractor."))
+    }

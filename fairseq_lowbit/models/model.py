@@ -42,7 +42,7 @@ class Hubert(nn.Module):
         channels, dim = self.conv_layers[-1][0], shape.encoder_embed_dim
         final_dim = shape.final_dim or dim
         self.feature_extractor = FeatureExtractor(
-            self.conv_layers, shape.extractor_mode, shape.conv_bias, shape.padding == "fairseq"
+            self.conv_layers, shape.extractor_mode, shape.conv_bias, shape.padding != "valid"
         )
         self.layer_norm = nn.LayerNorm(channels)
         self.post_extract_proj = None
@@ -104,7 +104,12 @@ class Hubert(nn.Module):
         features = self.feature_extractor(waveform, lengths)
         if lengths is None:
             return Frames(features, None)
-        return Frames(features, padding_mask(self.frame_lengths(lengths), features.shape[1]))
+        frames = features.shape[1]
+        valid = self.frame_lengths(lengths)
+        if self.shape.padding == "fairseq_hubert":
+            # It shares the samples out among the frames, and counts a frame that has a valid one.
+            valid = -(-lengths // (waveform.shape[1] // frames))
+        return Frames(features, padding_mask(valid, frames))
 
     def project(self, frames: Frames, mask: Tensor | None = None) -> Frames:
         """Features to encoder inputs [batch, frames, dim]; ``mask`` [batch, frames] is True where

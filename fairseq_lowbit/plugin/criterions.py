@@ -30,6 +30,7 @@ class FrameCriterionConfig(FairseqDataclass):
 class LowbitKdConfig(FrameCriterionConfig):
     final_weight: float = 1.0  # of the final output term
     layer_weight: float = 1.0  # of the layer output term
+    front_end_weight: float = 0.0  # of the term of the first layer's inputs
     attention_weight: float = 1.0
     attention: str = "probabilities"  # what is compared: probabilities, or row-centred scores
     mask: bool = False  # the same frames in both models
@@ -80,7 +81,13 @@ class _FrameCriterion(FairseqCriterion):
 class LowbitKdCriterion(_FrameCriterion):
     """L = w_y MSE(y) + w_o mean_i MSE(o_i) + w_a mean_i E(a_i); see docs/numerics.md."""
 
-    weight_keys = ("final_weight", "layer_weight", "attention_weight", "squash_weight")
+    weight_keys = (
+        "final_weight",
+        "layer_weight",
+        "attention_weight",
+        "front_end_weight",
+        "squash_weight",
+    )
 
     def __init__(self, task: Any, cfg: LowbitKdConfig) -> None:
         super().__init__(task, cfg)
@@ -95,11 +102,12 @@ class LowbitKdCriterion(_FrameCriterion):
             "final": final_weight,
             "layers": cfg.layer_weight,
             "attention": cfg.attention_weight,
+            "front_end": cfg.front_end_weight,
         }
         if not any(self.weights.values()):
             raise LowbitError(
-                "criterion.final_weight (0 for a teacher without final_proj), layer_weight and "
-                "attention_weight are all 0: give one of them a number above 0"
+                "criterion.final_weight (0 for a teacher without final_proj), layer_weight, "
+                "attention_weight and front_end_weight are all 0: give one of them a number above 0"
             )
         self.attention = cfg.attention if cfg.attention_weight else None
         self.mask = cfg.mask
@@ -123,6 +131,7 @@ class LowbitKdCriterion(_FrameCriterion):
             attention=self.attention,
             layers=self.weights["layers"] > 0,
             shared_front_end=self.task.shares_front_end,
+            front_end=self.weights["front_end"] > 0,
         )
         terms = {name: term for name, term in computed._asdict().items() if term is not None}
         loss = sum(self.weights[name] * term for name, term in terms.items())

@@ -49,6 +49,7 @@ class HubertFastConvModel(Hubert, BaseFairseqModel):
         attention: AttentionMap | None = "probabilities",
         layers: bool = True,
         shared_front_end: bool = False,
+        front_end: bool = False,
     ) -> tuple[Tensor, Tensor] | tuple[DistillationTerms, Tensor]:
         """What a criterion needs, in one call, because DistributedDataParallel only sees forward.
 
@@ -58,7 +59,15 @@ class HubertFastConvModel(Hubert, BaseFairseqModel):
         """
         if teacher is not None:
             return distill(
-                teacher, self, waveform, lengths, mask, attention, layers, shared_front_end
+                teacher,
+                self,
+                waveform,
+                lengths,
+                mask,
+                attention,
+                layers,
+                shared_front_end,
+                front_end,
             )
         frames, penalty = self._extract_for_training(waveform, lengths)
         x, _ = self.encode(frames, mask)

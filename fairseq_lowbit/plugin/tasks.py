@@ -64,7 +64,8 @@ class LowbitPretrainingConfig(SpeechTaskConfig):
 
 @dataclass
 class LowbitDistillationConfig(SpeechTaskConfig):
-    """Distillation needs nothing beside."""
+    # A student with convolutions of its own, of the teacher's frame rate, that starts them anew.
+    new_front_end: bool = False
 
 
 class _SpeechTask(FairseqTask):
@@ -196,6 +197,22 @@ class _SpeechTask(FairseqTask):
             )
 
 
+def refuse_other_frames(model: Hubert, teacher: LoadedModel) -> None:
+    """Frames of one place in the audio are compared, so there have to be as many."""
+    frame = receptive_field(model.conv_layers)
+    samples = torch.arange(frame, frame + 2 * model.samples_per_frame)
+    if not torch.equal(model.frame_lengths(samples), teacher.model.frame_lengths(samples)):
+        own, other = (
+            f"a frame every {each.samples_per_frame} samples, the first of "
+            f"{receptive_field(each.conv_layers)}"
+            for each in (model, teacher.model)
+        )
+        raise LowbitError(
+            f"model.conv_feature_layers: {own}, where teacher {teacher.source} has {other}: give a "
+            "front-end with the same"
+        )
+
+
 @register_task("lowbit_pretraining", dataclass=LowbitPretrainingConfig)
 class LowbitPretrainingTask(_SpeechTask):
     """Masked prediction of frame labels (HuBERT), for teachers and for quantized students."""
@@ -258,7 +275,8 @@ class LowbitPretrainingTask(_SpeechTask):
 
 @register_task("lowbit_distillation", dataclass=LowbitDistillationConfig)
 class LowbitDistillationTask(_SpeechTask):
-    """Distillation without labels from a frozen teacher of the student's shape.
+    """Distillation without labels from a frozen teacher of the student's shape, or of the shape of
+    its encoder alone.
 
     ``teacher`` belongs to the task and not to any module, so it is never saved with the student.
     """
@@ -279,9 +297,12 @@ class LowbitDistillationTask(_SpeechTask):
             logger.info(f"teacher {cfg.teacher} has no final_proj: the final term is off")
 
     def _initialize(self, model: Hubert) -> None:
-        start_from(model, self.teacher, role="teacher")
+        is_new = self.cfg.new_front_end
+        if is_new:
+            refuse_other_frames(model, self.teacher)
+        start_from(model, self.teacher, role="teacher", front_end=not is_new)
         super()._initialize(model)
-        if not is_quantized(model.feature_extractor):
+        if not is_new and not is_quantized(model.feature_extractor):
             model.feature_extractor.requires_grad_(False)
 
     def load_dataset(self, split: str, **kwargs: Any) -> None:

@@ -1,0 +1,172 @@
+"""What s3prl 0.4 imports and today's packages no longer have, or are not needed for.
+
+torchaudio 2.9 lost its own audio reading, and beside a CPU build of torch it often does not load at
+all. s3prl reads audio by it, and imports it in many places that an upstream never reaches. A
+stand-in takes its place in ``sys.modules`` as long as s3prl is imported or run: it reads audio by
+soundfile, has whatever else the installed torchaudio has, and refuses the rest when it is called.
+No installed file is touched.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import soundfile
+import torch
+from torch import Tensor
+
+from fairseq_lowbit.errors import LowbitError
+
+
+class StandIn(ModuleType):
+    """A module, function or class that can be imported by any name, and refuses to be called.
+
+    Args:
+        name: full name, such as ``torchaudio.transforms``.
+        installed: where names are taken from first; None when nothing is installed.
+        own: what stands here.
+    """
+
+    def __init__(self, name: str, installed: ModuleType | None = None, **own: Any) -> None:
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, loader=None)
+        self.__path__ = getattr(installed, "__path__", [])
+        self._installed = installed
+        self.__dict__.update(own)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"{self.__name__} has no {name}")
+        if hasattr(self._installed, name):
+            return getattr(self._installed, name)
+        return StandIn(f"{self.__name__}.{name}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        package = self.__name__.partition(".")[0]
+        raise LowbitError(
+            f"s3prl calls {self.__name__}, which is not there: install a {package} that has it"
+        )
+
+
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    """While it lasts, s3prl can be imported; afterwards ``sys.modules`` has the others again."""
+    modules = {**_torchaudio(), **_catalyst()}
+    before = {name: sys.modules.get(name) for name in modules}
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+
+
+@contextmanager
+def missing_modules_named() -> Iterator[None]:
+    """Around what imports s3prl: raises LowbitError for a module that is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        what = f"s3prl needs the module {error.name}, which is not installed:"
+        if error.name == "s3prl":
+            what = "s3prl is not installed: pip install requests, pip install --no-deps s3prl;"
+        raise LowbitError(f"{what} see docs/superb.md") from error
+
+
+def complete_huggingface_hub() -> None:
+    """Names that huggingface_hub 1.0 lost and s3prl imports, for uploads only."""
+    hub = importlib.import_module("huggingface_hub")
+    for name in ("HfFolder", "Repository"):
+        if not hasattr(hub, name):
+            setattr(hub, name, StandIn(f"huggingface_hub.{name}"))
+
+
+def _torchaudio() -> dict[str, ModuleType]:
+    installed = _installed_torchaudio()
+    if installed is not None and hasattr(installed, "sox_effects"):
+        return {}  # before version 2.9
+    effects = StandIn("torchaudio.sox_effects", apply_effects_file=apply_effects_file)
+    modules = {"torchaudio.sox_effects": effects}
+    if installed is None:
+        names = [f"torchaudio.{part}" for part in ("compliance", "compliance.kaldi", "functional")]
+        modules |= {name: StandIn(name) for name in names}
+        modules["torchaudio.transforms"] = StandIn("torchaudio.transforms", Resample=Resample)
+    modules["torchaudio"] = StandIn(
+        "torchaudio",
+        installed,
+        load=load,
+        set_audio_backend=lambda backend: None,
+        sox_effects=effects,
+    )
+    return modules
+
+
+def _installed_torchaudio() -> ModuleType | None:
+    """None when it is not there or does not load."""
+    try:
+        return importlib.import_module("torchaudio")
+    except (ImportError, OSError):  # OSError: a CUDA build beside a CPU torch
+        return None
+
+
+def _catalyst() -> dict[str, ModuleType]:
+    """The samplers of keyword spotting in several processes."""
+    if importlib.util.find_spec("catalyst") is not None:
+        return {}
+    names = ("catalyst", "catalyst.data", "catalyst.data.sampler")
+    return {name: StandIn(name) for name in names}
+
+
+class Resample:
+    """As torchaudio's, for audio that has the wanted rate: emotion recognition always makes one.
+
+    Raises:
+        LowbitError: the rates differ.
+    """
+
+    def __init__(self, orig_freq: int, new_freq: int) -> None:
+        if orig_freq != new_freq:
+            raise LowbitError(
+                f"s3prl resamples audio of {orig_freq} Hz to {new_freq} Hz, which needs torchaudio"
+            )
+
+    def __call__(self, waveform: Tensor) -> Tensor:
+        return waveform
+
+
+def load(path: str | Path) -> tuple[Tensor, int]:
+    """As torchaudio's: float32 [channels, samples] in -1 to 1, and the rate in Hz."""
+    samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
+    return torch.from_numpy(samples.T.copy()), rate
+
+
+def apply_effects_file(path: str | Path, effects: Sequence[Sequence[str]]) -> tuple[Tensor, int]:
+    """As torchaudio's, for the effects ``channels``, ``rate`` and ``gain`` (in dB).
+
+    Raises:
+        LowbitError: another effect or number of channels, or a rate that the file does not have.
+    """
+    waveform, rate = load(path)
+    for name, *values in effects:
+        match name, values:
+            case "channels", ["1"]:
+                waveform = waveform.mean(dim=0, keepdim=True)
+            case "gain", [decibels]:
+                waveform = waveform * 10 ** (float(decibels) / 20)
+            case "rate", [wanted]:
+                if int(wanted) != rate:
+                    raise LowbitError(f"{path} has {rate} Hz where {wanted} Hz are needed")
+            case _:
+                raise LowbitError(
+                    f"s3prl wants the effect of SoX {' '.join([name, *values])}, which needs "
+                    "torchaudio 2.8 or older"
+                )
+    return waveform, rate
