@@ -80,7 +80,7 @@ no_settings=(run nj)
 
 # --- What was asked for ---------------------------------------------------------------------------
 
-# Enough to see every stage work. The rest is run=demo_pretraining and run=demo_student.
+# Enough to see every stage work. The rest is in config/run/demo*.yaml.
 tiny_settings() {
     clusters1=20 clusters2=30 layer=2 fit_seconds=600 shards=3
     pretraining_updates1=40 pretraining_updates2=40 pretraining_lr=0.002 pretraining_least=4000
@@ -143,7 +143,7 @@ check_models() {
     local precision
     if ((stage <= 6 && stop_stage >= 6)); then
         for precision in $precisions; do
-            fairseq-lowbit plan "$precision" "run=$(run_group student)" >/dev/null ||
+            fairseq-lowbit plan "$precision" "run=$(run_or demo_student)" >/dev/null ||
                 die "--precisions: $precision is none, see above"
         done
     fi
@@ -200,14 +200,14 @@ labels_of_features() {
 pretrain() {
     set_length "$3" "$pretraining_warmup" "$pretraining_lr"
     train "$1" "$stage_log" "$work/$1" --config-name hubert_fastconv \
-        "run=$(run_group pretraining)" "task.data=$corpus" "task.labels=[$2]" \
+        "run=$(run_or demo_pretraining)" "task.data=$corpus" "task.labels=[$2]" \
         "task.min_sample_size=$pretraining_least" "${length[@]}"
 }
 
 adapt() {
     set_length "$adaptation_updates" "$adaptation_warmup" "$adaptation_lr"
     train adapted "$stage_log" "$work/adapted" --config-name fastconv_adaptation \
-        "run=$(run_group student)" "task.data=$corpus" "task.teacher=$adapt" "${length[@]}"
+        "run=$(run_or demo)" "task.data=$corpus" "task.teacher=$adapt" "${length[@]}"
 }
 
 # quantize STUDENT
@@ -219,7 +219,7 @@ quantize() {
     [[ -f "$configs/$precision.yaml" ]] ||
         settings=(--config-name bitla_w1a1 "model.precision.name=$precision")
     [[ "$schedule" == one_step ]] || settings+=("schedule=$schedule")
-    train "$1" "$stage_log" "$work/$1" "${settings[@]}" "run=$(run_group student)" \
+    train "$1" "$stage_log" "$work/$1" "${settings[@]}" "run=$(run_or demo_student)" \
         "task.data=$corpus" "task.teacher=$teacher" "${length[@]}"
 }
 
@@ -229,8 +229,8 @@ set_length() {
         "optimization.lr=[$3]" "${tiny[@]}")
 }
 
-# run_group pretraining|student
-run_group() { if [[ "$size" == tiny ]]; then echo "demo_$1"; else echo "$run"; fi; }
+# run_or DEMO: --run, or at tiny size the group DEMO.
+run_or() { if [[ "$size" == tiny ]]; then echo "$1"; else echo "$run"; fi; }
 
 checkpoint_in() { echo "$work/$1/checkpoints/checkpoint_last.pt"; }
 

@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 import pytest
 
+from fairseq_lowbit.configurations import build_model, model_config
+from fairseq_lowbit.interop import LoadedModel, open_model, write_model
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 SCRIPT = RECIPES / "progress.py"
 LIBRISPEECH = RECIPES / "librispeech960.sh"
@@ -376,13 +379,20 @@ def test_librispeech_without_room(librispeech: list[str], tmp_path: Path) -> Non
     )
 
 
-@pytest.mark.full
-def test_librispeech_at_tiny_size_survives_a_kill(tmp_path: Path) -> None:
-    """From archives to exports; killed in the first pre-training, finished by the same command."""
+@pytest.fixture
+def archives(tmp_path: Path) -> Path:
+    """A corpus of synthetic speech as LibriSpeech is published."""
     pytest.importorskip("espeakng_loader")
-    archives, work = tmp_path / "archives", tmp_path / "work"
-    synthesize = ["fairseq-lowbit", "synthesize", str(archives), "--layout", "librispeech"]
+    out = tmp_path / "archives"
+    synthesize = ["fairseq-lowbit", "synthesize", str(out), "--layout", "librispeech"]
     subprocess.run([*synthesize, "--minutes", "2", "--archives"], check=True)
+    return out
+
+
+@pytest.mark.full
+def test_librispeech_at_tiny_size_survives_a_kill(archives: Path, tmp_path: Path) -> None:
+    """From archives to exports; killed in the first pre-training, finished by the same command."""
+    work = tmp_path / "work"
     paths = ["--data", str(archives), "--work", str(work)]
     command = ["bash", str(LIBRISPEECH), "--size", "tiny", *paths]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as recipe:
@@ -410,3 +420,27 @@ def test_librispeech_at_tiny_size_survives_a_kill(tmp_path: Path) -> None:
     again = run(command)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("finished before") == len(list(stamps.glob("*.done"))) == 19
+
+
+@pytest.mark.full
+def test_librispeech_at_tiny_size_from_a_hubert(archives: Path, tmp_path: Path) -> None:
+    """The front-end of a HuBERT that is there is replaced, and the result quantized in stages."""
+    hubert, work = tmp_path / "hubert.safetensors", tmp_path / "work"
+    other = "model.conv_feature_layers='[(16,10,5)]+[(16,3,2)]*4+[(128,2,2)]*2'"
+    model = build_model(model_config("hubert_fastconv", ["run=demo_pretraining", other]))
+    write_model(hubert, model, LoadedModel(model, "random", 0, True, False), tmp_path)
+    options = ["--size", "tiny", "--adapt", str(hubert), "--precisions", "bitla_w1a1"]
+    paths = ["--data", str(archives), "--work", str(work)]
+    command = ["bash", str(LIBRISPEECH), *options, "--schedule", "w1a2_w1a1", *paths]
+    done = run(command, "--stop-stage", "7")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert {path.stem for path in (work / "stamps").glob("*.done")} == {
+        "0_unpack",
+        "1_manifests",
+        "5_adapted",
+        "6_bitla_w1a1_by_w1a2_w1a1",
+        "7_profile",
+    }
+    student = work / "bitla_w1a1_by_w1a2_w1a1" / "checkpoints"
+    assert (student / "stage1_bitla_w1a2" / "checkpoint_last.pt").is_file()
+    assert open_model(student / "checkpoint_last.pt").model.conv_layers[0] == (32, 10, 5)
