@@ -29,6 +29,7 @@ INSTALL_REQUIRES = [
     "sentencepiece",
     "safetensors",
     "scikit-learn",
+    "threadpoolctl",
     "Jinja2",
     "matplotlib",
     "PyYAML",
@@ -43,6 +44,9 @@ SWEEP = ["hydra-joblib-launcher", "hydra-optuna-sweeper>=1.3", "hydra-submitit-l
 # Models of transformers that fairseq_lowbit.quantize() knows.
 HF = ["transformers>=5"]
 
+# Writing ONNX files, and comparing what they compute with torch.
+ONNX = ["onnx", "onnxruntime", "onnxscript"]
+
 # s3prl, whose tasks a model of ours is judged on. It requires torchaudio, which set-up leaves out
 # as it does that of fairseq: docs/superb.md.
 SUPERB = ["s3prl>=0.4.18,<0.5"]
@@ -51,9 +55,10 @@ EXTRAS_REQUIRE = {
     # An offline speech synthesizer for the demo corpus. eSpeak NG is under the GPLv3.
     "demo": ["espeakng-loader"],
     "hf": HF,
+    "onnx": ONNX,
     "superb": SUPERB,
     "sweep": SWEEP,
-    "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff", *HF, *SUPERB, *SWEEP],
+    "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff", *HF, *ONNX, *SUPERB, *SWEEP],
 }
 
 setup(

@@ -1,6 +1,7 @@
 """Writing files: an interruption leaves the old one whole, a full disk gives one clear message."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +28,29 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A new temporary neighbour of the folder ``path``, which replaces it when the block ends well.
+
+    Raises:
+        LowbitError: see :func:`writing`.
+    """
+    path = Path(path).absolute()
+    new, old = (path.with_name(f".{path.name}.{os.getpid()}.{part}") for part in ("new", "old"))
+    with writing(path):
+        try:
+            new.mkdir(parents=True)
+            yield new
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+        finally:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            for folder in (new, old):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_writable(path: str | Path) -> None:

@@ -5,8 +5,9 @@
     python scripts/bench_data.py --size base --cores 32       # what 960 h take on 32 cores
     python scripts/bench_data.py --model teacher.pt --layer 6 --data /data/librispeech
 
-Everything runs on one core, so that a rate is that of a core: seconds of audio in a second. Files,
-shards and processes share nothing, so that N cores do N times as much where the disk keeps up.
+Everything runs in one thread, and its processor time is measured, so that a rate is that of a core:
+seconds of audio in a second. Files, shards and processes share nothing, so that N cores do N times
+as much where the disk keeps up, whose waiting does not count here.
 
 - read: FLAC to samples.
 - MFCC labels: read, MFCC, nearest of 100 centres.
@@ -24,6 +25,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -125,7 +127,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         sample = choose_files(given.data, given.audio, stack)
         student = Student(setting, given.precision, model.requires_grad_(False))
         named = actions(sample, model, layer, student)
-        times = take_turns(tuple(named.values()), given.repeats)
+        times = take_turns(tuple(named.values()), given.repeats, time.process_time)
     eaten = dict.fromkeys(named, sample.seconds) | {TRAINING: given.batch * given.seconds}
     return {
         "machine": str(this_machine()),
@@ -150,7 +152,7 @@ def rates_table(rates: dict[str, list[float]], cores: int) -> Table:
         hours = LIBRISPEECH_HOURS / rate
         name = f"{name}, one epoch" if name == TRAINING else name
         spread = f"{rate:,.1f} [{min(values):,.1f}, {max(values):,.1f}]"
-        table.add_row(name, spread, f"{hours:,.1f}", f"{hours / cores:,.1f}")
+        table.add_row(name, spread, f"{hours:,.2f}", f"{hours / cores:,.2f}")
     return table
 
 

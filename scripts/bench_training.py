@@ -171,7 +171,11 @@ def _resident_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def take_turns(steps: tuple[Callable[[], object], ...], repeats: int) -> list[list[float]]:
+def take_turns(
+    steps: tuple[Callable[[], object], ...],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[float]]:
     """Milliseconds of ``repeats`` calls of each, in alternating order."""
     for _ in range(WARM_UP_STEPS):
         for step in steps:
@@ -180,14 +184,10 @@ def take_turns(steps: tuple[Callable[[], object], ...], repeats: int) -> list[li
     for turn in range(repeats):
         order = range(len(steps)) if turn % 2 == 0 else reversed(range(len(steps)))
         for index in order:
-            times[index].append(_milliseconds(steps[index]))
+            start = clock()
+            steps[index]()
+            times[index].append(1e3 * (clock() - start))
     return times
-
-
-def _milliseconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return 1e3 * (time.perf_counter() - start)
 
 
 class PartTimer:

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fairseq_lowbit.interop import open_model
+from fairseq_lowbit.interop.exporting import FORMATS
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "docs.py"
 DOCS = runpy.run_path(str(SCRIPT))
@@ -122,12 +125,14 @@ def test_python_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """As it is written, with a tiny random HuBERT, a tiny checkpoint and a second of noise."""
     if "transformers" in block:
         replace_pretrained(monkeypatch)
-    if "s3prl" in block:
-        pytest.importorskip("s3prl")
+    for optional in ("onnxruntime", "s3prl"):
+        if optional in block:
+            pytest.importorskip(optional)
     monkeypatch.chdir(tmp_path)
     trained = tmp_path / "exp/bitla_w1a1/checkpoints/checkpoint_best.pt"
     trained.parent.mkdir(parents=True)
     shutil.copy(CHECKPOINT, trained)
+    FORMATS["safetensors"].export(open_model(trained), tmp_path / "student.safetensors")
     torch.manual_seed(0)
     waveforms = [torch.randn(2, 16000) for _ in range(2)]
     exec(block, {"waveforms": waveforms, "waveform": waveforms[0]})

@@ -32,6 +32,7 @@ SEARCHPATH_MODULE = "hydra_plugins.fairseq_lowbit_searchpath"
 # Optional modules and what they are for.
 OPTIONAL_MODULES = {
     "espeakng_loader": "demo speech (pip install 'fairseq-lowbit[demo]')",
+    "onnxruntime": "ONNX files (pip install 'fairseq-lowbit[onnx]')",
     "optuna": "searches by +sweep=optuna (pip install 'fairseq-lowbit[sweep]')",
     "submitit": "sweeps on SLURM by +sweep=submitit (pip install 'fairseq-lowbit[sweep]')",
     "transformers": "quantizing models of Hugging Face (pip install 'fairseq-lowbit[hf]')",

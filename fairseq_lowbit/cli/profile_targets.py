@@ -13,6 +13,7 @@ from fairseq_lowbit.configurations import (
 )
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.interop import open_model, open_without_weights
+from fairseq_lowbit.interop.huggingface_directory import is_model_directory
 from fairseq_lowbit.models.protocols import SpeechModel
 from fairseq_lowbit.nn import is_calibrated
 from fairseq_lowbit.profiling.timing import with_random_weights
@@ -41,7 +42,8 @@ class Target:
         if is_configuration(self.source):
             return False
         path = Path(self.source)
-        return path.suffix == ".pt" or "/" in self.source or path.is_file()
+        is_there = path.is_file() or is_model_directory(path)
+        return is_there or path.suffix == ".pt" or "/" in self.source
 
     def read(self) -> SpeechModel:
         """The model on the meta device.

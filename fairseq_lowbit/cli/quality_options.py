@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.evaluation.quality import SECONDS
+from fairseq_lowbit.interop.huggingface_directory import is_model_directory
 from fairseq_lowbit.runs.collection import Entry
 from fairseq_lowbit.runs.run import Run
 from fairseq_lowbit.runs.run_quality import measure_quality, stored_quality
@@ -30,7 +31,7 @@ def check_measuring_arguments(args: argparse.Namespace) -> None:
     require_number("--seconds", args.seconds, 0, excluded=True)
     if args.data and not (args.data / "test.tsv").is_file():
         raise LowbitError(f"--data {args.data} holds no test.tsv")
-    if args.teacher and not args.teacher.is_file():
+    if args.teacher and not (args.teacher.is_file() or is_model_directory(args.teacher)):
         raise LowbitError(f"--teacher {args.teacher} does not exist")
 
 

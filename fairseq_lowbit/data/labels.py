@@ -208,8 +208,8 @@ def _unfinished(job: LabelJob, settings: dict[Shard, str]) -> list[Shard]:
     if again:
         shard, reason = again[0]
         logger.warning(
-            f"{len(again)} shards are labelled again, first {shard.labels(job.folder)}, which was "
-            f"{reason}"
+            f"labelled again: {len(again)} of {len(found)} shards, first "
+            f"{shard.labels(job.folder)}, which was {reason}"
         )
     return [shard for shard, (result, _) in found.items() if result is None]
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.nn.attention import SelfAttention
+from fairseq_lowbit.nn.relative_attention import relative_position_gate
 from fairseq_lowbit.nn.swap import Place, register_adapter, register_opaque
 from fairseq_lowbit.precision import InputKind, Role
 
@@ -74,18 +75,14 @@ class WavLMAttention(SelfAttention):
         batch, frames, _dim = hidden_states.shape
         if position_bias is None:
             position_bias = self.compute_bias(frames, frames).repeat(batch, 1, 1)
-        bias = self._gate(hidden_states) * position_bias.view(batch, self.heads, frames, frames)
+        gate = relative_position_gate(
+            self._heads(hidden_states), self.gru_rel_pos_linear, self.gru_rel_pos_const
+        )
+        bias = gate * position_bias.view(batch, self.heads, frames, frames)
         values, probabilities = super().forward(
             hidden_states, padding_mask(attention_mask), "probabilities", bias
         )
         return values, probabilities.mean(1, keepdim=True).expand_as(probabilities), position_bias
-
-    def _gate(self, hidden_states: Tensor) -> Tensor:
-        """[batch, heads, frames, 1]"""
-        heads = hidden_states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        logits = self.gru_rel_pos_linear(heads).unflatten(-1, (2, 4)).sum(-1)
-        reset, update = torch.sigmoid(logits).chunk(2, dim=-1)
-        return reset * (update * self.gru_rel_pos_const - 1) + 2
 
 
 _ATTENTION = {

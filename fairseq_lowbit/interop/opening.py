@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fairseq_lowbit.interop import fairseq_checkpoint
+from fairseq_lowbit.interop import fairseq_checkpoint, huggingface_directory
 from fairseq_lowbit.interop.checkpoint import read_checkpoint
 from fairseq_lowbit.interop.source import Source
 from fairseq_lowbit.models import Hubert, LoadedModel, WithoutWeights
@@ -57,5 +57,8 @@ def read_source(source: str | Path, with_weights: bool = True) -> Source:
     Raises:
         LowbitError: see :func:`open_model`.
     """
+    folder = huggingface_directory.find(source)
+    if folder is not None:
+        return huggingface_directory.read(folder)
     state = read_checkpoint(source, mmap=not with_weights)
     return fairseq_checkpoint.read(state, source)

@@ -43,6 +43,15 @@ class Architecture:
     encoder_ffn_embed_dim: int = _option(3072, "inner features of the feed-forward network")
     encoder_attention_heads: int = _option(12, "attention heads")
     layer_norm_first: bool = _option(False, "pre-norm layers (HuBERT Large)")
+    project_features: bool = _option(
+        False, "project the front-end's features even where they are as many as encoder_embed_dim"
+    )
+    relative_position_embedding: bool = _option(
+        False, "attention scores get a bias by distance (WavLM)"
+    )
+    num_buckets: int = _option(320, "rows of the table of that bias")
+    max_distance: int = _option(800, "frames from which on all distances share a row of it")
+    gru_rel_pos: bool = _option(False, "every frame gates that bias (WavLM)")
     conv_pos: int = _option(128, "kernel of the positional convolution")
     conv_pos_groups: int = _option(16, "groups of the positional convolution")
     final_dim: int = _option(256, "features of the final projection; 0: encoder_embed_dim")
@@ -76,6 +85,23 @@ class Architecture:
                     f"model.encoder_embed_dim {self.encoder_embed_dim} is not divisible by "
                     f"model.{divisor} {getattr(self, divisor)}"
                 )
+        self._check_relative_positions()
+
+    def _check_relative_positions(self) -> None:
+        if not self.relative_position_embedding:
+            if self.gru_rel_pos:
+                raise LowbitError(
+                    "model.gru_rel_pos gates the bias of model.relative_position_embedding, which "
+                    "is false: set both or none"
+                )
+            return
+        if self.num_buckets < 4:
+            raise LowbitError(f"model.num_buckets {self.num_buckets}; at least 4 are needed")
+        if self.max_distance <= self.num_buckets // 4:
+            raise LowbitError(
+                f"model.max_distance {self.max_distance} has to be more than a quarter of "
+                f"model.num_buckets {self.num_buckets}: so many distances have a row of their own"
+            )
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> "Architecture":

@@ -1,5 +1,6 @@
 """The transformer encoder; its layers can be advanced one by one from outside."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 from fairseq_lowbit.models.architecture import Architecture
 from fairseq_lowbit.nn import Linear, PositionalConv1d, SelfAttention
 from fairseq_lowbit.nn.attention import AttentionMap
+from fairseq_lowbit.nn.relative_attention import RelativeAttention, RelativePositions
 from fairseq_lowbit.precision import InputKind
 
 
@@ -22,10 +24,10 @@ class LayerOutput(NamedTuple):
 class EncoderLayer(nn.Module):
     """Attention and feed-forward network, post-norm or pre-norm."""
 
-    def __init__(self, shape: Architecture) -> None:
+    def __init__(self, shape: Architecture, self_attn: SelfAttention) -> None:
         super().__init__()
         dim, inner = shape.encoder_embed_dim, shape.encoder_ffn_embed_dim
-        self.self_attn = SelfAttention(dim, shape.encoder_attention_heads, shape.attention_dropout)
+        self.self_attn = self_attn
         self.self_attn_layer_norm = nn.LayerNorm(dim)
         self.fc1 = Linear(dim, inner)
         self.fc2 = Linear(inner, dim, input_kind=InputKind.GELU)
@@ -71,12 +73,14 @@ class Encoder(nn.Module):
         self.pos_conv = PositionalEmbedding(
             PositionalConv1d(dim, shape.conv_pos, shape.conv_pos_groups)
         )
-        self.layers = nn.ModuleList(EncoderLayer(shape) for _ in range(shape.encoder_layers))
+        self.layers = nn.ModuleList(
+            EncoderLayer(shape, self_attn) for self_attn in _attentions(shape)
+        )
         self.layer_norm = nn.LayerNorm(dim)
         self.norm_first = shape.layer_norm_first
         self.dropout = nn.Dropout(shape.dropout)
         self.layerdrop = shape.encoder_layerdrop
-        self.apply(_init_linear)
+        self.apply(_init_weight)
 
     def begin(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         """Input of layer 0 from projected features, both [batch, frames, dim]."""
@@ -101,8 +105,24 @@ class Encoder(nn.Module):
         return self.end(x), outputs
 
 
-def _init_linear(module: nn.Module) -> None:
+def _attentions(shape: Architecture) -> Iterator[SelfAttention]:
+    """One for each layer."""
+    sizes = shape.encoder_embed_dim, shape.encoder_attention_heads, shape.attention_dropout
+    if not shape.relative_position_embedding:
+        for _ in range(shape.encoder_layers):
+            yield SelfAttention(*sizes)
+        return
+    positions = RelativePositions(shape.num_buckets, shape.max_distance, shape.gru_rel_pos)
+    first = None
+    for _ in range(shape.encoder_layers):
+        attention = RelativeAttention(*sizes, positions, first)
+        first = first or attention
+        yield attention
+
+
+def _init_weight(module: nn.Module) -> None:
     """HuBERT's own initialisation: N(0, 0.02), which keeps tiny teachers healthy as well."""
-    if isinstance(module, Linear):
+    if isinstance(module, Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, Linear):
         nn.init.zeros_(module.bias)

@@ -13,7 +13,8 @@ from fairseq_lowbit.models.encoder import Encoder, EncoderLayer
 from fairseq_lowbit.models.extractor import FeatureExtractor, output_lengths, padding_mask
 from fairseq_lowbit.models.protocols import Frames
 from fairseq_lowbit.nn import Conv1d, Linear, attach
-from fairseq_lowbit.nn.work import Steps, modules_with_work
+from fairseq_lowbit.nn.operators import Operator
+from fairseq_lowbit.nn.work import HasWork, Steps, modules_with_work
 from fairseq_lowbit.precision import Plan, Precision, Role
 
 
@@ -46,7 +47,7 @@ class Hubert(nn.Module):
         )
         self.layer_norm = nn.LayerNorm(channels)
         self.post_extract_proj = None
-        if channels != dim:
+        if channels != dim or shape.project_features:
             self.post_extract_proj = Linear(channels, dim, role=Role.PROJECTION)
         self.dropout_input = nn.Dropout(shape.dropout_input)
         self.mask_emb = nn.Parameter(torch.empty(dim).uniform_())
@@ -88,8 +89,19 @@ class Hubert(nn.Module):
             if isinstance(module, Conv1d):
                 length = int(output_lengths(torch.tensor(read), [next(convolutions)]))
             if module is not self.final_proj:
-                steps[name] = [Steps(read, length)]
+                steps[name] = self._calls(module, Steps(read, length))
         return steps
+
+    def _calls(self, module: HasWork, steps: Steps) -> list[Steps]:
+        """What an operator does while the encoder, or a convolution, makes ``steps``."""
+        role = module.role if isinstance(module, Operator) else None
+        if role is Role.GATE:  # reads the values of each head apart
+            heads = self.shape.encoder_attention_heads
+            return [Steps(heads * steps.read, heads * steps.written)]
+        if role is Role.EMBEDDING:  # each layer looks up every distance
+            distances = 2 * steps.read - 1
+            return [Steps(distances, distances)] * len(self.layers)
+        return [steps]
 
     def extract(self, waveform: Tensor, lengths: Tensor | None = None) -> Frames:
         """Front-end only.

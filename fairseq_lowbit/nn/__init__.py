@@ -3,6 +3,7 @@
 from fairseq_lowbit.nn.attach import (
     attach,
     calibrate,
+    decoded_state,
     describe_squashing,
     every_quantizer_called,
     float_state,
@@ -24,6 +25,7 @@ __all__ = [
     "SelfAttention",
     "attach",
     "calibrate",
+    "decoded_state",
     "describe_squashing",
     "every_quantizer_called",
     "float_state",

@@ -272,6 +272,23 @@ def float_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+@torch.no_grad()
+def decoded_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a float model that computes with the values of the quantized weights: in
+    place of each the decoded one, and without quantizers. Those of activations are lost.
+
+    Raises:
+        UncalibratedError: a weight quantizer without its scale.
+    """
+    state = {name: value for name, value in model.state_dict().items() if "_quantizer." not in name}
+    for name, operator in model.named_modules():
+        if isinstance(operator, Operator) and operator.weight_quantizer is not None:
+            weight = operator.weight_quantizer(operator.stored_weight(), dtype=torch.float32)
+            values = operator.weight_state(weight)
+            state |= {f"{name}.{key}": value for key, value in values.items()}
+    return state
+
+
 def _by_quantizer(model: nn.Module) -> dict[SquashedQuantizer, Operator]:
     """One squashed operator for every squashed weight, which several may share."""
     return {operator.weight_quantizer: operator for _, operator in _squashed_operators(model)}

@@ -8,6 +8,7 @@ from typing import Any
 
 from fairseq_lowbit.errors import LowbitError, describe
 from fairseq_lowbit.interop import open_without_weights
+from fairseq_lowbit.interop.huggingface_directory import is_model_directory
 from fairseq_lowbit.models import WithoutWeights
 from fairseq_lowbit.models.protocols import SpeechModel
 from fairseq_lowbit.precision import Plan
@@ -60,7 +61,8 @@ class Subject:
     def folder(self) -> Path | None:
         """The folder of its run, if that still exists."""
         folder = self.record["folder"]
-        return folder if folder is not None and folder.is_dir() else None
+        is_there = folder is not None and folder.is_dir() and not is_model_directory(folder)
+        return folder if is_there else None
 
 
 def gather(own: Iterable[ModelRecord], others: Iterable[ModelRecord]) -> list[Subject]:
@@ -92,7 +94,7 @@ def checkpoint_of(folder: Path | None) -> Path | None:
         checkpoint = read_run(folder).checkpoint
     except LowbitError:
         return None
-    return checkpoint.resolve() if checkpoint.is_file() else None
+    return checkpoint.resolve() if checkpoint.exists() else None
 
 
 def _rank(subject: Subject) -> tuple[bool, bool, float, str]:

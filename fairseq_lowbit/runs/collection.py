@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_lowbit.errors import describe
+from fairseq_lowbit.interop.huggingface_directory import is_model_directory
 from fairseq_lowbit.profiling.paper import paper_wer
 from fairseq_lowbit.runs.columns import (
     COSINE,
@@ -68,7 +69,8 @@ def collect(places: Sequence[Path]) -> list[Entry]:
     """
     paths, entries = [], []
     for place in places:
-        found = [path.resolve() for path in ([place] if place.is_file() else find_runs(place))]
+        is_model = place.is_file() or is_model_directory(place)
+        found = [path.resolve() for path in ([place] if is_model else find_runs(place))]
         paths += [path for path in found if path not in paths]
         if not found:
             what = "no run in this folder" if place.is_dir() else "there is no such file or folder"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_lowbit.files import atomic_write
+from fairseq_lowbit.interop.huggingface_directory import is_model_directory
 
 # In the folder of the run.
 CONFIG_FILE = Path(".hydra", "config.yaml")
@@ -87,7 +88,8 @@ def checkpoint_name(checkpoint: Path) -> str:
 
 def quality_file(place: Path) -> Path:
     """Where measured quality is kept: in a run's folder, or next to a checkpoint outside of any."""
-    return place / QUALITY_FILE if place.is_dir() else place.with_suffix(f".{QUALITY_FILE}")
+    is_run_folder = place.is_dir() and not is_model_directory(place)
+    return place / QUALITY_FILE if is_run_folder else place.with_suffix(f".{QUALITY_FILE}")
 
 
 def job_folder(

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.interop import is_calibrated_only, read_checkpoint, updates_of
+from fairseq_lowbit.interop.huggingface_directory import is_model_directory
 from fairseq_lowbit.runs.folder import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -73,12 +74,13 @@ def read_run(path: Path) -> Run:
     """Reads a run by its configuration and the header of its last checkpoint.
 
     Args:
-        path: folder of a run or of a stage, or a checkpoint outside of any run.
+        path: folder of a run or of a stage, or a checkpoint outside of any run: a file, or a folder
+            in the form of Hugging Face.
 
     Raises:
         LowbitError: the configuration or a lone checkpoint is unreadable, or not of a training run.
     """
-    if path.is_file():
+    if path.is_file() or is_model_directory(path):
         return _read_lone_checkpoint(path)
     return _read_started(path) if is_run(path) else _read_stage(path)
 
@@ -122,8 +124,9 @@ def _read_stage(folder: Path) -> Run:
 
 
 def _read_lone_checkpoint(path: Path) -> Run:
-    """Any setting may be missing, as in checkpoints of other code."""
-    state = read_checkpoint(path, mmap=True)
+    """Any setting may be missing, as in checkpoints of other code; Hugging Face's folders have
+    none of a training."""
+    state = {"cfg": {}} if path.is_dir() else read_checkpoint(path, mmap=True)
     config = OmegaConf.create(state["cfg"])
     settings = _named_settings(partial(OmegaConf.select, config, throw_on_missing=False))
     if is_calibrated_only(state):

@@ -25,6 +25,7 @@ from fairseq_lowbit.evaluation.quality import (
 )
 from fairseq_lowbit.files import atomic_write
 from fairseq_lowbit.interop import open_model
+from fairseq_lowbit.interop.huggingface_directory import weight_file
 from fairseq_lowbit.runs.folder import quality_file
 from fairseq_lowbit.runs.run import Run
 
@@ -122,8 +123,9 @@ def _fingerprint(run: Run, seconds: float) -> dict[str, Any]:
 
 
 def _stamp(path: Path) -> list[int] | None:
-    """Size and time of the last change; None for a file that is not there."""
+    """Size and time of the last change, of a Hugging Face folder those of its weights; None for
+    what is not there."""
     with suppress(OSError):
-        status = path.stat()
+        status = (weight_file(path) or path).stat()
         return [status.st_size, status.st_mtime_ns]
     return None

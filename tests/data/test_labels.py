@@ -254,7 +254,7 @@ def test_a_half_written_shard_is_made_again(
         shard.with_suffix(".json").write_text("{")
     with caplog.at_level(logging.WARNING):
         make_labels(corpus, 8, shards=2)
-    assert "1 shards are labelled again, first" in caplog.text
+    assert "labelled again: 1 of 6 shards, first" in caplog.text
     assert f"{shard}, which was half-written" in caplog.text
     assert files(corpus) == expected
     del before[shard]
@@ -268,7 +268,7 @@ def test_shards_of_other_files_are_made_again(
     before = times(corpus)
     write_manifest(corpus / "test.tsv", corpus, [("test5000.flac", 5000), ("test719.flac", 719)])
     make_labels(corpus, 8, shards=2)
-    assert "2 shards are labelled again" in caplog.text
+    assert "labelled again: 2 of 6 shards" in caplog.text
     assert "test.1-of-2.labels, which was made with other settings or of other files" in caplog.text
     assert len(read(corpus / "test.km")) == 2
     kept = {path: time for path, time in before.items() if not path.name.startswith("test")}

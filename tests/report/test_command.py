@@ -3,6 +3,7 @@
 The whole page of real runs is in tests/plugin/test_report.py.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,11 +17,12 @@ from fairseq_lowbit.evaluation.agreement import Agreement
 from fairseq_lowbit.evaluation.masked import MaskedAccuracy
 from fairseq_lowbit.evaluation.quality import Quality
 from fairseq_lowbit.interop import write_model
+from fairseq_lowbit.interop.huggingface_writer import export
 from fairseq_lowbit.models import Hubert, LoadedModel
 from fairseq_lowbit.runs import run_quality
 from fairseq_lowbit.runs.columns import ModelRecord
 from fairseq_lowbit.runs.tables import write_csv
-from tests.evaluation.conftest import calibrated
+from tests.evaluation.conftest import SHAPE, calibrated
 from tests.report.conftest import record_of, write_progress
 from tests.report.page_parser import ReportPage
 
@@ -327,6 +329,24 @@ def test_what_cannot_be_written_is_said_before_time_is_spent(
     message = refused(folder, "-o", tmp_path / "page.html")
     assert "a file is where a folder has to be" in message
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_hugging_face_folder_is_a_row_and_a_teacher(
+    report: Callable, data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "hubert"
+    torch.manual_seed(0)
+    export(LoadedModel(Hubert(SHAPE).eval(), "teacher.pt", 0, True, normalize=False), folder)
+    held = sorted(path.name for path in folder.iterdir())
+    arguments = (folder, "--data", data, "--teacher", folder, "--seconds", 2)
+    first = report(*arguments)
+    assert (first.status, first.problems, first.names) == (0, [], ["hubert"])
+    assert "measuring 1 of 1" in first.errors
+    assert "measuring" not in report(*arguments).errors
+    assert sorted(path.name for path in folder.iterdir()) == held
+
+    os.utime(folder / "model.safetensors", (1, 1))
+    assert "measuring" in report(*arguments).errors
 
 
 def test_mistakes(refused: Callable, make_run: Callable, tmp_path: Path, unmeasured: None) -> None:
