@@ -86,12 +86,12 @@ def _describe(record: dict) -> str:
 
 
 def rate(run: str) -> None:
-    update, _ = _costs(run)
+    update, _ = costs(run)
     print(f"{1 / update:.2f}")
 
 
 def plan(run: str, seconds: str) -> None:
-    update, validation = _costs(run)
+    update, validation = costs(run)
     config = yaml.safe_load(Path(run, ".hydra", "config.yaml").read_text())
     update += validation / config["dataset"]["validate_interval_updates"]
     updates = max(LEAST_UPDATES, int((float(seconds) - validation) / update))
@@ -99,7 +99,7 @@ def plan(run: str, seconds: str) -> None:
     print(f"optimization.max_update={updates} optimization.stop_time_hours={end / 3600:.5f}")
 
 
-def _costs(run: str) -> tuple[float, float]:
+def costs(run: str | Path) -> tuple[float, float]:
     """Seconds of an update and of a validation in a trial, which ends with a validation."""
     records = list(_new_records(Path(run), {}))
     if len(records) < 3 or records[-1]["phase"] != "valid":
@@ -108,6 +108,11 @@ def _costs(run: str) -> tuple[float, float]:
     # Behind the first interval, in which buffers and caches fill.
     update = (last["wall_seconds"] - first["wall_seconds"]) / (last["update"] - first["update"])
     return update, valid["wall_seconds"] - last["wall_seconds"]
+
+
+def peak_memory(run: str | Path) -> float:
+    """Bytes at most in a run, as :mod:`fairseq_lowbit.plugin.progress` records them."""
+    return max(record["peak_memory_bytes"] for record in _new_records(Path(run), {}))
 
 
 if __name__ == "__main__":

@@ -137,7 +137,8 @@ def configurations() -> str:
     for folder in (ROOT / "config", *sorted((ROOT / "config").iterdir())):
         names = " ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         option = special.get(folder.name, f"{folder.name}=")
-        if folder.is_dir() and folder.name != "base":  # base is what the others build on
+        # base is what the others build on, hydra what they say to it.
+        if folder.is_dir() and folder.name not in ("base", "hydra"):
             lines += textwrap.wrap(f"{option:14} {names}", 100, subsequent_indent=" " * 15)
     return "\n".join(lines)
 

@@ -110,7 +110,10 @@ def test_the_template_of_the_report_is_packaged(wheel: Path) -> None:
 
 def test_hydra_plugin_is_in_the_namespace_that_hydra_scans(wheel: Path) -> None:
     packaged = {name for name in names(wheel) if name.startswith("hydra_plugins/")}
-    assert packaged == {"hydra_plugins/fairseq_lowbit_searchpath.py"}
+    assert packaged == {
+        "hydra_plugins/fairseq_lowbit_searchpath.py",
+        "hydra_plugins/fairseq_lowbit_scale.py",
+    }
 
 
 def test_nothing_else_is_installed(wheel: Path) -> None:

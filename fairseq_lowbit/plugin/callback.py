@@ -29,7 +29,13 @@ from fairseq_lowbit.errors import LowbitError, describe_config_error
 from fairseq_lowbit.files import writing
 from fairseq_lowbit.interop import read_checkpoint, updates_of
 from fairseq_lowbit.plugin import register
-from fairseq_lowbit.plugin.continuing import PATHS, OtherRun, adopt_stored_form, refuse_other_run
+from fairseq_lowbit.plugin.continuing import (
+    MODELS,
+    PATHS,
+    OtherRun,
+    adopt_stored_form,
+    refuse_other_run,
+)
 from fairseq_lowbit.plugin.processes import SharedError, gather, is_first, rank, together
 from fairseq_lowbit.plugin.run_files import print_summary
 from fairseq_lowbit.plugin.stages import Schedule, Stage, stage_configs, stops_early
@@ -38,6 +44,7 @@ from fairseq_lowbit.plugin.sweeps import (
     refuse_shadowed,
     report_failed_job,
 )
+from fairseq_lowbit.plugin.teacher_shape import adopt_teacher
 from fairseq_lowbit.runs.folder import (
     CONFIG_FILE,
     HYDRA_FILE,
@@ -54,6 +61,8 @@ PACKAGE_DIR = Path(fairseq_lowbit.__file__).parent
 USER_DIR = "common.user_dir"
 # How the last line of a traceback begins that came as text.
 _MISTAKE = re.compile(r"^fairseq_lowbit\.[\w.]+\.(LowbitError|SharedError): ", re.MULTILINE)
+# organisation/name, and no name of a checkpoint.
+_HUB_ID = re.compile(r"[\w-][\w.-]*/(?!.*\.(pt|safetensors)$)[\w.-]+")
 _LOST_PEER = re.compile(r"Connection (closed|reset) by peer")
 
 
@@ -61,7 +70,8 @@ class FairseqJob(Callback):
     """Configured in config/base as ``hydra.callbacks.fairseq_lowbit``."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _make_paths_absolute(config, config.hydra.runtime.cwd)
+        start = config.hydra.runtime.cwd
+        _make_paths_absolute(config, start)
         if not is_first():
             with read_write(config), open_dict(config):
                 # Every process that torchrun starts would write the first one's files again.
@@ -70,10 +80,12 @@ class FairseqJob(Callback):
                 config.hydra.job_logging.root.level = "WARNING"
         _make_folder(config, "hydra.run.dir")
         register()
+        folder = Path(start, config.hydra.run.dir, config.checkpoint.save_dir)
         try:
+            adopt_teacher(config, folder)
             # Before Hydra replaces the record of what has made the checkpoints.
-            refuse_other_run(config, Path(config.hydra.run.dir) / config.checkpoint.save_dir)
-        except OtherRun as mistake:
+            refuse_other_run(config, folder)
+        except LowbitError as mistake:
             if is_first():
                 logger.error(mistake)
             sys.exit(2)
@@ -105,9 +117,9 @@ class FairseqJob(Callback):
         task_function.__globals__["_hydra_main"] = partial(_train_job, start)
         folder = Path(config.hydra.runtime.output_dir)
         try:
-            _make_paths_absolute(config, start)
+            _settle(config, start, folder)
             changes = refuse_other_run(config, folder / config.checkpoint.save_dir)
-        except (OtherRun, OmegaConfBaseException) as mistake:
+        except (LowbitError, OmegaConfBaseException) as mistake:
             # Hydra swallows what a callback raises.
             task_function.__globals__["_hydra_main"] = partial(_refuse, mistake)
             return
@@ -155,8 +167,15 @@ def _refuse(mistake: Exception, config: DictConfig) -> None:
 
 
 def _train_job(start: str, config: DictConfig) -> None:
-    _make_paths_absolute(config, start)
+    _settle(config, start, Path.cwd())
     train_in_stages(config)
+
+
+def _settle(config: DictConfig, start: str, folder: Path) -> None:
+    """Replaces what depends on the place where the command was started, ``start``, and on files: a
+    job of a sweep gets its own configuration, which nobody has seen before."""
+    _make_paths_absolute(config, start)
+    adopt_teacher(config, folder / config.checkpoint.save_dir)
 
 
 def _write_record(config: DictConfig, folder: Path) -> None:
@@ -245,8 +264,13 @@ def _make_paths_absolute(config: DictConfig, start: str) -> None:
     with read_write(config), open_dict(config):
         for key in (USER_DIR, *PATHS):
             value = OmegaConf.select(config, key)
-            if value:
+            if value and not (key in MODELS and _is_hub_id(value, start)):
                 OmegaConf.update(config, key, _absolute(key, value, start))
+
+
+def _is_hub_id(value: str, start: str) -> bool:
+    """Whether a model is meant that Hugging Face's hub has: a file in this place comes first."""
+    return bool(_HUB_ID.fullmatch(value)) and not Path(start, value).exists()
 
 
 def _absolute(key: str, value: str, start: str) -> str:

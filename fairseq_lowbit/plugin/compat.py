@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import socket
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -167,7 +166,7 @@ def _launch_processes() -> None:
         except ProcessExitedException as error:
             if error.exit_code != interruption.STOPPED:
                 raise
-            sys.exit(interruption.STOPPED)
+            interruption.leave()
 
     distributed_utils.call_main = launch
 

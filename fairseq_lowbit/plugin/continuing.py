@@ -20,7 +20,8 @@ from fairseq_lowbit.interop import read_checkpoint, updates_of
 from fairseq_lowbit.plugin.stages import OWN_DIR, Schedule, read_stages, stage_configs
 from fairseq_lowbit.runs.folder import LAST_CHECKPOINT, has_finished
 
-PATHS = ("task.data", "task.label_dir", "task.teacher", "task.init_from")
+MODELS = ("task.teacher", "task.init_from")  # paths, or ids of Hugging Face's hub
+PATHS = ("task.data", "task.label_dir", *MODELS)
 # What a run is: with another value it is another run, however far it has come.
 _MODEL = ("model",)
 _IDENTITY = (*_MODEL, "criterion", "task")
@@ -209,8 +210,14 @@ def _same_content(before: str, now: str) -> bool:
     return os.path.isfile(before) and os.path.isfile(now) and filecmp.cmp(before, now, False)
 
 
+def _is_path(value: Any) -> bool:
+    """Not the id of a model on a hub."""
+    return bool(value) and os.path.isabs(value)
+
+
 def _is_refused(change: Change, is_done: bool) -> bool:
     key, before, now = change
-    if key in PATHS and before and now and not (os.path.exists(before) and os.path.exists(now)):
+    are_paths = key in PATHS and _is_path(before) and _is_path(now)
+    if are_paths and not (os.path.exists(before) and os.path.exists(now)):
         return False  # moved, as far as anybody can tell; what is gone the run itself will miss
     return is_done or not _is_among(key, _COURSE)

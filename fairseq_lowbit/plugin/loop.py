@@ -3,7 +3,6 @@ cannot save, or has nothing left to do."""
 
 import logging
 import os
-import sys
 from functools import wraps
 from typing import Any
 
@@ -112,7 +111,7 @@ def _train(train: Any) -> Any:
                 f"stopped by {interruption.received() or 'a signal'} and saved at update "
                 f"{trainer.get_num_updates()}: run the same command to go on"
             )
-            sys.exit(interruption.STOPPED)
+            interruption.leave()
         return result
 
     return guarded

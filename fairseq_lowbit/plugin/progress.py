@@ -6,12 +6,15 @@ format of the log, and has its numbers on the host by then.
 """
 
 import json
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import torch
 from fairseq.logging import metrics, progress_bar
 
 from fairseq_lowbit.files import atomic_write, writing
@@ -106,12 +109,21 @@ def _measured(stats: dict[str, Any]) -> dict[str, Any]:
     wall = metrics.get_meter("default", "wall")
     if wall is not None:
         measured["wall_seconds"] = round(wall.elapsed_time, 3)
+    measured["peak_memory_bytes"] = _peak_memory()
     measured["terms"] = {
         name: value
         for name, value in numbers.items()
         if name not in _NAMES and name not in _NOT_TERMS and not name.startswith(("best_", "lr_"))
     }
     return measured
+
+
+def _peak_memory() -> int:
+    """Bytes at most: of tensors on this process's GPU, or without a GPU, of the process itself."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _numbers(stats: dict[str, Any]) -> Iterator[tuple[str, float]]:

@@ -26,13 +26,16 @@ def describe_scale(config: Any, batches: EpochBatchIterator) -> Iterator[str]:
         processes, seconds = _processes(), largest / rate
         total = processes * seconds * update_freq
         yield (
-            f"{_kind(processes)} x {seconds:g} s of audio x update_freq {update_freq} = {total:g} s "
-            "of audio per update, at most"
+            f"{_kind(processes)} x {seconds:g} s of audio x update_freq {update_freq} = "
+            f"{total:g} s of audio per update, at most"
         )
     updates = max(1, -(-len(batches) // update_freq))
     hours = dataset.sizes.sum() / rate / 3600
-    end = f": {planned} updates are {planned / updates:.3g} epochs, {planned / updates * hours:.3g} h"
-    yield f"{hours:.3g} h of audio per epoch in {updates} updates{end if planned else ''}"
+    told = f"{hours:.3g} h of audio per epoch, {updates} update{'s' * (updates > 1)}"
+    if planned:
+        epochs = planned / updates
+        told += f": {planned} updates are {epochs:.3g} epochs, {epochs * hours:.3g} h"
+    yield told
 
 
 def _processes() -> int:

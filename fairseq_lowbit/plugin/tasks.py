@@ -122,6 +122,16 @@ class _SpeechTask(FairseqTask):
         if self.cfg.init_from:
             start_from(model, open_model(self.cfg.init_from))
 
+    def _compare_audio(self, teacher: LoadedModel) -> None:
+        """A warning, because a converted checkpoint may not tell what its audio was like."""
+        if teacher.normalize != self.cfg.normalize and is_first():
+            wanted = str(teacher.normalize).lower()
+            logger.warning(
+                f"task.normalize={str(self.cfg.normalize).lower()}, but as far as "
+                f"{teacher.source} says, its audio was {'' if teacher.normalize else 'not '}"
+                f"normalized: set task.normalize={wanted} unless you know better"
+            )
+
     def load_dataset(self, split: str, **kwargs: Any) -> None:
         with together():
             dataset = self._read_dataset(split)
@@ -239,6 +249,7 @@ class LowbitPretrainingTask(_SpeechTask):
     def _initialize(self, model: Hubert) -> None:
         if self.cfg.teacher:
             teacher = open_model(self.cfg.teacher)
+            self._compare_audio(teacher)
             self._refuse_other_labels(teacher)
             start_from(model, teacher, role="teacher")
         super()._initialize(model)
@@ -292,6 +303,7 @@ class LowbitDistillationTask(_SpeechTask):
             raise LowbitError("task.teacher is not set: name the teacher's checkpoint")
         with together():
             self.teacher: LoadedModel = open_model(cfg.teacher)
+        self._compare_audio(self.teacher)
         self.teacher.model.requires_grad_(False)
         if not self.teacher.has_final_projection:
             logger.info(f"teacher {cfg.teacher} has no final_proj: the final term is off")

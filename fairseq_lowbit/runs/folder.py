@@ -92,9 +92,7 @@ def quality_file(place: Path) -> Path:
     return place / QUALITY_FILE if is_run_folder else place.with_suffix(f".{QUALITY_FILE}")
 
 
-def job_folder(
-    overrides: Iterable[str], leave_out: Iterable[str] = (), alone: str = "job"
-) -> str:
+def job_folder(overrides: Iterable[str], leave_out: Iterable[str] = (), alone: str = "job") -> str:
     """A folder for one job of a sweep: its overrides, without those of the keys ``leave_out``.
     ``alone`` is the folder of a job without any.
 
@@ -175,8 +173,9 @@ def read_progress(checkpoints: Path) -> list[dict[str, Any]]:
     training and for every validation, in the order of the updates.
 
     Each has ``update``, ``epoch``, ``phase`` (``train`` or ``valid``), ``split``, ``wall_seconds``
-    since the run was started last, and ``terms``, the means of what the criterion logs; those of
-    training also ``lr``, ``grad_norm`` and ``updates_per_second``.
+    since the run was started last, ``peak_memory_bytes`` of the first process or its GPU, and
+    ``terms``, the means of what the criterion logs; those of training also ``lr``, ``grad_norm``
+    and ``updates_per_second``.
     """
     return _read_records(checkpoints / PROGRESS_FILE)
 

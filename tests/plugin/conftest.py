@@ -122,10 +122,10 @@ class Run:
         return self._records("health.jsonl")
 
     def progress(self) -> list[dict[str, Any]]:
-        """Without what clocks decide, which differs from run to run."""
-        clocks = ("wall_seconds", "updates_per_second")
+        """Without what the machine decides, which differs from run to run."""
+        measured = ("wall_seconds", "updates_per_second", "peak_memory_bytes")
         return [
-            {key: value for key, value in record.items() if key not in clocks}
+            {key: value for key, value in record.items() if key not in measured}
             for record in self._records("progress.jsonl")
         ]
 

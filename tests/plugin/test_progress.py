@@ -45,7 +45,8 @@ def test_any_criterion_and_any_format(log_format: str, tmp_path: Path) -> None:
     bar = progress_bar.progress_bar([], prefix="valid on 'dev' subset", **options)
     bar.print({"nll_loss": 2.0, "best_nll_loss": 1.0}, tag="dev", step=20)
     train, valid = map(json.loads, (tmp_path / "progress.jsonl").read_text().splitlines())
-    train.pop("wall_seconds", None), valid.pop("wall_seconds", None)
+    assert train.pop("peak_memory_bytes") > 1e6
+    train.pop("wall_seconds", None)
     assert train == {
         **{"update": 20, "epoch": 3, "phase": "train", "split": "train"},
         **{"lr": 0.1, "updates_per_second": 1.5, "terms": {"nll_loss": 2.5, "ppl": 5.66}},

@@ -1,5 +1,5 @@
-"""What configurations ask of a machine: ${fairseq_lowbit.gpus:8}, and the effective batch kept on any
-number of processes: ${fairseq_lowbit.update_freq:...}.
+"""What configurations ask of a machine, ${fairseq_lowbit.gpus:8}, and the batch that they keep on
+any number of processes, ${fairseq_lowbit.update_freq:...}.
 
 Like its neighbour, Hydra imports this file at the start of every Hydra program: nothing heavy here.
 """

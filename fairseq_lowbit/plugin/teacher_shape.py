@@ -1,0 +1,74 @@
+"""``model=as_teacher``: a run takes the shape of its model, and how audio is normalized, from its
+teacher.
+
+Before anything is built, values replace the words ``as_teacher`` of config/model/as_teacher.yaml.
+The run's record and its checkpoints hold them, so that nobody needs the teacher for them again.
+"""
+
+from dataclasses import fields
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.interop import Source, read_source
+from fairseq_lowbit.models import Architecture
+from fairseq_lowbit.runs.folder import LAST_CHECKPOINT
+
+AS_TEACHER = "as_teacher"
+# Fields of Architecture that belong to a training, not to a model. All others are its shape.
+_OF_TRAINING = {
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "dropout_input",
+    "encoder_layerdrop",
+    "feature_grad_mult",
+    "mask_prob",
+    "mask_length",
+    "logit_temp",
+}
+SHAPE = tuple(f.name for f in fields(Architecture) if f.name not in _OF_TRAINING)
+# Of the shape, what a student may have otherwise: it changes no weight.
+_MAY_DIFFER = ("padding",)
+
+
+def adopt_teacher(config: DictConfig, folder: Path) -> None:
+    """Replaces ``as_teacher`` in a configuration by the teacher's values.
+
+    Args:
+        config: of the run, with absolute paths; it is changed.
+        folder: of the run's checkpoints. What they hold already decides: it does not change with a
+            file that has been replaced.
+
+    Raises:
+        LowbitError: a shape that is given beside the teacher's; there is no teacher, or it cannot
+            be read.
+    """
+    model = config.get("model")
+    given = OmegaConf.to_container(model, resolve=False) if OmegaConf.is_dict(model) else {}
+    if AS_TEACHER not in given.values():
+        return
+    open_names = [name for name in SHAPE if given.get(name, AS_TEACHER) == AS_TEACHER]
+    beside = [name for name in SHAPE if name not in (*open_names, *_MAY_DIFFER)]
+    if beside:
+        raise LowbitError(
+            f"model.{beside[0]}={given[beside[0]]} beside model=as_teacher, which takes the whole "
+            "shape from task.teacher: leave it out, or choose another model="
+        )
+    source = _source(config, folder)
+    with read_write(config), open_dict(config):
+        for name in open_names:
+            config.model[name] = getattr(source.shape, name)
+        if config.task.normalize == AS_TEACHER:
+            config.task.normalize = source.normalize
+
+
+def _source(config: DictConfig, folder: Path) -> Source:
+    own = folder / LAST_CHECKPOINT
+    if own.is_file():
+        return read_source(own, with_weights=False)
+    teacher = OmegaConf.select(config, "task.teacher", throw_on_missing=False)
+    if not teacher:
+        raise LowbitError("task.teacher is not set, from which model=as_teacher takes its shape")
+    return read_source(teacher, with_weights=False)
