@@ -10,9 +10,9 @@ export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::UserWarning,ignore::FutureWarni
 log() { printf '[%(%H:%M:%S)T] %s\n' -1 "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
-# options "NAME..." ARGUMENTS...: --NAME VALUE sets the variable NAME, in which - becomes _. A NAME! in
-# the list is a switch: without a value, it sets its variable to yes. --help prints the comment at the
-# head of the recipe.
+# options "NAME..." ARGUMENTS...: --NAME VALUE sets the variable NAME, in which - becomes _. A NAME!
+# in the list is a switch: without a value, it sets its variable to yes. --help prints the comment
+# at the head of the recipe.
 options() {
     local known=" $1 " name variable
     shift
@@ -51,7 +51,8 @@ whole_number() {
     fi
 }
 
-# need_space FOLDER GIGABYTES WHAT: refuses a disk that will not hold WHAT. FOLDER may be made later.
+# need_space FOLDER GIGABYTES WHAT: refuses a disk that will not hold WHAT. FOLDER may not be there
+# yet.
 need_space() {
     local folder="$1" free
     while [[ ! -d "$folder" ]]; do folder="$(dirname "$folder")"; done
@@ -142,8 +143,8 @@ add_stage() {
     stage_commands+=("$*")
 }
 
-# add_light_stage: the same for one that takes no time and that nothing is trained from: it is run
-# again when its settings have changed, where others are refused.
+# add_light_stage: the same for one that takes little time and that nothing is trained from: it is
+# run again where others are refused, because its settings or what it is made from have changed.
 add_light_stage() {
     add_stage "$@"
     is_light[$1_$2]=yes
@@ -173,9 +174,7 @@ show_command() {
 run_stages() {
     local index selected=()
     check_stage_range
-    for index in "${!stage_ids[@]}"; do
-        ((stage_numbers[index] < stage || stage_numbers[index] > stop_stage)) || selected+=("$index")
-    done
+    for index in "${!stage_ids[@]}"; do ! is_selected "$index" || selected+=("$index"); done
     ((${#selected[@]})) || die "--stage $stage --stop-stage $stop_stage: nothing to do there"
     if [[ -n "$dry_run" ]]; then
         for index in "${selected[@]}"; do show_stage "$index"; done
@@ -183,11 +182,13 @@ run_stages() {
     fi
     mkdir -p "$work/stamps" "$work/logs"
     lock_work
-    for index in "${selected[@]}"; do check_settings "$index"; done
+    for index in "${selected[@]}"; do check_stamps "$index"; done
     trap 'log "interrupted; the same command goes on where it stopped"; exit 130' INT
     for index in "${selected[@]}"; do run_stage "$index"; done
     trap - INT
 }
+
+is_selected() { ((stage_numbers[$1] >= stage && stage_numbers[$1] <= stop_stage)); }
 
 check_stage_range() {
     local last="${stage_numbers[${#stage_numbers[@]} - 1]}"
@@ -202,7 +203,8 @@ check_stage_range() {
 lock_work() {
     command -v flock >/dev/null || return 0
     exec {lock_file}>"$work/stamps/lock"
-    flock -n "$lock_file" || die "$work is in use by another start of a recipe, or by what it left running"
+    flock -n "$lock_file" ||
+        die "$work is in use by another start of a recipe, or by what it left running"
 }
 
 show_stage() {
@@ -219,20 +221,41 @@ settings_of() (
     ${stage_commands[$1]}
 )
 
-# A finished stage of other settings is refused: what was trained from it would not belong together.
-# A stage that was only begun may go on with others, such as a smaller batch.
-check_settings() {
-    local id="${stage_ids[$1]}" stamp changes
+# A finished stage is refused if its settings have changed, or what it was made from is made again:
+# its results would not belong to the others. A stage that was only begun may go on with other
+# settings, such as a smaller batch.
+check_stamps() {
+    local id="${stage_ids[$1]}" stamp problem=""
     stamp="$work/stamps/$id"
-    if [[ -f "$stamp.done" ]]; then
-        changes="$(changed_settings "$stamp.done" "$1")"
-        [[ -z "$changes" || -n "${is_light[$id]:-}" ]] || die "stage ${id/_/ } was finished with" \
-            "other settings ($changes): take another --work, or remove $stamp.done, its" \
-            "results and those of the stages behind it"
+    if [[ -f "$stamp.done" && -z "${is_light[$id]:-}" ]]; then
+        problem="$(outdated_by "$1")"
+        [[ -z "$problem" ]] ||
+            die "stage ${id/_/ } was finished before $problem: $(way_out "$stamp")"
+        problem="$(changed_settings "$stamp.done" "$1")"
+        [[ -z "$problem" ]] ||
+            die "stage ${id/_/ } was finished with other settings ($problem): $(way_out "$stamp")"
     elif [[ -f "$stamp.begun" ]]; then
-        changes="$(changed_settings "$stamp.begun" "$1")"
-        [[ -z "$changes" ]] || log "stage ${id/_/ } was begun with other settings: $changes"
+        problem="$(changed_settings "$stamp.begun" "$1")"
+        [[ -z "$problem" ]] || log "stage ${id/_/ } was begun with other settings: $problem"
     fi
+}
+
+way_out() {
+    echo "take another --work, or remove $1.done, its results and those of the stages behind it"
+}
+
+# outdated_by INDEX: of the stages with lower numbers the first that will run, or that ran later.
+outdated_by() {
+    local other stamp="$work/stamps/${stage_ids[$1]}.done"
+    for other in "${!stage_ids[@]}"; do
+        ((stage_numbers[other] < stage_numbers[$1])) || return 0
+        [[ -z "${is_light[${stage_ids[other]}]:-}" ]] || continue
+        local before="$work/stamps/${stage_ids[other]}.done"
+        if [[ "$before" -nt "$stamp" ]] || { [[ ! -f "$before" ]] && is_selected "$other"; }; then
+            echo "stage ${stage_ids[other]/_/ }"
+            return
+        fi
+    done
 }
 
 # changed_settings STAMP INDEX: the words that differ, "was A B, is C D"; nothing if none do.
@@ -250,7 +273,7 @@ run_stage() {
     local id="${stage_ids[$1]}" begin="$SECONDS" stamp
     stamp="$work/stamps/$id"
     stage_log="$work/logs/$id.log"
-    if [[ -f "$stamp.done" && -z "$(changed_settings "$stamp.done" "$1")" ]]; then
+    if is_finished "$1"; then
         log "stage ${id/_/ }: finished before"
         return
     fi
@@ -260,6 +283,11 @@ run_stage() {
     ${stage_commands[$1]}
     mv "$stamp.begun" "$stamp.done"
     log "stage ${id/_/ }: took $(duration $((SECONDS - begin)))$(next_stage "$1")"
+}
+
+is_finished() {
+    local stamp="$work/stamps/${stage_ids[$1]}.done"
+    [[ -f "$stamp" && -z "$(changed_settings "$stamp" "$1")" && -z "$(outdated_by "$1")" ]]
 }
 
 next_stage() {

@@ -19,10 +19,12 @@
 #
 #   --data DIR                 folder with train-clean-100.tar.gz ..., or with what they unpack to
 #   --work DIR                 where everything goes (default exp/librispeech960_<size>)
+#   --train "SUBSET..." --valid "SUBSET..." --test "SUBSET..."
+#                              parts of LibriSpeech, for example --train train-clean-100
 #   --stage N --stop-stage M   only these stages
 #   --precisions "NAME..."     default "bitla_w2a2 bitla_w1a1"
-#   --schedule NAME            one_step (default), w8a8_w4a4_w2a2_w1a1, w1a2_w1a1, or all: one_step and,
-#                              for every precision, the schedules that end with it
+#   --schedule NAME            one_step (default), w8a8_w4a4_w2a2_w1a1, w1a2_w1a1, or all: one_step
+#                              and, for every precision, the schedules that end with it
 #   --adapt SRC                a HuBERT checkpoint, Hugging Face folder or id for stage 5
 #   --run gpu1|gpu8|slurm      what trains (default gpu1); the batch stays the same
 #   --nj N                     processes for labels (default: every core)
@@ -33,28 +35,28 @@ set -euo pipefail
 # shellcheck source=recipes/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-# What is marked HuBERT is how HuBERT Base was trained: Hsu et al., arXiv 2106.07447, section IV, and
-# fairseq's configuration hubert_base_librispeech. What does not change between the stages stands in
-# config/base/pretraining.yaml. What is marked untuned is a starting point.
+# What is marked HuBERT is how HuBERT Base was trained: Hsu et al., arXiv 2106.07447, section IV,
+# and fairseq's configuration hubert_base_librispeech. What does not change between the stages
+# stands in config/base. What is marked untuned is a starting point.
 
-# Stages 0 and 1: the 960 h, and what losses are watched on.
-train_subsets="train-clean-100 train-clean-360 train-other-500" # HuBERT
-valid_subsets="dev-clean dev-other"
-test_subsets="test-clean test-other"
+# Stages 0 and 1. Losses are watched on valid; test is for reports.
+train="train-clean-100 train-clean-360 train-other-500" # HuBERT
+valid="dev-clean dev-other"
+test="test-clean test-other"
 
 # Stages 2 and 4.
-clusters1=100   # HuBERT
-clusters2=500   # HuBERT
-layer=6         # whose output is clustered: HuBERT
-fit_seconds=345600 # of training audio for k-means in stage 4: 10 %, HuBERT
-shards=64       # of the labels, each of which is made as a whole or not at all
+clusters1=100      # HuBERT
+clusters2=500      # HuBERT
+layer=6            # whose output stage 4 clusters: HuBERT
+fit_seconds=345600 # of training audio that k-means is fitted on: 10 %, HuBERT in stage 4
+shards=64          # of the labels of each split, each made as a whole or not at all
 
-# Stages 3 and 5: 32 times 87.5 s of audio per update, HuBERT.
-pretraining_updates1=250000 # HuBERT
+# Stages 3 and 5.
+pretraining_updates1=250000 # HuBERT, of 32 x 87.5 s of audio
 pretraining_updates2=400000 # HuBERT
 pretraining_warmup=8        # % of the updates: HuBERT
 pretraining_lr=0.0005       # HuBERT
-pretraining_least=32000     # samples of the shortest utterances that are used: HuBERT
+pretraining_least=32000     # samples of the shortest utterance that is used: HuBERT
 
 # Stage 5 with --adapt, untuned.
 adaptation_updates=100000
@@ -71,13 +73,14 @@ formats=(safetensors hf onnx)
 
 data="" work="" stage=0 stop_stage=9 dry_run="" size=base run="" nj="" adapt=""
 precisions="bitla_w2a2 bitla_w1a1" schedule=one_step
-options "data work stage stop-stage precisions schedule adapt run nj size dry-run!" "$@"
+known="data work train valid test precisions schedule adapt run nj size"
+options "$known stage stop-stage dry-run!" "$@"
 # What says how a stage is run, and not what it makes.
 no_settings=(run nj)
 
 # --- What was asked for ---------------------------------------------------------------------------
 
-# Enough to see every stage work. The rest is run=demo_pretraining and run=demo_student.
+# Enough to see every stage work. The rest is in config/run/demo*.yaml.
 tiny_settings() {
     clusters1=20 clusters2=30 layer=2 fit_seconds=600 shards=3
     pretraining_updates1=40 pretraining_updates2=40 pretraining_lr=0.002 pretraining_least=4000
@@ -90,16 +93,17 @@ tiny_settings() {
 check_options() {
     local name
     one_of --size "$size" base tiny
-    [[ "$size" == base || -z "$run" ]] || die "--run $run: --size tiny runs on any machine, as it is"
+    [[ "$size" == base || -z "$run" ]] || die "--run $run: --size tiny runs on any machine as it is"
     one_of --run "${run:=gpu1}" gpu1 gpu8 slurm
     one_of --schedule "$schedule" one_step all "${schedules[@]}"
     whole_number --nj "${nj:=$(nproc)}" 1
-    [[ -n "$data" ]] || die "--data DIR is missing: the folder with LibriSpeech's archives; see --help"
+    [[ -n "$data" ]] || die "--data DIR is missing: the folder with LibriSpeech's archives"
     [[ -d "$data" ]] || die "--data $data is not a folder"
     for name in $precisions; do
         [[ "$name" =~ ^[a-z]+_w[a-z0-9]+$ ]] || die "--precisions: $name is none; bitla_w2a2 is one"
     done
-    [[ -n "${precisions// /}" ]] || die "--precisions is empty: name one or more, such as bitla_w2a2"
+    [[ -n "${precisions// /}" ]] || die "--precisions is empty: name some, such as bitla_w2a2"
+    [[ -n "${valid// /}" ]] || die "--valid is empty: name what training is watched on"
 }
 
 # Fills students, each PRECISION_one_step or PRECISION_by_SCHEDULE, and what these are made of.
@@ -139,28 +143,35 @@ check_models() {
     local precision
     if ((stage <= 6 && stop_stage >= 6)); then
         for precision in $precisions; do
-            fairseq-lowbit plan "$precision" "run=$(run_group student)" >/dev/null ||
+            fairseq-lowbit plan "$precision" "run=$(run_or demo_student)" >/dev/null ||
                 die "--precisions: $precision is none, see above"
         done
     fi
     if [[ -n "$adapt" ]] && ((stage <= 5 && stop_stage >= 5)); then
         fairseq-lowbit profile "$adapt" >/dev/null || die "--adapt $adapt cannot be read, see above"
     fi
-    ((stage <= 5)) || [[ -f "$baseline" ]] || die "--stage $stage needs $baseline, which stage 5 makes"
+    ((stage <= 5)) || [[ -f "$teacher" ]] ||
+        die "--stage $stage needs $teacher, which stage 5 makes"
 }
 
 # A run keeps three checkpoints, each of weights and two moments, and writes a fourth before it
-# removes one. The corpus is looked after by stage 0.
+# removes one. Stage 0 looks after the corpus.
 check_space() {
-    local name runs=2 each=5
+    local name runs=0 each=5
     [[ "$size" == base ]] || each=0
-    for name in "${students[@]}"; do runs=$((runs + $(steps_of "${schedule_of[$name]}"))); done
+    for name in "${trainings[@]}"; do
+        [[ -e "$work/$name" ]] || runs=$((runs + $(steps_of "${schedule_of[$name]:-one_step}")))
+    done
     need_space "$work" $((runs * each + 1)) "$runs trainings and their exports"
 }
 
 # steps_of SCHEDULE: how many stages of its own a training has.
 steps_of() {
-    if [[ "$1" == one_step ]]; then echo 1; else grep -c '^ *- {precision:' "$configs/schedule/$1.yaml"; fi
+    if [[ "$1" == one_step ]]; then
+        echo 1
+    else
+        grep -c '^ *- {precision:' "$configs/schedule/$1.yaml"
+    fi
 }
 
 absolute() { if [[ "$1" == /* ]]; then echo "$1"; else echo "$PWD/$1"; fi; }
@@ -175,29 +186,28 @@ manifests() { step fairseq-lowbit librispeech "$data" "$corpus" "${subsets[@]}";
 labels() {
     local name="$1" clusters="$2"
     shift 2
-    step fairseq-lowbit labels "$corpus" --name "$name" --clusters "$clusters" "$@" \
-        --shards "$shards" --workers "$nj"
+    step fairseq-lowbit labels "$corpus" --splits "${splits[@]}" --name "$name" \
+        --clusters "$clusters" --fit-seconds "$fit_seconds" "$@" --shards "$shards" --workers "$nj"
 }
 
 labels_of_mfcc() { labels "$labels1" "$clusters1"; }
 
 labels_of_features() {
-    labels "$labels2" "$clusters2" --model "$(checkpoint_in iteration1)" --layer "$layer" \
-        --fit-seconds "$fit_seconds"
+    labels "$labels2" "$clusters2" --model "$(checkpoint_in iteration1)" --layer "$layer"
 }
 
 # pretrain NAME LABELS UPDATES
 pretrain() {
     set_length "$3" "$pretraining_warmup" "$pretraining_lr"
     train "$1" "$stage_log" "$work/$1" --config-name hubert_fastconv \
-        "run=$(run_group pretraining)" "task.data=$corpus" "task.labels=[$2]" \
+        "run=$(run_or demo_pretraining)" "task.data=$corpus" "task.labels=[$2]" \
         "task.min_sample_size=$pretraining_least" "${length[@]}"
 }
 
 adapt() {
     set_length "$adaptation_updates" "$adaptation_warmup" "$adaptation_lr"
     train adapted "$stage_log" "$work/adapted" --config-name fastconv_adaptation \
-        "run=$(run_group student)" "task.data=$corpus" "task.teacher=$adapt" "${length[@]}"
+        "run=$(run_or demo)" "task.data=$corpus" "task.teacher=$adapt" "${length[@]}"
 }
 
 # quantize STUDENT
@@ -209,8 +219,8 @@ quantize() {
     [[ -f "$configs/$precision.yaml" ]] ||
         settings=(--config-name bitla_w1a1 "model.precision.name=$precision")
     [[ "$schedule" == one_step ]] || settings+=("schedule=$schedule")
-    train "$1" "$stage_log" "$work/$1" "${settings[@]}" "run=$(run_group student)" \
-        "task.data=$corpus" "task.teacher=$baseline" "${length[@]}"
+    train "$1" "$stage_log" "$work/$1" "${settings[@]}" "run=$(run_or demo_student)" \
+        "task.data=$corpus" "task.teacher=$teacher" "${length[@]}"
 }
 
 # set_length UPDATES WARMUP LR: sets `length`, overrides; WARMUP in % of the updates.
@@ -219,14 +229,14 @@ set_length() {
         "optimization.lr=[$3]" "${tiny[@]}")
 }
 
-# run_group pretraining|student
-run_group() { if [[ "$size" == tiny ]]; then echo "demo_$1"; else echo "$run"; fi; }
+# run_or DEMO: --run, or at tiny size the group DEMO.
+run_or() { if [[ "$size" == tiny ]]; then echo "$1"; else echo "$run"; fi; }
 
 checkpoint_in() { echo "$work/$1/checkpoints/checkpoint_last.pt"; }
 
 profile() {
-    local name checkpoints=("$baseline")
-    for name in "${students[@]}"; do checkpoints+=("$(checkpoint_in "$name")"); done
+    local name checkpoints=()
+    for name in "$baseline" "${students[@]}"; do checkpoints+=("$(checkpoint_in "$name")"); done
     step fairseq-lowbit profile "${checkpoints[@]}"
 }
 
@@ -240,7 +250,7 @@ export_model() {
 hand_over() {
     local name
     step echo "recipes/superb.sh, which will measure these models, is not part of this version:"
-    for name in "$baseline_name" "${students[@]}"; do step echo "  $(checkpoint_in "$name")"; done
+    for name in "$baseline" "${students[@]}"; do step echo "  $(checkpoint_in "$name")"; done
 }
 
 # --- Go -------------------------------------------------------------------------------------------
@@ -257,25 +267,32 @@ data="$(absolute "$data")" work="$(absolute "${work:-$repo/exp/librispeech960_$s
 [[ ! -e "$adapt" ]] || adapt="$(absolute "$adapt")"
 corpus="$work/data"
 labels1="mfcc_km$clusters1" labels2="layer${layer}_km$clusters2"
-baseline_name="${adapt:+adapted}"
-: "${baseline_name:=iteration2}"
-baseline="$(checkpoint_in "$baseline_name")"
-read -ra subsets <<<"--train $train_subsets --valid $valid_subsets --test $test_subsets"
+if [[ -z "$adapt" ]]; then teachers=(iteration1 iteration2); else teachers=(adapted); fi
+trainings=("${teachers[@]}" "${students[@]}")
+baseline="${teachers[-1]}"
+teacher="$(checkpoint_in "$baseline")"
+read -ra subsets <<<"--train $train --valid $valid --test $test"
+splits=(train valid)
+[[ -z "${test// /}" ]] || splits+=(test)
 
 add_stage 0 unpack "check and unpack LibriSpeech" unpack
 add_stage 1 manifests "manifests" manifests
 if [[ -z "$adapt" ]]; then
     add_stage 2 labels "$clusters1 k-means labels of MFCC" labels_of_mfcc
-    add_stage 3 iteration1 "FastConv HuBERT, iteration 1" pretrain iteration1 "$labels1" "$pretraining_updates1"
+    add_stage 3 iteration1 "FastConv HuBERT, iteration 1" \
+        pretrain iteration1 "$labels1" "$pretraining_updates1"
     add_stage 4 labels "$clusters2 k-means labels of layer $layer" labels_of_features
-    add_stage 5 iteration2 "FastConv HuBERT, iteration 2" pretrain iteration2 "$labels2" "$pretraining_updates2"
+    add_stage 5 iteration2 "FastConv HuBERT, iteration 2" \
+        pretrain iteration2 "$labels2" "$pretraining_updates2"
 else
     add_stage 5 adapted "$adapt with the FastConv front-end" adapt
 fi
-for name in "${students[@]}"; do add_stage 6 "$name" "quantization-aware training" quantize "$name"; done
+for name in "${students[@]}"; do
+    add_stage 6 "$name" "quantization-aware training" quantize "$name"
+done
 add_light_stage 7 profile "what the models cost" profile
-for name in "$baseline_name" "${students[@]}"; do
-    for format in "${formats[@]}"; do
+for format in "${formats[@]}"; do
+    for name in "$baseline" "${students[@]}"; do
         add_light_stage 8 "${name}_$format" "export to $format" export_model "$name" "$format"
     done
 done
@@ -286,7 +303,7 @@ if [[ -z "$dry_run" ]]; then
     source "$repo/scripts/setup.sh"
     # Threads that wait for each other sleep instead of taking a core.
     export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
-    check_space
+    ((stop_stage < 3)) || check_space
     check_models
 fi
 run_stages

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
@@ -13,6 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from fairseq_lowbit.configurations import build_model, model_config
+from fairseq_lowbit.interop import LoadedModel, open_model, write_model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SCRIPT = RECIPES / "progress.py"
@@ -152,6 +157,22 @@ def test_a_finished_stage_of_other_settings_is_refused(staged: list[str]) -> Non
     light = run(staged, "--name", "moon", "--stage", "2")
     assert light.returncode == 0
     assert "hello moon" in light.stdout
+
+
+def test_a_finished_stage_is_refused_when_one_before_it_runs_again(staged: list[str]) -> None:
+    run(staged)
+    stamp = Path(staged[-1], "stamps", "0_greet.done")
+    stamp.unlink()
+    refused = run(staged)
+    assert refused.returncode == 2
+    assert "stage 1 nap was finished before stage 0 greet: take another --work" in refused.stderr
+    assert not stamp.exists()
+    # Also when that has run meanwhile; a light stage runs again.
+    assert run(staged, "--stop-stage", "0").returncode == 0
+    assert run(staged).returncode == 2
+    light = run(staged, "--stage", "2")
+    assert light.returncode == 0
+    assert "hello world" in light.stdout
 
 
 def test_a_stage_that_fails_names_its_log(staged: list[str]) -> None:
@@ -311,6 +332,7 @@ def test_librispeech_with_a_hubert_that_is_there(librispeech: list[str], tmp_pat
         (["--stage", "5", "--stop-stage", "4"], "--stage 5 lies behind --stop-stage 4"),
         (["--stop-stage", "10"], "--stop-stage 10: the last stage is 9"),
         (["--precisions", " "], "--precisions is empty"),
+        (["--valid", ""], "--valid is empty"),
         (["--precisions", "w2a2"], "--precisions: w2a2 is none"),
         (["--precisions", "bitla_w2a2 bitla_w2a2"], "--precisions names bitla_w2a2 twice"),
         (["--schedule", "slow"], "--schedule slow: choose one of one_step all w1a2_w1a1 "),
@@ -355,3 +377,70 @@ def test_librispeech_without_room(librispeech: list[str], tmp_path: Path) -> Non
     assert refused.stderr == (
         f"error: {librispeech[-1]} has 3 GB free; 4 trainings and their exports need about 21 GB\n"
     )
+
+
+@pytest.fixture
+def archives(tmp_path: Path) -> Path:
+    """A corpus of synthetic speech as LibriSpeech is published."""
+    pytest.importorskip("espeakng_loader")
+    out = tmp_path / "archives"
+    synthesize = ["fairseq-lowbit", "synthesize", str(out), "--layout", "librispeech"]
+    subprocess.run([*synthesize, "--minutes", "2", "--archives"], check=True)
+    return out
+
+
+@pytest.mark.full
+def test_librispeech_at_tiny_size_survives_a_kill(archives: Path, tmp_path: Path) -> None:
+    """From archives to exports; killed in the first pre-training, finished by the same command."""
+    work = tmp_path / "work"
+    paths = ["--data", str(archives), "--work", str(work)]
+    command = ["bash", str(LIBRISPEECH), "--size", "tiny", *paths]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as recipe:
+        saved = work / "iteration1" / "checkpoints" / "checkpoint_last.pt"
+        while not saved.is_file():
+            assert recipe.poll() is None, "ended before it could be killed"
+            time.sleep(0.1)
+        os.killpg(recipe.pid, signal.SIGKILL)
+    stamps = work / "stamps"
+    finished = {path: path.stat().st_mtime_ns for path in stamps.glob("*.done")}
+    assert {path.stem for path in finished} == {"0_unpack", "1_manifests", "2_labels"}
+    assert (stamps / "3_iteration1.begun").is_file()
+
+    resumed = run(command)
+    assert resumed.returncode == 0, resumed.stdout[-3000:] + resumed.stderr
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    first_update = re.search(r"iteration1: update (\d+)", resumed.stdout)
+    assert int(first_update[1]) > 10, "the pre-training was begun anew"
+    for name in ("iteration2", "bitla_w2a2_one_step", "bitla_w1a1_one_step"):
+        assert f"{work / name}/checkpoints/checkpoint_last.pt" in resumed.stdout  # the profile
+        assert (work / "exports" / f"{name}.safetensors").is_file()
+        assert (work / "exports" / name / "config.json").is_file()
+        assert (work / "exports" / f"{name}.onnx").is_file()
+
+    again = run(command)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("finished before") == len(list(stamps.glob("*.done"))) == 19
+
+
+@pytest.mark.full
+def test_librispeech_at_tiny_size_from_a_hubert(archives: Path, tmp_path: Path) -> None:
+    """The front-end of a HuBERT that is there is replaced, and the result quantized in stages."""
+    hubert, work = tmp_path / "hubert.safetensors", tmp_path / "work"
+    other = "model.conv_feature_layers='[(16,10,5)]+[(16,3,2)]*4+[(128,2,2)]*2'"
+    model = build_model(model_config("hubert_fastconv", ["run=demo_pretraining", other]))
+    write_model(hubert, model, LoadedModel(model, "random", 0, True, False), tmp_path)
+    options = ["--size", "tiny", "--adapt", str(hubert), "--precisions", "bitla_w1a1"]
+    paths = ["--data", str(archives), "--work", str(work)]
+    command = ["bash", str(LIBRISPEECH), *options, "--schedule", "w1a2_w1a1", *paths]
+    done = run(command, "--stop-stage", "7")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert {path.stem for path in (work / "stamps").glob("*.done")} == {
+        "0_unpack",
+        "1_manifests",
+        "5_adapted",
+        "6_bitla_w1a1_by_w1a2_w1a1",
+        "7_profile",
+    }
+    student = work / "bitla_w1a1_by_w1a2_w1a1" / "checkpoints"
+    assert (student / "stage1_bitla_w1a2" / "checkpoint_last.pt").is_file()
+    assert open_model(student / "checkpoint_last.pt").model.conv_layers[0] == (32, 10, 5)
