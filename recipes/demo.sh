@@ -9,11 +9,13 @@
 #
 # Interrupted, the same command goes on where it stopped.
 set -euo pipefail
+# shellcheck source=recipes/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 minutes=10 audio="" work="" teacher="" data=""
 options "minutes audio work" "$@"
 : "${work:=$repo/exp/demo_${minutes}min}"
+# shellcheck source=recipes/toy.sh
 source "$repo/recipes/toy.sh"
 students=(w2a2 w1a1)
 
@@ -38,6 +40,7 @@ speed_of_distillation() {
     for precision in "${students[@]}"; do plan_updates "$precision" "$1"; done
 }
 
+# shellcheck disable=SC2046 # settings, one a word
 learn() { distil "$1" "$work/$1" $(<"$work/$1.plan"); }
 
 evaluate() {

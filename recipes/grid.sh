@@ -13,6 +13,7 @@
 # Interrupted, the same command goes on where it stopped. A row that failed is tried again; the
 # others and the table do not wait for it.
 set -euo pipefail
+# shellcheck source=recipes/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 # name, number of stages (0: calibrated, not trained), configuration and overrides. More rows may be
@@ -79,6 +80,7 @@ options "minutes work teacher data" "$@"
     die "--teacher and --data go together: the data is what the teacher was trained on"
 is_given="${teacher:+yes}"
 : "${work:=$repo/exp/grid_${minutes}min}"
+# shellcheck source=recipes/toy.sh
 source "$repo/recipes/toy.sh"
 # Models this small gain little from a second thread: one student on every core.
 workers="$cores"

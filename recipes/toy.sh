@@ -3,6 +3,7 @@
 # fit into the time. Source it after lib.sh, with `minutes` and `work` set and `audio`, `teacher` and
 # `data` set or empty. It makes `work`, fills in `teacher` and `data`, sets `cores`, and leaves the
 # environment active.
+# shellcheck disable=SC2154 # what lib.sh and the recipe set
 
 [[ "$minutes" =~ ^[0-9]+$ && "$minutes" -ge 3 ]] || die "--minutes $minutes: give a whole number from 3"
 [[ -z "$audio" || -d "$audio" ]] || die "--audio $audio is not a folder"
@@ -60,6 +61,7 @@ speed_of_pretraining() {
     plan_updates teacher "$1"
 }
 
+# shellcheck disable=SC2046 # settings, one a word
 teach() { pretrain "$work/teacher" $(<"$work/teacher.plan"); }
 
 # make_teacher SECONDS: corpus, labels, and a teacher that trains for about so long. SECONDS is an

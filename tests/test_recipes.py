@@ -245,6 +245,11 @@ def test_two_starts_at_once_are_refused(staged: list[str], resting: Resting) -> 
     second = run(staged)
     assert second.returncode == 2
     assert "work dir is in use by another start" in second.stderr
+    # What a killed recipe leaves running counts too.
+    resting.recipe.kill()
+    resting.recipe.wait()
+    assert is_alive(resting.child)
+    assert run(staged).returncode == 2
 
 
 @pytest.fixture
