@@ -102,7 +102,8 @@ class RelativeAttention(SelfAttention):
 
     def bias_by_distance(self, frames: int) -> Tensor:
         """[heads, frames, frames], queries first; made anew in each layer, of 2 frames - 1 rows."""
-        distances = torch.arange(1 - frames, frames, device=self.table.weight.device)
-        rows = self.positions.rows(distances)
-        # Window i starts at distance 1 - frames + i: from the query at frames - 1 - i to key 0.
-        return self.table(rows).T.unfold(-1, frames, 1).flip(1)
+        frame = torch.arange(frames, device=self.table.weight.device)
+        distances = torch.arange(1 - frames, frames, device=frame.device)
+        by_distance = self.table(self.positions.rows(distances))
+        # No window (unfold), which shares memory but has no form in ONNX with a free length.
+        return by_distance.T[:, frame - frame[:, None] + frames - 1]

@@ -38,6 +38,11 @@ pytest.importorskip("onnxscript")
 FAST = replace(TINY, encoder_layers=1)
 HUBERT = replace(FAST, conv_feature_layers="[(8,10,5)] + [(8,3,2)]*4 + [(8,2,2)]*2")
 LARGE = replace(HUBERT, extractor_mode="layer_norm", conv_bias=True, layer_norm_first=True)
+WAVLM = replace(FAST, encoder_layers=2, relative_position_embedding=True, gru_rel_pos=True)
+RELATIVE = [
+    Rule("*.grep_linear", weight_bits=8, activation_bits=8),
+    Rule("*.relative_attention_bias", weight_bits=8, activation_bits=16),
+]
 FRONT_END, FRONT_END_MINMAX = (
     [
         Rule(match, method, weight_bits=8, activation_bits=8, granularity="per_channel")
@@ -89,6 +94,7 @@ def check_same_states(path: Path, model: Hubert) -> None:
     "shape, precision, rules",
     [
         (FAST, "float", ()),
+        pytest.param(WAVLM, "bitla_w8a8", RELATIVE, marks=pytest.mark.full),
         pytest.param(HUBERT, "float", (), marks=pytest.mark.full),
         pytest.param(LARGE, "float", (), marks=pytest.mark.full),
         pytest.param(LARGE, "bitla_w8a8", FRONT_END, marks=pytest.mark.full),
