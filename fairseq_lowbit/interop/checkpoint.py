@@ -58,8 +58,8 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     path = Path(path)
     if path.is_dir():
         raise LowbitError(
-            f"checkpoint {path} is a folder: name a file in it, of a run "
-            f"{path / 'checkpoints' / 'checkpoint_best.pt'}"
+            f"{path} is a folder without config.json, and so no model of Hugging Face: name a file "
+            "in it, of a run checkpoints/checkpoint_best.pt"
         )
     if not path.is_file():
         raise LowbitError(f"checkpoint {path} does not exist")
@@ -67,7 +67,10 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         return own_file.read(path)
     state = load_pickled(path, mmap)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise LowbitError(f"checkpoint {path} is not a fairseq checkpoint with cfg and model")
+        raise LowbitError(
+            f"checkpoint {path} is not a fairseq checkpoint with cfg and model; of a Hugging Face "
+            "model name the folder that holds config.json"
+        )
     state["cfg"] = _configuration(state, path)
     return state
 
@@ -191,7 +194,8 @@ def write_model(path: str | Path, model: Hubert, source: LoadedModel, data: Path
         is_calibrated_only=True,
     )
     state = as_checkpoint(made, data)
-    state["cfg"]["task"]["teacher"] = str(Path(source.source).absolute())
+    teacher = Path(source.source)  # or an id of a hub
+    state["cfg"]["task"]["teacher"] = str(teacher.absolute() if teacher.exists() else teacher)
     if Path(path).suffix == own_file.SUFFIX:
         own_file.write(path, state, model.plan)
         return

@@ -16,6 +16,8 @@ from fairseq_lowbit.precision import Precision
 _OWN = ("hubert_fastconv", "lowbit_hubert")
 _PRETRAINED = ("hubert", "wav2vec2", "wavlm", None)
 _FINE_TUNED = ("hubert_ctc", "hubert_seq2seq", "wav2vec_ctc", "wav2vec_seq2seq")
+# Architectures of fairseq's own command line, that are one model at several sizes.
+_FAMILIES = {"hubert_base": "hubert", "wav2vec2_base": "wav2vec2", "wav2vec2_large": "wav2vec2"}
 
 # fairseq's default of an option whose default differs here.
 _DEFAULTS = {"conv_feature_layers": "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"}
@@ -49,13 +51,12 @@ def read(state: dict[str, Any], path: str | Path) -> Source:
             names.
     """
     config, task, weights = state["cfg"]["model"], state["cfg"].get("task"), state["model"]
-    name, left_out = config.get("_name"), ()
-    name = _FAMILIES.get(name, name)
+    name, left_out = _family(config), ()
     if name in _FINE_TUNED:
         found = translate(weights, _FINE_TUNED_KEYS, f"checkpoint {path}")
         weights, left_out = found.weights, tuple(found.left_out)
         config, task = _pretrained_config(config, task, path)
-        name = _FAMILIES.get(config.get("_name"), config.get("_name"))
+        name = _family(config)
     if name not in (*_OWN, *_PRETRAINED):
         raise LowbitError(
             f"checkpoint {path} holds a {name}, not a HuBERT, wav2vec 2.0 or WavLM of fairseq"
@@ -78,8 +79,9 @@ def read(state: dict[str, Any], path: str | Path) -> Source:
     )
 
 
-# Architectures of fairseq's own command line, that are one model at several sizes.
-_FAMILIES = {"hubert_base": "hubert", "wav2vec2_base": "wav2vec2", "wav2vec2_large": "wav2vec2"}
+def _family(config: dict[str, Any]) -> str | None:
+    name = config.get("_name")
+    return _FAMILIES.get(name, name)
 
 
 def _pretrained_config(

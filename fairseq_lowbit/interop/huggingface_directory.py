@@ -23,8 +23,8 @@ _PROCESSOR = "processor_config.json"  # of preprocessor and tokenizer together
 SAFETENSORS, _PICKLED = "model.safetensors", "pytorch_model.bin"
 SAMPLE_RATE = 16_000
 _MASK = "mask_emb"
-_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
-_CHECKPOINTS = (".pt", ".pth", ".bin", ".safetensors")  # a path that does not exist is no id
+_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name, and no ../name
+_CHECKPOINTS = (".pt", ".pth", ".bin", ".safetensors")
 _NAMED = 3
 
 logger = logging.getLogger(__name__)
@@ -44,10 +44,14 @@ def find(source: str | Path) -> Path | None:
     """
     if is_model_directory(source):
         return Path(source)
+    return download(str(source)) if is_hub_id(source) else None
+
+
+def is_hub_id(source: str | Path, folder: str | Path = ".") -> bool:
+    """Whether ``source`` can only be an id of the hub: it looks like one and not like a checkpoint
+    that is missing, and ``folder``, where paths start, holds nothing of this name."""
     is_id = _ID.fullmatch(str(source)) and Path(source).suffix not in _CHECKPOINTS
-    if is_id and not Path(source).exists():
-        return download(str(source))
-    return None
+    return bool(is_id) and not Path(folder, source).exists()
 
 
 def download(name: str) -> Path:

@@ -28,6 +28,7 @@ from fairseq_lowbit.configurations import fold_rules
 from fairseq_lowbit.errors import LowbitError, describe_config_error
 from fairseq_lowbit.files import writing
 from fairseq_lowbit.interop import read_checkpoint, updates_of
+from fairseq_lowbit.interop.huggingface_directory import is_hub_id
 from fairseq_lowbit.plugin import register
 from fairseq_lowbit.plugin.continuing import (
     MODELS,
@@ -61,8 +62,6 @@ PACKAGE_DIR = Path(fairseq_lowbit.__file__).parent
 USER_DIR = "common.user_dir"
 # How the last line of a traceback begins that came as text.
 _MISTAKE = re.compile(r"^fairseq_lowbit\.[\w.]+\.(LowbitError|SharedError): ", re.MULTILINE)
-# organisation/name, and no name of a checkpoint.
-_HUB_ID = re.compile(r"[\w-][\w.-]*/(?!.*\.(pt|safetensors)$)[\w.-]+")
 _LOST_PEER = re.compile(r"Connection (closed|reset) by peer")
 
 
@@ -264,13 +263,8 @@ def _make_paths_absolute(config: DictConfig, start: str) -> None:
     with read_write(config), open_dict(config):
         for key in (USER_DIR, *PATHS):
             value = OmegaConf.select(config, key)
-            if value and not (key in MODELS and _is_hub_id(value, start)):
+            if value and not (key in MODELS and is_hub_id(value, start)):
                 OmegaConf.update(config, key, _absolute(key, value, start))
-
-
-def _is_hub_id(value: str, start: str) -> bool:
-    """Whether a model is meant that Hugging Face's hub has: a file in this place comes first."""
-    return bool(_HUB_ID.fullmatch(value)) and not Path(start, value).exists()
 
 
 def _absolute(key: str, value: str, start: str) -> str:

@@ -455,7 +455,7 @@ class TestDownload:
         assert not any("model" in pattern for pattern in fetched)
 
     def test_paths_are_no_ids(self, fetched: list[str], tmp_path: Path) -> None:
-        for path in ("runs/teacher.pt", "teacher.safetensors", "runs/a/b", "hubert", tmp_path):
+        for path in ("runs/a.pt", "a/b.bin", "a.safetensors", "../b", "a/b/c", "hubert", tmp_path):
             assert find(path) is None
         build("Hubert").config.save_pretrained(tmp_path)
         assert find(tmp_path) == tmp_path
