@@ -69,7 +69,7 @@ def read(state: dict[str, Any], path: str | Path) -> Source:
         config = {**_DEFAULTS, **config}
     precision = config.get("precision") if is_own else None
     return Source(
-        Architecture.from_mapping(config),
+        _shape(config, path),
         weights,
         normalize=bool((task or {}).get("normalize", False)),
         precision=Precision.from_mapping(precision) if precision else None,
@@ -77,6 +77,13 @@ def read(state: dict[str, Any], path: str | Path) -> Source:
         is_calibrated_only=is_calibrated_only(state),
         left_out=left_out,
     )
+
+
+def _shape(config: dict[str, Any], path: str | Path) -> Architecture:
+    try:
+        return Architecture.from_mapping(config)
+    except LowbitError as error:  # of a setting that could be the student's as well
+        raise LowbitError(f"checkpoint {path}: {error}") from error
 
 
 def _family(config: dict[str, Any]) -> str | None:

@@ -205,9 +205,9 @@ def test_unknown_weights_are_named(save: Callable[..., Path]) -> None:
     ("change", "message"),
     [
         ({"_name": "data2vec_audio"}, "holds a data2vec_audio, not a HuBERT"),
-        ({"layer_type": "conformer"}, "model.layer_type 'conformer' is not supported"),
-        ({"pos_conv_depth": 5}, "model.pos_conv_depth 5 is not supported"),
-        ({"activation_fn": "relu"}, "model.activation_fn 'relu' is not supported"),
+        ({"layer_type": "conformer"}, "c.pt: model.layer_type 'conformer' is not supported"),
+        ({"pos_conv_depth": 5}, "c.pt: model.pos_conv_depth 5 is not supported"),
+        ({"activation_fn": "relu"}, "c.pt: model.activation_fn 'relu' is not supported"),
     ],
 )
 def test_families_and_variants_that_are_not_supported(
