@@ -12,7 +12,7 @@ from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.evaluation.compare import COMPARISON_FILE, compare
 from fairseq_lowbit.evaluation.quality import SECONDS, Candidate, read_held_out
-from fairseq_lowbit.interop import open_model
+from fairseq_lowbit.interop import SOURCES, open_model
 from fairseq_lowbit.models import LoadedModel
 from fairseq_lowbit.report.overview.comparison_figure import draw_comparison
 from fairseq_lowbit.runs.tables import comparison_table
@@ -22,7 +22,7 @@ HELP = "compare models with their teacher on held-out audio: table, figure, JSON
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("teacher", type=Path, help="checkpoint of the float teacher")
+    parser.add_argument("teacher", type=Path, help=f"the float teacher: {SOURCES}")
     parser.add_argument("--data", type=Path, required=True, help="folder with test.tsv")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument(

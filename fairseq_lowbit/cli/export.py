@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fairseq_lowbit.interop import open_model
+from fairseq_lowbit.interop import SOURCES, open_model
 from fairseq_lowbit.interop.exporting import FORMATS
 
 HELP = "write a model for use elsewhere, whole or not at all"
@@ -11,7 +11,7 @@ HELP = "write a model for use elsewhere, whole or not at all"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     formats = "; ".join(f"{name}: {form.what}" for name, form in FORMATS.items())
-    parser.add_argument("checkpoint", help="any model that profile or ptq takes")
+    parser.add_argument("checkpoint", help=SOURCES)
     parser.add_argument("--to", choices=FORMATS, required=True, help=formats)
     parser.add_argument("out", type=Path, help="file to write, of hf a folder")
 

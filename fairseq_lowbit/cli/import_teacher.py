@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fairseq_lowbit.interop import LoadedModel, open_model
+from fairseq_lowbit.interop import SOURCES, LoadedModel, open_model
 from fairseq_lowbit.interop.exporting import FORMATS
 
 HELP = (
@@ -13,9 +13,7 @@ HELP = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source", help="checkpoint of fairseq, folder in Hugging Face's form, or id on its hub"
-    )
+    parser.add_argument("source", help=SOURCES)
     parser.add_argument("out", type=Path, help="file to write, *.safetensors")
 
 

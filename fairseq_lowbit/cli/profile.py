@@ -11,6 +11,7 @@ from fairseq_lowbit.cli import profile_timing
 from fairseq_lowbit.cli.profile_targets import Target
 from fairseq_lowbit.configurations import meta_model, model_config
 from fairseq_lowbit.errors import LowbitError, describe, require_number
+from fairseq_lowbit.interop import SOURCES
 from fairseq_lowbit.profiling import Profile, profile
 from fairseq_lowbit.profiling.cost import CONVERSION_RATE
 from fairseq_lowbit.profiling.paper import REASONS, SOURCE, TABLE
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="TARGET",
         help="a configuration (bitla_w1a1), any precision (bitla_w3a5), a float model of a shape "
-        "(hubert_base, distilhubert), or a checkpoint; a file called like one of them is ./NAME",
+        f"(hubert_base, distilhubert), or {SOURCES}; a file called like one of them is ./NAME",
     )
     parser.add_argument("--seconds", type=float, default=10.0, help="audio to count for (10)")
     parser.add_argument(

@@ -7,7 +7,7 @@ from pathlib import Path
 from fairseq_lowbit.cli import calibration_options
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.interop import open_model, write_model
+from fairseq_lowbit.interop import SOURCES, open_model, write_model
 from fairseq_lowbit.nn import describe_squashing
 from fairseq_lowbit.precision.plan_table import plan_table
 from fairseq_lowbit.terminal import print_table
@@ -16,7 +16,7 @@ HELP = "quantize a checkpoint by calibrating on audio: a model of any precision 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("teacher", type=Path, help="checkpoint to quantize")
+    parser.add_argument("teacher", type=Path, help=f"what to quantize: {SOURCES}")
     parser.add_argument("--precision", required=True, help="for example bitl_w8a8, absmax_w4a8")
     parser.add_argument("--data", type=Path, required=True, help="folder with the manifest")
     parser.add_argument("--out", type=Path, help="checkpoint to write (default ptq_<precision>.pt)")

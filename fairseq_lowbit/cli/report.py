@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="SOURCE",
         type=Path,
-        help="a run, a folder with runs, a checkpoint (.pt), or a table of sweep-table --csv",
+        help="a run, a folder with runs, a checkpoint (.pt, .safetensors), a folder of Hugging "
+        "Face, or a table of sweep-table --csv",
     )
     parser.add_argument(
         "-o",

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.interop import SOURCES
 
 HELP = "run s3prl's downstream tasks (SUPERB) with a model of ours as the upstream"
 PASSES_ON = True
@@ -25,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.allow_abbrev = False  # what looks like one may be another option of s3prl
     parser.add_argument("-u", "--upstream", metavar="NAME", help="lowbit, or one of s3prl's own")
-    parser.add_argument(
-        "-k", "--upstream_ckpt", metavar="CKPT", help="checkpoint, or folder or id of Hugging Face"
-    )
+    parser.add_argument("-k", "--upstream_ckpt", metavar="CKPT", help=SOURCES)
     parser.add_argument("-g", "--upstream_model_config", help=argparse.SUPPRESS)
     parser.add_argument("-d", "--downstream", metavar="TASK", help="such as speech_commands")
     parser.add_argument("-c", "--config", metavar="FILE", help="default: s3prl's for the task")

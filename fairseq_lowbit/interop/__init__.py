@@ -6,11 +6,12 @@ from fairseq_lowbit.interop.checkpoint import (
     updates_of,
     write_model,
 )
-from fairseq_lowbit.interop.opening import open_model, open_without_weights, read_source
+from fairseq_lowbit.interop.opening import SOURCES, open_model, open_without_weights, read_source
 from fairseq_lowbit.interop.source import Source
 from fairseq_lowbit.models import LoadedModel
 
 __all__ = [
+    "SOURCES",
     "LoadedModel",
     "Source",
     "is_calibrated_only",

@@ -7,6 +7,9 @@ from fairseq_lowbit.interop.checkpoint import read_checkpoint
 from fairseq_lowbit.interop.source import Source
 from fairseq_lowbit.models import Hubert, LoadedModel, WithoutWeights
 
+# For the help of commands.
+SOURCES = "a checkpoint (.pt), a .safetensors of this package, or a folder or id of Hugging Face"
+
 
 def open_model(source: str | Path) -> LoadedModel:
     """A model at its own shape and precision, in eval mode.
