@@ -162,6 +162,10 @@ def as_checkpoint(loaded: LoadedModel, data: Path | None = None) -> dict[str, An
                 "precision": model.plan.precision.to_mapping(),
             },
             "task": task,
+            # What fairseq's task looks up in other sections.
+            "checkpoint": {"save_dir": "checkpoints"},
+            "common": {"seed": 1},
+            "dataset": {"train_subset": "train", "max_tokens": None},
         },
         "model": weights,
         # What fairseq wants to find in any checkpoint, here of no training.

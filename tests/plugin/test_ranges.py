@@ -88,12 +88,13 @@ def test_loss_weights(value: float) -> None:
 
 
 def test_a_loss_of_nothing() -> None:
-    others = {"layer_weight": 0.0, "attention_weight": 0.0}
+    others = {"layer_weight": 0.0, "attention_weight": 0.0, "front_end_weight": 0.0}
     with pytest.raises(LowbitError, match="are all 0: give one of them a number above 0"):
         distillation(final_weight=0.0, **others)
     with pytest.raises(LowbitError, match="are all 0: give one of them a number above 0"):
         distillation(has_final_projection=False, **others)
-    assert distillation(**others).weights == {"final": 1.0, "layers": 0.0, "attention": 0.0}
+    weights = distillation(**others).weights
+    assert weights == {"final": 1.0, "layers": 0.0, "attention": 0.0, "front_end": 0.0}
 
 
 # Words for what is wrong
