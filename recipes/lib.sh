@@ -36,6 +36,8 @@ options() {
     done
 }
 
+absolute() { if [[ "$1" == /* ]]; then echo "$1"; else echo "$PWD/$1"; fi; }
+
 # one_of OPTION VALUE ALLOWED...
 one_of() {
     local option="$1" value="$2" allowed
@@ -113,6 +115,14 @@ train() {
         tail -n 5 "$log_file" | cut -c1-300 >&2
         die "training '$label' failed; its log is $log_file"
     }
+}
+
+# choose_precision NAME: sets `settings`, the arguments of fairseq-hydra-train for it.
+choose_precision() {
+    settings=(--config-name "$1")
+    # Of a precision without a file of its own, everything but the name is any other's.
+    [[ -f "$repo/config/$1.yaml" ]] ||
+        settings=(--config-name bitla_w1a1 "model.precision.name=$1")
 }
 
 # ---- Recipes in numbered stages -----------------------------------------------------------------

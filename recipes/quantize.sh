@@ -47,8 +47,6 @@ options "teacher data precision updates minutes batch-seconds run override work 
 dry-run!" "$@"
 no_settings=(run)
 
-absolute() { if [[ "$1" == /* ]]; then echo "$1"; else echo "$PWD/$1"; fi; }
-
 # --- What was asked for ---------------------------------------------------------------------------
 
 check_options() {
@@ -84,11 +82,9 @@ prepare() { step fairseq-lowbit prepare "$audio" "$data"; }
 
 # train_student LABEL OVERRIDES...: trains in $work/LABEL.
 train_student() {
-    local label="$1" settings=(--config-name "$precision")
+    local label="$1" settings
     shift
-    # Of a precision without a file of its own, everything but the name is any other's.
-    [[ -f "$repo/config/$precision.yaml" ]] ||
-        settings=(--config-name bitla_w1a1 "model.precision.name=$precision")
+    choose_precision "$precision"
     train "$label" "$stage_log" "$work/$label" "${settings[@]}" model=as_teacher "run=$run" \
         "task.data=$data" "task.teacher=$teacher" "task.seconds_per_update=$update_seconds" \
         "dataset.max_tokens=$(samples "$batch_seconds")" "${overrides[@]}" "$@"
