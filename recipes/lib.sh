@@ -254,12 +254,14 @@ way_out() {
     echo "take another --work, or remove $1.done, its results and those of the stages behind it"
 }
 
-# outdated_by INDEX: of the stages with lower numbers the first that will run, or that ran later.
+# outdated_by INDEX: of the stages with lower numbers the first that will run, or that ran later. Of
+# light ones only light ones are made.
 outdated_by() {
     local other stamp="$work/stamps/${stage_ids[$1]}.done"
     for other in "${!stage_ids[@]}"; do
         ((stage_numbers[other] < stage_numbers[$1])) || return 0
-        [[ -z "${is_light[${stage_ids[other]}]:-}" ]] || continue
+        [[ -z "${is_light[${stage_ids[other]}]:-}" || -n "${is_light[${stage_ids[$1]}]:-}" ]] ||
+            continue
         local before="$work/stamps/${stage_ids[other]}.done"
         if [[ "$before" -nt "$stamp" ]] || { [[ ! -f "$before" ]] && is_selected "$other"; }; then
             echo "stage ${stage_ids[other]/_/ }"

@@ -59,7 +59,7 @@ check_options() {
     [[ -z "$updates" || -z "$minutes" ]] || die "--updates and --minutes contradict each other"
     [[ -n "$minutes" ]] || whole_number --updates "${updates:=$default_updates}" 1
     [[ -z "$minutes" ]] || whole_number --minutes "$minutes" 1
-    [[ "$batch_seconds" =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "--batch-seconds $batch_seconds: give seconds"
+    [[ "$batch_seconds" =~ ^[0-9]+(\.[0-9]+)?$ && "$batch_seconds" == *[1-9]* ]] || die "--batch-seconds $batch_seconds: give seconds"
     if [[ -z "$run" ]]; then
         if nvidia-smi -L >/dev/null 2>&1; then run=gpu1; else run=local; fi
     fi
@@ -151,7 +151,7 @@ if compgen -G "$audio/*.tsv" >/dev/null; then
 else
     add_stage 1 data "manifests for $audio" prepare
 fi
-add_stage 2 trial "a few updates with the real batch" trial
+add_light_stage 2 trial "a few updates with the real batch" trial
 add_light_stage 3 plan "what the training will take" plan
 add_stage 4 training "QAT, $precision" learn
 add_stage 5 ptq "$precision by calibration alone" calibrate
