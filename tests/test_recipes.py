@@ -22,7 +22,8 @@ from fairseq_lowbit.interop import LoadedModel, open_model, write_model
 RECIPES = Path(__file__).parents[1] / "recipes"
 SCRIPT = RECIPES / "progress.py"
 LIBRISPEECH = RECIPES / "librispeech960.sh"
-# Three stages on recipes/lib.sh. The second tells its process id and waits; the third is light.
+# Stages on recipes/lib.sh. The second tells its process id and waits; the others behind it are
+# light, and the last is only run if it is asked for.
 STAGED = f"""#!/usr/bin/env bash
 # Greets.
 set -euo pipefail
@@ -35,6 +36,7 @@ nap() {{ step bash -c 'echo "pid $$ $1"; exec sleep "$0"' "$wait" "$name"; }}
 add_stage 0 greet "say hello" greet
 add_stage 1 nap "rest" nap
 add_light_stage 2 bye "say it again" greet
+add_light_stage 3 echo "repeat what was said" step echo repeated
 run_stages
 """
 
@@ -173,6 +175,15 @@ def test_a_finished_stage_is_refused_when_one_before_it_runs_again(staged: list[
     light = run(staged, "--stage", "2")
     assert light.returncode == 0
     assert "hello world" in light.stdout
+
+
+def test_what_is_light_is_made_again_with_what_it_is_made_from(staged: list[str]) -> None:
+    assert "repeated" in run(staged, "--stop-stage", "3").stdout
+    assert "repeated" not in run(staged, "--stop-stage", "3").stdout
+    other = run(staged, "--name", "moon", "--stage", "2", "--stop-stage", "3")
+    assert other.returncode == 0
+    assert "hello moon" in other.stdout
+    assert "repeated" in other.stdout
 
 
 def test_a_stage_that_fails_names_its_log(staged: list[str]) -> None:
