@@ -36,6 +36,8 @@ options() {
     done
 }
 
+absolute() { if [[ "$1" == /* ]]; then echo "$1"; else echo "$PWD/$1"; fi; }
+
 # one_of OPTION VALUE ALLOWED...
 one_of() {
     local option="$1" value="$2" allowed
@@ -113,6 +115,14 @@ train() {
         tail -n 5 "$log_file" | cut -c1-300 >&2
         die "training '$label' failed; its log is $log_file"
     }
+}
+
+# choose_precision NAME: sets `settings`, the arguments of fairseq-hydra-train for it.
+choose_precision() {
+    settings=(--config-name "$1")
+    # Of a precision without a file of its own, everything but the name is any other's.
+    [[ -f "$repo/config/$1.yaml" ]] ||
+        settings=(--config-name bitla_w1a1 "model.precision.name=$1")
 }
 
 # ---- Recipes in numbered stages -----------------------------------------------------------------
@@ -244,12 +254,14 @@ way_out() {
     echo "take another --work, or remove $1.done, its results and those of the stages behind it"
 }
 
-# outdated_by INDEX: of the stages with lower numbers the first that will run, or that ran later.
+# outdated_by INDEX: of the stages with lower numbers the first that will run, or that ran later. Of
+# light ones only light ones are made.
 outdated_by() {
     local other stamp="$work/stamps/${stage_ids[$1]}.done"
     for other in "${!stage_ids[@]}"; do
         ((stage_numbers[other] < stage_numbers[$1])) || return 0
-        [[ -z "${is_light[${stage_ids[other]}]:-}" ]] || continue
+        [[ -z "${is_light[${stage_ids[other]}]:-}" || -n "${is_light[${stage_ids[$1]}]:-}" ]] ||
+            continue
         local before="$work/stamps/${stage_ids[other]}.done"
         if [[ "$before" -nt "$stamp" ]] || { [[ ! -f "$before" ]] && is_selected "$other"; }; then
             echo "stage ${stage_ids[other]/_/ }"

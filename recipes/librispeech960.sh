@@ -148,7 +148,12 @@ check_models() {
         done
     fi
     if [[ -n "$adapt" ]] && ((stage <= 5 && stop_stage >= 5)); then
-        fairseq-lowbit profile "$adapt" >/dev/null || die "--adapt $adapt cannot be read, see above"
+        python "$repo/recipes/librispeech_check.py" teacher "$adapt" "$(run_or demo)" ||
+            die "--adapt $adapt cannot be taken, see above"
+    fi
+    if ((stage <= 8 && stop_stage >= 8)); then
+        python "$repo/recipes/librispeech_check.py" formats "${formats[@]}" ||
+            die "install it, leave the export out of formats at the top, or --stop-stage 7"
     fi
     ((stage <= 5)) || [[ -f "$teacher" ]] ||
         die "--stage $stage needs $teacher, which stage 5 makes"
@@ -173,8 +178,6 @@ steps_of() {
         grep -c '^ *- {precision:' "$configs/schedule/$1.yaml"
     fi
 }
-
-absolute() { if [[ "$1" == /* ]]; then echo "$1"; else echo "$PWD/$1"; fi; }
 
 # --- The stages -----------------------------------------------------------------------------------
 
@@ -214,13 +217,10 @@ adapt() {
 quantize() {
     local precision="${precision_of[$1]}" schedule="${schedule_of[$1]}" settings
     set_length "$((qat_updates / $(steps_of "$schedule")))" "$qat_warmup" "$qat_lr"
-    settings=(--config-name "$precision")
-    # Of a precision without a file of its own, everything but the name is any other's.
-    [[ -f "$configs/$precision.yaml" ]] ||
-        settings=(--config-name bitla_w1a1 "model.precision.name=$precision")
+    choose_precision "$precision"
     [[ "$schedule" == one_step ]] || settings+=("schedule=$schedule")
     train "$1" "$stage_log" "$work/$1" "${settings[@]}" "run=$(run_or demo_student)" \
-        "task.data=$corpus" "task.teacher=$teacher" "${length[@]}"
+        "task.data=$corpus" "task.teacher=$teacher" task.normalize=as_teacher "${length[@]}"
 }
 
 # set_length UPDATES WARMUP LR: sets `length`, overrides; WARMUP in % of the updates.

@@ -47,8 +47,6 @@ options "teacher data precision updates minutes batch-seconds run override work 
 dry-run!" "$@"
 no_settings=(run)
 
-absolute() { if [[ "$1" == /* ]]; then echo "$1"; else echo "$PWD/$1"; fi; }
-
 # --- What was asked for ---------------------------------------------------------------------------
 
 check_options() {
@@ -61,7 +59,7 @@ check_options() {
     [[ -z "$updates" || -z "$minutes" ]] || die "--updates and --minutes contradict each other"
     [[ -n "$minutes" ]] || whole_number --updates "${updates:=$default_updates}" 1
     [[ -z "$minutes" ]] || whole_number --minutes "$minutes" 1
-    [[ "$batch_seconds" =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "--batch-seconds $batch_seconds: give seconds"
+    [[ "$batch_seconds" =~ ^[0-9]+(\.[0-9]+)?$ && "$batch_seconds" == *[1-9]* ]] || die "--batch-seconds $batch_seconds: give seconds"
     if [[ -z "$run" ]]; then
         if nvidia-smi -L >/dev/null 2>&1; then run=gpu1; else run=local; fi
     fi
@@ -84,11 +82,9 @@ prepare() { step fairseq-lowbit prepare "$audio" "$data"; }
 
 # train_student LABEL OVERRIDES...: trains in $work/LABEL.
 train_student() {
-    local label="$1" settings=(--config-name "$precision")
+    local label="$1" settings
     shift
-    # Of a precision without a file of its own, everything but the name is any other's.
-    [[ -f "$repo/config/$precision.yaml" ]] ||
-        settings=(--config-name bitla_w1a1 "model.precision.name=$precision")
+    choose_precision "$precision"
     train "$label" "$stage_log" "$work/$label" "${settings[@]}" model=as_teacher "run=$run" \
         "task.data=$data" "task.teacher=$teacher" "task.seconds_per_update=$update_seconds" \
         "dataset.max_tokens=$(samples "$batch_seconds")" "${overrides[@]}" "$@"
@@ -155,7 +151,7 @@ if compgen -G "$audio/*.tsv" >/dev/null; then
 else
     add_stage 1 data "manifests for $audio" prepare
 fi
-add_stage 2 trial "a few updates with the real batch" trial
+add_light_stage 2 trial "a few updates with the real batch" trial
 add_light_stage 3 plan "what the training will take" plan
 add_stage 4 training "QAT, $precision" learn
 add_stage 5 ptq "$precision by calibration alone" calibrate

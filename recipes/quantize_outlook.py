@@ -8,7 +8,6 @@ the training, those of the precision count.
 
 import shutil
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 from fairseq_lowbit.configurations import compose_config, read_model_config
@@ -22,7 +21,6 @@ from fairseq_lowbit.quantization.quantizer import LearnedQuantizer
 # Weights and two moments in each of four checkpoints, of which one is being written; the teacher,
 # calibration alone and three exports.
 _COPIES = 4 * 3 + 5
-_PACKAGES = {"onnx": ("onnx", "onnxscript")}
 _OF_PRECISION = ("rules=", "model.precision.")
 
 
@@ -47,7 +45,9 @@ def outlook(name: str, precision: str, work: Path, overrides: list[str]) -> list
     sizes = [f"{model.plan.bytes / 1e6:.4g} MB" for model in (student, teacher)]
     print(f"{precision} of {name}: {sizes[0]} instead of {sizes[1]}, counted as if packed;")
     print("  a packed file and a runtime are not part of this version")
-    obstacles = {to: form.obstacle(student) or _missing(to) for to, form in FORMATS.items()}
+    obstacles = {
+        to: form.obstacle(student) or form.missing_package() for to, form in FORMATS.items()
+    }
     for to, reason in obstacles.items():
         if reason:
             print(f"  there will be no export to {to}: {reason}")
@@ -62,12 +62,6 @@ def _student(source: Source, precision: str, overrides: list[str]) -> Hubert:
         if isinstance(quantizer, LearnedQuantizer):
             quantizer.mark_calibrated(True)  # as it will be
     return student
-
-
-def _missing(to: str) -> str:
-    """Which package this format lacks."""
-    missing = [name for name in _PACKAGES.get(to, ()) if find_spec(name) is None]
-    return f"the package {missing[0]} is not installed" if missing else ""
 
 
 def _check_space(work: Path, teacher: Hubert) -> None:

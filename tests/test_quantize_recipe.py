@@ -79,6 +79,7 @@ def test_a_dry_run_shows_the_stages(data: Path, tmp_path: Path) -> None:
         ({"--updates": "9", "--minutes": "9"}, "--updates and --minutes contradict each other"),
         ({"--run": "gpu2"}, "--run gpu2: choose one of local gpu1 gpu8 slurm"),
         ({"--batch-seconds": "much"}, "--batch-seconds much: give seconds"),
+        ({"--batch-seconds": "0"}, "--batch-seconds 0: give seconds"),
         ({"--stage": "9", "--stop-stage": "9"}, "--stop-stage 9: the last stage is 8"),
     ],
 )

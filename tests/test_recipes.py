@@ -22,7 +22,8 @@ from fairseq_lowbit.interop import LoadedModel, open_model, write_model
 RECIPES = Path(__file__).parents[1] / "recipes"
 SCRIPT = RECIPES / "progress.py"
 LIBRISPEECH = RECIPES / "librispeech960.sh"
-# Three stages on recipes/lib.sh. The second tells its process id and waits; the third is light.
+# Stages on recipes/lib.sh. The second tells its process id and waits; the others behind it are
+# light, and the last is only run if it is asked for.
 STAGED = f"""#!/usr/bin/env bash
 # Greets.
 set -euo pipefail
@@ -35,6 +36,7 @@ nap() {{ step bash -c 'echo "pid $$ $1"; exec sleep "$0"' "$wait" "$name"; }}
 add_stage 0 greet "say hello" greet
 add_stage 1 nap "rest" nap
 add_light_stage 2 bye "say it again" greet
+add_light_stage 3 echo "repeat what was said" step echo repeated
 run_stages
 """
 
@@ -173,6 +175,15 @@ def test_a_finished_stage_is_refused_when_one_before_it_runs_again(staged: list[
     light = run(staged, "--stage", "2")
     assert light.returncode == 0
     assert "hello world" in light.stdout
+
+
+def test_what_is_light_is_made_again_with_what_it_is_made_from(staged: list[str]) -> None:
+    assert "repeated" in run(staged, "--stop-stage", "3").stdout
+    assert "repeated" not in run(staged, "--stop-stage", "3").stdout
+    other = run(staged, "--name", "moon", "--stage", "2", "--stop-stage", "3")
+    assert other.returncode == 0
+    assert "hello moon" in other.stdout
+    assert "repeated" in other.stdout
 
 
 def test_a_stage_that_fails_names_its_log(staged: list[str]) -> None:
@@ -427,13 +438,39 @@ def test_librispeech_at_tiny_size_survives_a_kill(archives: Path, tmp_path: Path
     assert again.stdout.count("finished before") == len(list(stamps.glob("*.done"))) == 19
 
 
+def write_hubert(path: Path, front_end: str) -> None:
+    """A tiny HuBERT of random weights, as if trained on normalized audio."""
+    other = f"model.conv_feature_layers='{front_end}'"
+    model = build_model(model_config("hubert_fastconv", ["run=demo_pretraining", other]))
+    write_model(path, model, LoadedModel(model, "random", 0, True, True), path.parent)
+
+
+@pytest.mark.parametrize(
+    ("front_end", "message"),
+    [
+        ("[(16,10,5)]+[(16,3,2)]*4+[(64,2,2)]*2", "layer_norm.weight is (64,) where (128,)"),
+        ("[(16,10,5)]+[(16,3,2)]*4+[(128,2,2)]", "a frame every 320 samples"),
+    ],
+)
+def test_librispeech_asks_whether_a_hubert_fits(
+    librispeech: list[str], front_end: str, message: str, tmp_path: Path
+) -> None:
+    hubert = tmp_path / "hubert.safetensors"
+    write_hubert(hubert, front_end)
+    options = ["--size", "tiny", "--stop-stage", "5", "--adapt", str(hubert)]
+    refused = run(librispeech, *options)
+    assert refused.returncode == 2
+    first, last = refused.stderr.splitlines()
+    assert message in first
+    assert last == f"error: --adapt {hubert} cannot be taken, see above"
+    assert not Path(librispeech[-1], "logs").exists()
+
+
 @pytest.mark.full
 def test_librispeech_at_tiny_size_from_a_hubert(archives: Path, tmp_path: Path) -> None:
     """The front-end of a HuBERT that is there is replaced, and the result quantized in stages."""
     hubert, work = tmp_path / "hubert.safetensors", tmp_path / "work"
-    other = "model.conv_feature_layers='[(16,10,5)]+[(16,3,2)]*4+[(128,2,2)]*2'"
-    model = build_model(model_config("hubert_fastconv", ["run=demo_pretraining", other]))
-    write_model(hubert, model, LoadedModel(model, "random", 0, True, False), tmp_path)
+    write_hubert(hubert, "[(16,10,5)]+[(16,3,2)]*4+[(128,2,2)]*2")
     options = ["--size", "tiny", "--adapt", str(hubert), "--precisions", "bitla_w1a1"]
     paths = ["--data", str(archives), "--work", str(work)]
     command = ["bash", str(LIBRISPEECH), *options, "--schedule", "w1a2_w1a1", *paths]
@@ -448,4 +485,6 @@ def test_librispeech_at_tiny_size_from_a_hubert(archives: Path, tmp_path: Path) 
     }
     student = work / "bitla_w1a1_by_w1a2_w1a1" / "checkpoints"
     assert (student / "stage1_bitla_w1a2" / "checkpoint_last.pt").is_file()
-    assert open_model(student / "checkpoint_last.pt").model.conv_layers[0] == (32, 10, 5)
+    made = open_model(student / "checkpoint_last.pt")
+    assert made.model.conv_layers[0] == (32, 10, 5)
+    assert made.normalize  # as the HuBERT was

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.evaluation.quality import SECONDS
-from fairseq_lowbit.interop.huggingface_directory import is_model_directory
+from fairseq_lowbit.interop import huggingface_directory
 from fairseq_lowbit.runs.collection import Entry
 from fairseq_lowbit.runs.run import Run
 from fairseq_lowbit.runs.run_quality import measure_quality, stored_quality
@@ -27,11 +27,12 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_measuring_arguments(args: argparse.Namespace) -> None:
-    """Raises LowbitError for a path that does not exist, or an impossible amount of audio."""
+    """Raises LowbitError for a path that does not exist, an id of a hub that cannot be fetched, or
+    an impossible amount of audio."""
     require_number("--seconds", args.seconds, 0, excluded=True)
     if args.data and not (args.data / "test.tsv").is_file():
         raise LowbitError(f"--data {args.data} holds no test.tsv")
-    if args.teacher and not (args.teacher.is_file() or is_model_directory(args.teacher)):
+    if args.teacher and not (args.teacher.is_file() or huggingface_directory.find(args.teacher)):
         raise LowbitError(f"--teacher {args.teacher} does not exist")
 
 

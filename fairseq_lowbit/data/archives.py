@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
+from fairseq_lowbit.data.progress import tqdm_options
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import writing
 
@@ -118,6 +119,6 @@ def _progress(path: Path, action: str) -> Iterator[BinaryIO]:
     title = f"{action} {path.name}"
     with (
         open(path, "rb") as file,
-        tqdm.wrapattr(file, "read", size, desc=title, disable=None, leave=False) as watched,
+        tqdm.wrapattr(file, "read", size, desc=title, **tqdm_options()) as watched,
     ):
         yield watched

@@ -11,11 +11,12 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +34,15 @@ from fairseq_lowbit.data.label_shards import (
     write_shard,
 )
 from fairseq_lowbit.data.manifest import Manifest, read_manifest
+from fairseq_lowbit.data.progress import tqdm_options
 from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.files import atomic_write, check_writable
 from fairseq_lowbit.machine import usable_cores
 
 logger = logging.getLogger(__name__)
 _MOST_THREADS = 8
+_SECONDS_BETWEEN_LOOKS = 1.0
+_files_of_workers: Synchronized  # set where a worker process begins
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ def _fit_features(job: LabelJob) -> Iterator[np.ndarray]:
     chosen = order[before < job.fit_seconds * SAMPLE_RATE]
     paths = [manifest.root / manifest.names[i] for i in chosen]
     found = read_features(paths, job.features, _threads(1))
-    for features in tqdm(found, "features for k-means", len(paths), disable=None, leave=False):
+    for features in tqdm(found, "features for k-means", len(paths), **tqdm_options()):
         if not isinstance(features, UnusableAudio):
             yield features
 
@@ -192,7 +196,7 @@ def label_shards(job: LabelJob, shards: Sequence[Shard], workers: int = 1) -> in
     settings = _settings(job, shards, clusters)
     todo = _unfinished(job, settings)
     files = sum(len(shard.lines(len(job.manifests[shard.split]))) for shard in todo)
-    with tqdm(total=files, desc="labels", unit="file", disable=None, leave=False) as bar:
+    with tqdm(total=files, desc="files labelled", **tqdm_options()) as bar:
         if workers == 1 or len(todo) < 2:
             for shard in todo:
                 _label(job, shard, settings[shard], _threads(1), bar.update)
@@ -226,16 +230,19 @@ def _label_in_processes(job: LabelJob, shards: dict[Shard, str], workers: int, b
     context = get_context("spawn")
     # A copy, without the manifests: reading them again is faster than sending them every time.
     sent = replace(job)
-    with ProcessPoolExecutor(workers, context, job.features.limit_threads, (threads,)) as pool:
-        started = {
-            pool.submit(_label, sent, shard, digest, threads): shard
+    files = context.Value("q", 0)  # labelled by all of them
+    begin = (job.features, threads, files)
+    with ProcessPoolExecutor(workers, context, _begin_worker, begin) as pool:
+        waiting = {
+            pool.submit(_label_in_worker, sent, shard, digest, threads)
             for shard, digest in shards.items()
         }
         try:
-            for future in as_completed(started):
-                future.result()
-                shard = started[future]
-                bar.update(len(shard.lines(len(job.manifests[shard.split]))))
+            while waiting:
+                done, waiting = wait(waiting, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                bar.update(files.value - bar.n)
         except BrokenProcessPool as error:
             raise LowbitError(
                 "a worker process was killed, most likely for want of memory: run the same command "
@@ -243,6 +250,21 @@ def _label_in_processes(job: LabelJob, shards: dict[Shard, str], workers: int, b
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(features: FrameFeatures, threads: int, files: Synchronized) -> None:
+    global _files_of_workers
+    _files_of_workers = files
+    features.limit_threads(threads)
+
+
+def _label_in_worker(job: LabelJob, shard: Shard, settings: str, threads: int) -> None:
+    _label(job, shard, settings, threads, _count_for_all)
+
+
+def _count_for_all(count: int) -> None:
+    with _files_of_workers.get_lock():
+        _files_of_workers.value += count
 
 
 def _label(

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from fairseq_lowbit.data.archives import check_md5, check_space, unpacked
 from fairseq_lowbit.data.audio import SAMPLE_RATE, UnusableAudio, audio_info
 from fairseq_lowbit.data.manifest import write_manifest
+from fairseq_lowbit.data.progress import tqdm_options
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import writing
 
@@ -170,7 +171,7 @@ def _sizes(subset: Subset) -> list[int]:
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
         # Threads wait for the disk, which may be on the network, and not for each other.
         found = pool.map(_samples_or_problem, subset.recordings)
-        sizes = list(tqdm(found, subset.name, total, disable=None, leave=False))
+        sizes = list(tqdm(found, subset.name, total, **tqdm_options()))
     problems = [entry for entry in sizes if isinstance(entry, UnusableAudio)]
     if problems:
         raise LowbitError(

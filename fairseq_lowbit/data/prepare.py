@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from fairseq_lowbit.data.audio import SAMPLE_RATE, UnusableAudio, audio_info, convert_audio
 from fairseq_lowbit.data.manifest import write_manifest
+from fairseq_lowbit.data.progress import tqdm_options
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import atomic_write
 
@@ -123,8 +124,7 @@ def _find_audio(source: Path, out: Path) -> list[PurePath]:
 
 def _convert_all(paths: list[PurePath], convert: Callable[[PurePath], _Result]) -> list[_Result]:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        bar = tqdm(pool.map(convert, paths), "files", len(paths), disable=None, leave=False)
-        return list(bar)
+        return list(tqdm(pool.map(convert, paths), "files", len(paths), **tqdm_options()))
 
 
 def _convert(source: Path, path: PurePath, out: Path) -> _Result:

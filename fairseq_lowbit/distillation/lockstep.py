@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fairseq_lowbit.distillation.losses import attention_error, feature_error
 from fairseq_lowbit.models.protocols import LayeredEncoder
-from fairseq_lowbit.nn import is_quantized
 from fairseq_lowbit.nn.attention import AttentionMap
 
 
@@ -79,17 +78,3 @@ def distill(
 
 def _mean(terms: list[Tensor]) -> Tensor | None:
     return torch.stack(terms).mean() if terms else None
-
-
-def same_front_end(teacher: LayeredEncoder, student: LayeredEncoder) -> bool:
-    """Whether both extractors are float and hold the same weights, so that one may do for both.
-
-    Compares on the host: ask once per run, after all weights are loaded.
-    """
-    front_ends = [model.feature_extractor for model in (teacher, student)]
-    if any(is_quantized(front_end) for front_end in front_ends):
-        return False
-    weights, own = (front_end.state_dict() for front_end in front_ends)
-    return weights.keys() == own.keys() and all(
-        torch.equal(tensor, own[name]) for name, tensor in weights.items()
-    )

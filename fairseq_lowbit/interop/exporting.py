@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -27,11 +28,20 @@ class Format:
         what: it holds, on one line.
         module: of this folder, an :class:`Exporter`, loaded when the format is asked for.
         ending: of the file's name; empty for a folder.
+        packages: which it takes beside those of this package.
     """
 
     what: str
     module: str
     ending: str
+    packages: tuple[str, ...] = ()
+
+    def missing_package(self) -> str:
+        """Which package has to be installed first, and how; empty when none has to."""
+        missing = [name for name in self.packages if find_spec(name) is None]
+        if not missing:
+            return ""
+        return f"it takes the package {missing[0]}: pip install 'fairseq-lowbit[{self.module}]'"
 
     def obstacle(self, model: Hubert) -> str:
         """Why ``model`` cannot be written in this format; empty when it can."""
@@ -46,7 +56,7 @@ class Format:
         """
         if self.ending and out.suffix != self.ending:
             raise LowbitError(f"{out}: give a file name that ends in {self.ending}")
-        reason = self.obstacle(loaded.model)
+        reason = self.missing_package() or self.obstacle(loaded.model)
         if reason:
             raise LowbitError(f"{loaded.source} cannot be written as {self.what}: {reason}")
         self._exporter().export(loaded, out)
@@ -66,5 +76,7 @@ FORMATS = {
         "huggingface_writer",
         "",
     ),
-    "onnx": Format("an ONNX graph, checked against ONNX Runtime", "onnx", ".onnx"),
+    "onnx": Format(
+        "an ONNX graph, checked against ONNX Runtime", "onnx", ".onnx", ("onnx", "onnxscript")
+    ),
 }

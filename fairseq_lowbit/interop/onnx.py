@@ -5,7 +5,6 @@ Outputs: ``hidden_state_0`` .. ``hidden_state_L``, what ``Hubert.representations
 caller has to know beside the graph stands in the metadata of the file (see :func:`_metadata`).
 """
 
-import importlib
 import json
 import logging
 import warnings
@@ -40,7 +39,6 @@ FLOAT_TOLERANCE = 1e-4
 QUANTIZED_TOLERANCE = 1e-2
 # Frames and batch sizes of the random waveforms that are compared.
 _COMPARED = ((50, 1), (31, 2))
-_PACKAGES = ("onnx", "onnxscript")
 
 
 def obstacle(model: Hubert) -> str:
@@ -68,10 +66,11 @@ def export(loaded: LoadedModel, out: Path) -> None:
     outputs are from torch's, where it is installed.
 
     Raises:
-        LowbitError: a package is missing, a quantizer has no scale yet, ``out`` cannot be written,
+        LowbitError: torch is too old, a quantizer has no scale yet, ``out`` cannot be written,
             or ONNX Runtime computes something else than torch.
     """
-    _check_packages()
+    if not hasattr(torch.onnx, "ops"):
+        raise LowbitError(f"writing ONNX takes torch 2.8 or newer, and this is {torch.__version__}")
     model = loaded.model
     if not is_calibrated(model):
         raise LowbitError(
@@ -85,18 +84,6 @@ def export(loaded: LoadedModel, out: Path) -> None:
         file.write(proto.SerializeToString())
         file.flush()
         print(_comparison(file.name, model, out))
-
-
-def _check_packages() -> None:
-    for name in _PACKAGES:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise LowbitError(
-                f"writing ONNX takes the package {name}: pip install 'fairseq-lowbit[onnx]'"
-            ) from error
-    if not hasattr(torch.onnx, "ops"):
-        raise LowbitError(f"writing ONNX takes torch 2.8 or newer, and this is {torch.__version__}")
 
 
 class _Representations(nn.Module):

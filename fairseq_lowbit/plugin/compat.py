@@ -26,6 +26,7 @@ from torch.multiprocessing import ProcessExitedException
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import writing
 from fairseq_lowbit.plugin import interruption
+from fairseq_lowbit.plugin.processes import part
 
 _BUFFER_BYTES = 16384
 _CPU_BACKENDS = ("legacy_ddp", "no_c10d")
@@ -178,7 +179,12 @@ def _spawn_on_cpu(cfg: Any, main: Any, **kwargs: Any) -> None:
     # As torchrun does: with all cores for each, the processes would be in each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     arguments = (main, cfg, {**kwargs, "start_rank": first})
-    torch.multiprocessing.spawn(distributed_utils.distributed_main, arguments, nprocs=count)
+    torch.multiprocessing.spawn(_train_and_part, arguments, nprocs=count)
+
+
+def _train_and_part(index: int, main: Any, cfg: Any, kwargs: dict[str, Any]) -> None:
+    distributed_utils.distributed_main(index, main, cfg, kwargs)
+    part()
 
 
 def _count_processes_on_cpu() -> None:

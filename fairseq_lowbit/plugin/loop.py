@@ -14,7 +14,7 @@ from fairseq_cli import train as fairseq_train
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import writing
 from fairseq_lowbit.plugin import interruption
-from fairseq_lowbit.plugin.processes import together
+from fairseq_lowbit.plugin.processes import part, together
 from fairseq_lowbit.plugin.trainer import LowbitTrainer, ValidationCutShort
 
 logger = logging.getLogger(__name__)
@@ -111,6 +111,7 @@ def _train(train: Any) -> Any:
                 f"stopped by {interruption.received() or 'a signal'} and saved at update "
                 f"{trainer.get_num_updates()}: run the same command to go on"
             )
+            part()
             interruption.leave()
         return result
 

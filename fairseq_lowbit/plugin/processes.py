@@ -84,6 +84,14 @@ def refuse_different(what: str, read: Callable[[], object]) -> None:
         )
 
 
+def part() -> None:
+    """Before the processes exit by themselves: one whose threads for the others still run is now
+    and then aborted by them. Every process has to call it."""
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
 @torch.no_grad()
 def share_weights(model: torch.nn.Module) -> None:
     """Gives every process the weights and buffers of the first."""

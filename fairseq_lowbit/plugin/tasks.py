@@ -20,7 +20,7 @@ from fairseq_lowbit.data.calibration_audio import (
 from fairseq_lowbit.data.label_file import LabelFile, count_classes, read_dictionary
 from fairseq_lowbit.data.manifest import check_format, read_manifest
 from fairseq_lowbit.data.recordings import LABEL_RATE, AudioConfig, AudioOptions
-from fairseq_lowbit.distillation import same_front_end
+from fairseq_lowbit.distillation import refuse_other_frames, same_front_end
 from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.interop import open_model
 from fairseq_lowbit.models import Hubert, LoadedModel, start_from
@@ -205,22 +205,6 @@ class _SpeechTask(FairseqTask):
                 f"{len(self.unusable)} of {total} training files are unusable, listed in {listed}; "
                 "repair the data or raise task.max_unusable"
             )
-
-
-def refuse_other_frames(model: Hubert, teacher: LoadedModel) -> None:
-    """Frames of one place in the audio are compared, so there have to be as many."""
-    frame = receptive_field(model.conv_layers)
-    samples = torch.arange(frame, frame + 2 * model.samples_per_frame)
-    if not torch.equal(model.frame_lengths(samples), teacher.model.frame_lengths(samples)):
-        own, other = (
-            f"a frame every {each.samples_per_frame} samples, the first of "
-            f"{receptive_field(each.conv_layers)}"
-            for each in (model, teacher.model)
-        )
-        raise LowbitError(
-            f"model.conv_feature_layers: {own}, where teacher {teacher.source} has {other}: give a "
-            "front-end with the same"
-        )
 
 
 @register_task("lowbit_pretraining", dataclass=LowbitPretrainingConfig)

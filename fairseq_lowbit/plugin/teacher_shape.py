@@ -1,12 +1,13 @@
 """``model=as_teacher``: a run takes the shape of its model, and how audio is normalized, from its
-teacher.
+teacher. ``task.normalize=as_teacher`` takes the second alone.
 
-Before anything is built, values replace the words ``as_teacher`` of config/model/as_teacher.yaml.
+Before anything is built, values replace the words ``as_teacher`` of the configuration.
 The run's record and its checkpoints hold them, so that nobody needs the teacher for them again.
 """
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
@@ -47,21 +48,28 @@ def adopt_teacher(config: DictConfig, folder: Path) -> None:
     """
     model = config.get("model")
     given = OmegaConf.to_container(model, resolve=False) if OmegaConf.is_dict(model) else {}
-    if AS_TEACHER not in given.values():
+    shape = _open_shape(given) if AS_TEACHER in given.values() else []
+    takes_normalize = OmegaConf.select(config, "task.normalize") == AS_TEACHER
+    if not (shape or takes_normalize):
         return
-    open_names = [name for name in SHAPE if given.get(name, AS_TEACHER) == AS_TEACHER]
-    beside = [name for name in SHAPE if name not in (*open_names, *_MAY_DIFFER)]
+    source = _source(config, folder)
+    with read_write(config), open_dict(config):
+        for name in shape:
+            config.model[name] = getattr(source.shape, name)
+        if takes_normalize:
+            config.task.normalize = source.normalize
+
+
+def _open_shape(given: dict[str, Any]) -> list[str]:
+    """Fields of the shape that the teacher decides; raises LowbitError for one that is given."""
+    names = [name for name in SHAPE if given.get(name, AS_TEACHER) == AS_TEACHER]
+    beside = [name for name in SHAPE if name not in (*names, *_MAY_DIFFER)]
     if beside:
         raise LowbitError(
             f"model.{beside[0]}={given[beside[0]]} beside model=as_teacher, which takes the whole "
             "shape from task.teacher: leave it out, or choose another model="
         )
-    source = _source(config, folder)
-    with read_write(config), open_dict(config):
-        for name in open_names:
-            config.model[name] = getattr(source.shape, name)
-        if config.task.normalize == AS_TEACHER:
-            config.task.normalize = source.normalize
+    return names
 
 
 def _source(config: DictConfig, folder: Path) -> Source:
@@ -70,5 +78,8 @@ def _source(config: DictConfig, folder: Path) -> Source:
         return read_source(own, with_weights=False)
     teacher = OmegaConf.select(config, "task.teacher", throw_on_missing=False)
     if not teacher:
-        raise LowbitError("task.teacher is not set, from which model=as_teacher takes its shape")
+        raise LowbitError(
+            "task.teacher is not set: model=as_teacher and task.normalize=as_teacher take what "
+            "they stand for from it"
+        )
     return read_source(teacher, with_weights=False)

@@ -14,6 +14,7 @@ from fairseq_lowbit.cli.main import main
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.interop import onnx as onnx_format
 from fairseq_lowbit.interop import write_model
+from fairseq_lowbit.interop.exporting import FORMATS
 from fairseq_lowbit.interop.onnx_view import LearnedInput, StoredWeight, has_quantize_linear
 from fairseq_lowbit.models import Architecture, Hubert, LoadedModel, WithoutWeights
 from fairseq_lowbit.nn import calibrate, forget_calibration
@@ -301,9 +302,10 @@ def test_what_cannot_be_written_is_said_first(
     forget_calibration(model)
     with pytest.raises(LowbitError, match=r"student\.pt .* not calibrated"):
         onnx_format.export(loaded(model), path)
+    assert FORMATS["onnx"].missing_package() == ""
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(LowbitError, match=r"onnxscript: pip install 'fairseq-lowbit\[onnx\]'"):
-        onnx_format.export(loaded(build(FAST, "float")), path)
+        FORMATS["onnx"].export(loaded(build(FAST, "float")), path)
     assert not path.exists()
 
 

@@ -18,6 +18,7 @@ def test_a_new_front_end_learns_what_the_encoder_wants(train: Callable, teacher:
         "dataset.validate_interval_updates=10",
         "checkpoint.save_interval_updates=10",
     )
+    assert run.state()["cfg"]["task"]["normalize"] is False  # as the teacher's
     losses = run.logged("loss_front_end")
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     student, source = open_model(run.last).model, open_model(teacher).model

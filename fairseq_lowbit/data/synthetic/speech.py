@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from fairseq_lowbit.data.audio import SAMPLE_RATE
 from fairseq_lowbit.data.manifest import write_manifest
+from fairseq_lowbit.data.progress import tqdm_options
 from fairseq_lowbit.data.synthetic.espeak import Engine, Voice
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import atomic_write
@@ -224,7 +225,7 @@ def _speak_all(out: Path, parts: list[Part]) -> dict[Voice, list[_Utterance]]:
     workers = min(4, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         spoken = pool.map(lambda part: list(_speak(out, part)), parts)
-        bar = tqdm(spoken, "voices", len(parts), disable=None, leave=False)
+        bar = tqdm(spoken, "voices", len(parts), **tqdm_options())
         return {part.voice: utterances for part, utterances in zip(parts, bar, strict=True)}
 
 
