@@ -25,7 +25,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import writing
-from fairseq_lowbit.plugin import interruption
+from fairseq_lowbit.plugin import interruption, register
 from fairseq_lowbit.plugin.processes import part
 
 _BUFFER_BYTES = 16384
@@ -183,6 +183,9 @@ def _spawn_on_cpu(cfg: Any, main: Any, **kwargs: Any) -> None:
 
 
 def _train_and_part(index: int, main: Any, cfg: Any, kwargs: dict[str, Any]) -> None:
+    # To find this function, the new process has imported the package before fairseq could by its
+    # user directory, which then registers nothing.
+    register()
     distributed_utils.distributed_main(index, main, cfg, kwargs)
     part()
 
