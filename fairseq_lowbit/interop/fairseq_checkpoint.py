@@ -29,7 +29,6 @@ _KEYS: KeyMap = (
     # What only wav2vec 2.0's contrastive loss needs.
     LeaveOut(r"quantizer\..*", "quantizer of wav2vec 2.0's loss"),
     LeaveOut(r"project_q\..*", "projection of wav2vec 2.0's targets"),
-    LeaveOut(r"target_glu\..*", "gated unit on the targets"),
     Move(r"(mask_emb|label_embs_concat)", r"\1"),
     Move(r"((feature_extractor|layer_norm|post_extract_proj|encoder|final_proj)\..*)", r"\1"),
 )
@@ -63,13 +62,14 @@ def read(state: dict[str, Any], path: str | Path) -> Source:
         )
     # What was converted from a checkpoint of this package may have lost its name.
     is_own = name in _OWN or "precision" in config
+    # First the shape: a variant that is not built is known better by its setting than its weights.
+    shape = _shape(config if is_own else {**_DEFAULTS, **config}, path)
     if not is_own:
         found = translate(weights, _KEYS, f"checkpoint {path}")
         weights, left_out = found.weights, (*left_out, *found.left_out)
-        config = {**_DEFAULTS, **config}
     precision = config.get("precision") if is_own else None
     return Source(
-        _shape(config, path),
+        shape,
         weights,
         normalize=bool((task or {}).get("normalize", False)),
         precision=Precision.from_mapping(precision) if precision else None,

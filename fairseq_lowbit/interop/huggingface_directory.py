@@ -17,11 +17,11 @@ from fairseq_lowbit.interop.checkpoint import load_pickled
 from fairseq_lowbit.interop.huggingface_format import architecture, to_ours, to_theirs
 from fairseq_lowbit.interop.source import Source, translate
 from fairseq_lowbit.models import Architecture, Hubert, WithoutWeights
+from fairseq_lowbit.models.architecture import SAMPLE_RATE
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 _PROCESSOR = "processor_config.json"  # of preprocessor and tokenizer together
 SAFETENSORS, _PICKLED = "model.safetensors", "pytorch_model.bin"
-SAMPLE_RATE = 16_000
 _MASK = "mask_emb"
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name, and no ../name
 _CHECKPOINTS = (".pt", ".pth", ".bin", ".safetensors")

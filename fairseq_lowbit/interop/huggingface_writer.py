@@ -19,13 +19,13 @@ from fairseq_lowbit.interop.huggingface_directory import (
     CONFIG,
     PREPROCESSOR,
     SAFETENSORS,
-    SAMPLE_RATE,
     is_model_directory,
     read_json,
 )
 from fairseq_lowbit.interop.huggingface_format import configuration, to_theirs
 from fairseq_lowbit.interop.source import translate
 from fairseq_lowbit.models import Hubert, LoadedModel
+from fairseq_lowbit.models.architecture import SAMPLE_RATE
 from fairseq_lowbit.nn import decoded_state, is_calibrated, is_quantized
 
 CARD = "README.md"

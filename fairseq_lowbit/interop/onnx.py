@@ -21,6 +21,7 @@ from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import atomic_write, check_writable
 from fairseq_lowbit.interop.onnx_view import onnx_view
 from fairseq_lowbit.models import Hubert, LoadedModel
+from fairseq_lowbit.models.architecture import SAMPLE_RATE
 from fairseq_lowbit.models.extractor import receptive_field
 from fairseq_lowbit.nn import is_calibrated, is_quantized
 from fairseq_lowbit.nn.operators import Operator
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     import onnxruntime
 
 OPSET = 18
-SAMPLE_RATE = 16000
 # A protobuf message, which such a file is, ends at 2 GiB; the graph itself takes some of it.
 MOST_BYTES = 2**31 - 2**24
 # Allowed differences from torch, relative to the rms of a hidden state.

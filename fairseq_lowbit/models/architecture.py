@@ -6,6 +6,8 @@ from typing import Any
 
 from fairseq_lowbit.errors import LowbitError
 
+SAMPLE_RATE = 16_000  # of every model, in Hz
+
 # WFE-C of SEW (arXiv 2109.06870) with c = 64, l = 1: total stride 320, that is 50 Hz.
 FASTCONV = (
     "[(64,10,5)] + [(128,3,2),(128,1,1)]*2 + [(256,3,2),(256,1,1)]*2 + [(512,2,2),(512,1,1)]*2"

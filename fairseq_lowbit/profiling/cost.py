@@ -13,13 +13,13 @@ from functools import cached_property
 from torch import nn
 
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.models.architecture import SAMPLE_RATE
 from fairseq_lowbit.models.protocols import HasOperatorSteps
 from fairseq_lowbit.nn.work import HasWork, Steps, modules_with_work, recorded_steps
 from fairseq_lowbit.precision import PlanEntry
 from fairseq_lowbit.precision.grammar import FLOAT_BITS
 from fairseq_lowbit.precision.storage import FLOAT_BYTES
 
-SAMPLE_RATE = 16_000
 ACTIVATION_BYTES = 4
 # Bits of quantized work that take as long as one floating-point operation: the paper's own anchor,
 # 1898.44 Gbit = 28.55 GFLOPs.

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.models.architecture import SAMPLE_RATE
 from fairseq_lowbit.models.protocols import HiddenStates, SpeechModel
 from fairseq_lowbit.nn import calibrate, is_quantized, quantizers
-from fairseq_lowbit.profiling.cost import SAMPLE_RATE
 from fairseq_lowbit.profiling.memory import peak_resident_bytes, resident_bytes
 from fairseq_lowbit.quantization import Criterion, SquashedQuantizer
 

@@ -206,6 +206,7 @@ def test_unknown_weights_are_named(save: Callable[..., Path]) -> None:
     [
         ({"_name": "data2vec_audio"}, "holds a data2vec_audio, not a HuBERT"),
         ({"layer_type": "conformer"}, "c.pt: model.layer_type 'conformer' is not supported"),
+        ({"target_glu": True}, "model.target_glu True is not supported"),
         ({"pos_conv_depth": 5}, "c.pt: model.pos_conv_depth 5 is not supported"),
         ({"activation_fn": "relu"}, "c.pt: model.activation_fn 'relu' is not supported"),
     ],
