@@ -40,12 +40,20 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} was not written by this package: of a Hugging Face model name the folder that "
             "holds config.json"
         )
-    if int(header["version"]) > VERSION:
+    try:
+        version = int(header["version"])
+        described = json.loads(header["checkpoint"]) if version <= VERSION else {}
+    except (KeyError, ValueError) as error:
         raise LowbitError(
-            f"{path} has version {header['version']} of its format, and this package reads up to "
-            f"{VERSION}: update fairseq_lowbit"
+            f"{path} has a header that cannot be read ({type(error).__name__}: {error}): export the "
+            "model again"
+        ) from error
+    if version > VERSION:
+        raise LowbitError(
+            f"{path} has version {version} of its format, and this package reads up to {VERSION}: "
+            "update fairseq_lowbit"
         )
-    return {**json.loads(header["checkpoint"]), "model": weights}
+    return {**described, "model": weights}
 
 
 def write(path: str | Path, state: dict[str, Any], plan: Plan) -> None:

@@ -116,6 +116,14 @@ def test_files_of_others_are_refused_by_name(tmp_path: Path) -> None:
         open_model(path)
 
 
+@pytest.mark.parametrize("rest", [{}, {"version": "1"}, {"version": "1", "checkpoint": "{"}])
+def test_a_header_that_lost_something_is_named(tmp_path: Path, rest: dict[str, str]) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file({"a": torch.zeros(2)}, path, {"format": "fairseq_lowbit", **rest})
+    with pytest.raises(LowbitError, match=r"m\.safetensors has a header that cannot be read"):
+        open_model(path)
+
+
 def test_import_teacher_says_what_it_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     state = state_of(build(classes=0))
     for key in ("final_proj.weight", "final_proj.bias"):
