@@ -45,8 +45,8 @@ def read(path: Path) -> dict[str, Any]:
         described = json.loads(header["checkpoint"]) if version <= VERSION else {}
     except (KeyError, ValueError) as error:
         raise LowbitError(
-            f"{path} has a header that cannot be read ({type(error).__name__}: {error}): export the "
-            "model again"
+            f"{path} has a header that cannot be read ({type(error).__name__}: {error}): export "
+            "the model again"
         ) from error
     if version > VERSION:
         raise LowbitError(
