@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.interop.s3prl.phone_corpus import PhoneCorpus
 
 
 class StandIn(ModuleType):
@@ -56,7 +57,7 @@ class StandIn(ModuleType):
 @contextmanager
 def stand_ins() -> Iterator[None]:
     """While it lasts, s3prl can be imported; afterwards ``sys.modules`` has the others again."""
-    modules = {**_torchaudio(), **_catalyst()}
+    modules = {**_torchaudio(), **_unused(), **_file_search(), **_phone_corpus()}
     before = {name: sys.modules.get(name) for name in modules}
     sys.modules.update(modules)
     try:
@@ -117,12 +118,34 @@ def _installed_torchaudio() -> ModuleType | None:
         return None
 
 
-def _catalyst() -> dict[str, ModuleType]:
-    """The samplers of keyword spotting in several processes."""
-    if importlib.util.find_spec("catalyst") is not None:
+def _unused() -> dict[str, ModuleType]:
+    """What is imported and never called where we run it: samplers of keyword spotting in several
+    processes, and a tool of speaker verification."""
+    names = ("catalyst", "catalyst.data", "catalyst.data.sampler", "sox")
+    missing = [name for name in names if not _is_installed(name.partition(".")[0])]
+    return {name: StandIn(name) for name in missing}
+
+
+def _file_search() -> dict[str, ModuleType]:
+    """Of librosa, which brings a compiler along, the speaker and emotion tasks list files by."""
+    if _is_installed("librosa"):
         return {}
-    names = ("catalyst", "catalyst.data", "catalyst.data.sampler")
-    return {name: StandIn(name) for name in names}
+    util = StandIn("librosa.util", find_files=find_files)
+    return {"librosa": StandIn("librosa", util=util), "librosa.util": util}
+
+
+def _phone_corpus() -> dict[str, ModuleType]:
+    """The corpora of s3prl's task ``ctc``, which its repository has and its package lacks."""
+    package = "s3prl.downstream.ctc.corpus"
+    folder = Path(importlib.util.find_spec("s3prl").origin).parent / "downstream/ctc/corpus"
+    if folder.is_dir():
+        return {}
+    phones = StandIn(f"{package}.libriphone", LibriPhoneDataset=PhoneCorpus)
+    return {package: StandIn(package, libriphone=phones), f"{package}.libriphone": phones}
+
+
+def _is_installed(package: str) -> bool:
+    return package in sys.modules or importlib.util.find_spec(package) is not None
 
 
 class Resample:
@@ -170,3 +193,10 @@ def apply_effects_file(path: str | Path, effects: Sequence[Sequence[str]]) -> tu
                     "torchaudio 2.8 or older"
                 )
     return waveform, rate
+
+
+def find_files(folder: str | Path) -> list[str]:
+    """As librosa's: every sound file below a folder, in order."""
+    kinds = (".flac", ".wav")
+    found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in kinds)
+    return sorted(str(path.absolute()) for path in found)
