@@ -2,7 +2,7 @@
 
 import csv
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -31,11 +31,11 @@ def write_letters(librispeech: Path, path: Path) -> None:
     for _, words in transcripts(librispeech / train):
         counts.update(WORD_END.join([*words, ""]))
     for subset in others:
-        for name, words in transcripts(librispeech / subset):
+        for recording, words in transcripts(librispeech / subset):
             strange = set("".join(words)) - set(counts)
             if strange:
                 raise LowbitError(
-                    f"{librispeech / subset}: {name} has the character {min(strange)!r}, which is "
+                    f"{recording}: its transcript has the character {min(strange)!r}, which is "
                     f"nowhere in {train}"
                 )
     with atomic_write(path) as file:
@@ -90,38 +90,40 @@ def write_phones(lexicon: Lexicon, librispeech: Path, path: Path) -> None:
         LowbitError: it lacks a word of the corpus.
     """
     for subset in SUBSETS:
-        for name, words in transcripts(librispeech / subset):
-            unknown = [word for word in words if word not in lexicon]
-            if unknown:
-                raise LowbitError(
-                    f"the lexicon lacks the word {unknown[0]} of {name} in {librispeech / subset}"
-                )
+        for recording, words in transcripts(librispeech / subset):
+            pronounce(words, lexicon, recording)
     phones = sorted({phone for word in lexicon.values() for phone in word})
     with atomic_write(path) as file:
         file.writelines(f"{phone}\n" for phone in phones)
 
 
-def transcripts(subset: Path) -> Iterator[tuple[str, list[str]]]:
-    """Name and words of every utterance of one part of LibriSpeech.
+def pronounce(words: Sequence[str], lexicon: Lexicon, recording: Path) -> list[str]:
+    """The phones of words.
 
     Raises:
-        LowbitError: a recording without a transcript, or a transcript without words.
+        LowbitError: the lexicon lacks one; ``recording`` says where.
+    """
+    unknown = [word for word in words if word not in lexicon]
+    if unknown:
+        raise LowbitError(f"the lexicon lacks the word {unknown[0]} of {recording}")
+    return [phone for word in words for phone in lexicon[word]]
+
+
+def transcripts(subset: Path) -> Iterator[tuple[Path, list[str]]]:
+    """The recordings of one part of LibriSpeech and their words, in capitals.
+
+    Raises:
+        LowbitError: a recording without a transcript, a transcript without a recording or words.
     """
     for path in sorted(subset.glob("*/*/*.trans.txt")):
-        said: dict[str, list[str]] = {}
-        for line in path.read_text(encoding="utf-8").splitlines():
-            name, *words = line.upper().split() or [""]
-            if name and not words:
+        said: dict[Path, list[str]] = {}
+        for line in filter(None, path.read_text(encoding="utf-8").splitlines()):
+            name, *words = line.upper().split()
+            if not words:
                 raise LowbitError(f"{path}: {name} has no words")
-            said[name] = words
-        _check_names(path, said)
-        yield from ((name, words) for name, words in said.items() if name)
-
-
-def _check_names(path: Path, said: Iterable[str]) -> None:
-    """The recordings beside a transcript have to be those that it names."""
-    recorded = {file.stem for file in path.parent.glob("*.flac")}
-    differing = sorted(recorded.symmetric_difference(name for name in said if name))
-    if differing:
-        where = "no line" if differing[0] in recorded else "no recording"
-        raise LowbitError(f"{path}: there is {where} for {differing[0]}")
+            said[path.parent / f"{name}.flac"] = words
+        differing = sorted(set(path.parent.glob("*.flac")).symmetric_difference(said))
+        if differing:
+            missing = "recording" if differing[0] in said else "line"
+            raise LowbitError(f"{path}: there is no {missing} for {differing[0].stem}")
+        yield from said.items()
