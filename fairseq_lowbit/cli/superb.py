@@ -56,9 +56,9 @@ def run(args: argparse.Namespace) -> int:
 
     order = Order(
         task=task,
-        model=args.model,
+        model=str(Path(args.model).resolve()) if Path(args.model).exists() else args.model,
         name=args.name or args.model,
-        data=args.data,
+        data=args.data.resolve(),
         out=args.out.absolute(),
         changes=_changes(args),
         lexicon=args.lexicon and args.lexicon.absolute(),

@@ -27,13 +27,13 @@ _SESSIONS = tuple(f"Session{number}" for number in range(1, 6))
 
 @dataclass(frozen=True)
 class Order:
-    """What was asked for.
+    """What was asked for. Paths are absolute: s3prl changes the working directory.
 
     Attributes:
         model: see :data:`fairseq_lowbit.interop.SOURCES`.
         name: of the model in tables.
         data: the user's folder.
-        out: absolute folder of everything that is made.
+        out: folder of everything that is made.
         changes: KEY=VALUE for the task's configuration.
         lexicon: words and their phones, for phoneme recognition; None for s3prl's.
         workers: processes that read audio.
