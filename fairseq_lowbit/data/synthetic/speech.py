@@ -1,7 +1,8 @@
 """An offline corpus of synthetic English, large enough to watch a speech model learn.
 
-Many voices say isolated words and random sentences, or read a text aloud. The voices of the three splits are disjoint, so
-a probe on the test words measures what the model learnt about speech, not about speakers.
+Many voices say isolated words and random sentences, or read a text aloud. The voices of the three
+splits are disjoint, so a probe on the test words measures what the model learnt about speech, not
+about speakers.
 """
 
 from __future__ import annotations
