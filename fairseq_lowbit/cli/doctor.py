@@ -32,8 +32,10 @@ SEARCHPATH_MODULE = "hydra_plugins.fairseq_lowbit_searchpath"
 # Optional modules and what they are for.
 OPTIONAL_MODULES = {
     "espeakng_loader": "demo speech (pip install 'fairseq-lowbit[demo]')",
+    "jiwer": "word errors (pip install 'fairseq-lowbit[asr]')",
     "onnxruntime": "ONNX files (pip install 'fairseq-lowbit[onnx]')",
     "optuna": "searches by +sweep=optuna (pip install 'fairseq-lowbit[sweep]')",
+    "s3prl": "SUPERB (docs/superb.md)",
     "submitit": "sweeps on SLURM by +sweep=submitit (pip install 'fairseq-lowbit[sweep]')",
     "transformers": "quantizing models of Hugging Face (pip install 'fairseq-lowbit[hf]')",
 }
