@@ -11,6 +11,7 @@ from fairseq_lowbit.evaluation.intervals import Interval, difference_interval, r
 
 # Words that both systems get right in a row, between segments of the matched-pairs test.
 _BUFFER = 2
+_LEAST_P = 0.001
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class MatchedPairs:
     segments: int
     mean: float
     p: float
+
+    @property
+    def p_text(self) -> str:
+        """With two digits; the approximation says nothing about how small a tiny one is."""
+        return f"{self.p:.2g}" if self.p >= _LEAST_P else f"<{_LEAST_P:g}"
 
 
 def count_errors(references: Sequence[str], hypotheses: Sequence[str]) -> list[UtteranceErrors]:
