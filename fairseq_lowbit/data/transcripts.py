@@ -1,10 +1,13 @@
 """What is said in the recordings of a manifest: ``<split>.wrd`` or another extension, one line of
 space-separated words (or phones) per file."""
 
+import re
 from pathlib import Path
 
 from fairseq_lowbit.data.manifest import Manifest
 from fairseq_lowbit.errors import LowbitError
+
+_LIBRISPEECH_NAME = re.compile(r"(\d+)-\d+-\d+")
 
 
 def read_transcripts(manifest: Manifest, extension: str = "wrd") -> list[str]:
@@ -38,3 +41,20 @@ def read_transcripts(manifest: Manifest, extension: str = "wrd") -> list[str]:
 def transcript_path(manifest: Manifest, extension: str = "wrd") -> Path:
     """Where the transcripts of a manifest lie: beside it, under its name."""
     return manifest.path.with_suffix(f".{extension}")
+
+
+def read_speakers(manifest: Manifest) -> list[str]:
+    """Who speaks in every file of a manifest: ``<split>.spk``, one line per file, if it is there;
+    else as LibriSpeech names its files, ``speaker-chapter-number``; else the file's folder.
+
+    Raises:
+        LowbitError: there is a ``.spk`` that does not belong to the manifest.
+    """
+    if transcript_path(manifest, "spk").is_file():
+        return read_transcripts(manifest, "spk")
+    paths = [Path(name) for name in manifest.names]
+    found = [_LIBRISPEECH_NAME.fullmatch(path.stem) for path in paths]
+    return [
+        match[1] if match else path.parent.as_posix()
+        for match, path in zip(found, paths, strict=True)
+    ]
