@@ -32,6 +32,8 @@ COMMANDS = (
     ("wer", "compare recognizers by word errors"),
     ("export", "write a model for use elsewhere"),
     ("s3prl", "run s3prl's downstream tasks on a model"),
+    ("superb", "run a task of SUPERB on a model"),
+    ("superb-table", "results of SUPERB as a table, with published ones"),
     ("sweep-table", "collect runs into one table"),
     ("report", "one page from runs, checkpoints and tables"),
 )
