@@ -2,6 +2,7 @@
 space-separated words (or phones) per file."""
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import atomic_write
 
 logger = logging.getLogger(__name__)
+
+_LIBRISPEECH_NAME = re.compile(r"(\d+)-\d+-\d+")
 
 
 def read_transcripts(manifest: Manifest, extension: str = "wrd") -> list[str]:
@@ -63,3 +66,20 @@ def write_transcripts(manifest: Path, names: Sequence[str], texts: Mapping[str, 
 def transcript_path(manifest: Manifest, extension: str = "wrd") -> Path:
     """Where the transcripts of a manifest lie: beside it, under its name."""
     return manifest.path.with_suffix(f".{extension}")
+
+
+def read_speakers(manifest: Manifest) -> list[str]:
+    """Who speaks in every file of a manifest: ``<split>.spk``, one line per file, if it is there;
+    else as LibriSpeech names its files, ``speaker-chapter-number``; else the file's folder.
+
+    Raises:
+        LowbitError: there is a ``.spk`` that does not belong to the manifest.
+    """
+    if transcript_path(manifest, "spk").is_file():
+        return read_transcripts(manifest, "spk")
+    paths = [Path(name) for name in manifest.names]
+    found = [_LIBRISPEECH_NAME.fullmatch(path.stem) for path in paths]
+    return [
+        match[1] if match else path.parent.as_posix()
+        for match, path in zip(found, paths, strict=True)
+    ]
