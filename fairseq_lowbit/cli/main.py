@@ -31,6 +31,7 @@ COMMANDS = (
     ("export", "write a model for use elsewhere"),
     ("s3prl", "run s3prl's downstream tasks on a model"),
     ("sweep-table", "collect runs into one table"),
+    ("schedule-figure", "draw training in stages against one step"),
     ("report", "one page from runs, checkpoints and tables"),
 )
 
