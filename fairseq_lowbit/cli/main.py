@@ -28,6 +28,7 @@ COMMANDS = (
     ("import-teacher", "read a model of fairseq or Hugging Face"),
     ("ptq", "quantize a checkpoint by calibration, without training"),
     ("evaluate", "measure a checkpoint"),
+    ("transcribe", "print what is said in recordings"),
     ("export", "write a model for use elsewhere"),
     ("s3prl", "run s3prl's downstream tasks on a model"),
     ("sweep-table", "collect runs into one table"),
