@@ -13,6 +13,7 @@ from fairseq_lowbit.cli.quality_options import (
 )
 from fairseq_lowbit.files import atomic_write, check_writable
 from fairseq_lowbit.report.overview.schedule_figure import draw_schedules
+from fairseq_lowbit.report.style import as_bytes
 from fairseq_lowbit.runs.collection import collect
 from fairseq_lowbit.runs.columns import SCHEDULE_FIGURES
 from fairseq_lowbit.runs.schedules import (
@@ -48,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     check_comparable(entries)
     measure_entries(entries, args.seconds, only_known=args.no_evaluate)
     schedules = read_schedules(entries)
-    draw_schedules(schedules, SCHEDULE_FIGURES, figure)
+    with atomic_write(figure, "wb") as file:
+        file.write(as_bytes(draw_schedules(schedules, SCHEDULE_FIGURES), "png"))
     with atomic_write(numbers) as file:
         write_points(schedules, SCHEDULE_FIGURES, file)
     print_table(schedule_table(schedules, SCHEDULE_FIGURES))

@@ -161,10 +161,11 @@ def _members(students: Iterable[Entry]) -> _Members:
                 f"{seed}: a point is a mean over seeds, so name one of them"
             )
         for other in others.values():
-            if updates_since_teacher(other.run) != updates_since_teacher(entry.run):
+            lengths = updates_since_teacher(other.run), updates_since_teacher(entry.run)
+            if lengths[0] != lengths[1]:
                 raise LowbitError(
-                    f"{other.name} is at {bits} after {updates_since_teacher(other.run)} updates, {entry.name} "
-                    f"after {updates_since_teacher(entry.run)}: a point is a mean over runs of one length"
+                    f"{other.name} is at {bits} after {lengths[0]} updates, {entry.name} after "
+                    f"{lengths[1]}: a point is a mean over runs of one length"
                 )
         others[seed] = entry
     return found

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from fairseq_lowbit.files import atomic_write
-from fairseq_lowbit.report.style import PALETTE, TEACHER, add_legend, as_bytes, new_figure, styled
+from fairseq_lowbit.report.style import PALETTE, TEACHER, add_legend, new_figure, styled
 from fairseq_lowbit.runs.columns import Column
 from fairseq_lowbit.runs.schedules import Curve, Schedules
 
@@ -18,8 +17,9 @@ _STEP = 0.07
 
 
 @styled()
-def draw_schedules(schedules: Schedules, columns: Sequence[Column], path: Path) -> None:
-    """Writes the figure, PNG or PDF by its suffix."""
+def draw_schedules(schedules: Schedules, columns: Sequence[Column]) -> Figure:
+    """A panel for every column, a line for every curve: means over seeds, a bar of one standard
+    deviation each way where there are several, a gap where there is no point."""
     figure = new_figure(3.6 * len(columns), 3.2)
     panels = figure.subplots(1, len(columns), squeeze=False)[0]
     for axes, column in zip(panels, columns, strict=True):
@@ -29,8 +29,7 @@ def draw_schedules(schedules: Schedules, columns: Sequence[Column], path: Path) 
         for curve, color, marker in zip(schedules.curves, PALETTE, _MARKERS, strict=False)
     ]
     add_legend(figure, [*marks, Line2D([], [], color=TEACHER, linestyle=":", label="teacher")])
-    with atomic_write(path, "wb") as file:
-        file.write(as_bytes(figure, path.suffix.lstrip(".")))
+    return figure
 
 
 def _draw_panel(axes: Axes, schedules: Schedules, column: Column) -> None:
