@@ -28,11 +28,14 @@ COMMANDS = (
     ("import-teacher", "read a model of fairseq or Hugging Face"),
     ("ptq", "quantize a checkpoint by calibration, without training"),
     ("evaluate", "measure a checkpoint"),
+    ("transcribe", "print what is said in recordings"),
+    ("wer", "compare recognizers by word errors"),
     ("export", "write a model for use elsewhere"),
     ("s3prl", "run s3prl's downstream tasks on a model"),
     ("superb", "run a task of SUPERB on a model"),
     ("superb-table", "results of SUPERB as a table, with published ones"),
     ("sweep-table", "collect runs into one table"),
+    ("schedule-figure", "draw training in stages against one step"),
     ("report", "one page from runs, checkpoints and tables"),
 )
 

@@ -150,7 +150,8 @@ def as_checkpoint(loaded: LoadedModel, data: Path | None = None) -> dict[str, An
     weights = model.state_dict()
     if not loaded.has_final_projection:
         weights = {k: v for k, v in weights.items() if not k.startswith("final_proj.")}
-    task = {"_name": "lowbit_distillation", "normalize": loaded.normalize}
+    name = "lowbit_asr" if loaded.units else "lowbit_distillation"
+    task = {"_name": name, "normalize": loaded.normalize}
     if data is not None:
         task["data"] = str(data.absolute())
     return {
@@ -168,6 +169,7 @@ def as_checkpoint(loaded: LoadedModel, data: Path | None = None) -> dict[str, An
             "dataset": {"train_subset": "train", "max_tokens": None},
         },
         "model": weights,
+        "task_state": {"units": list(loaded.units)} if loaded.units else {},
         # What fairseq wants to find in any checkpoint, here of no training.
         "optimizer_history": [
             {"optimizer_name": None, "lr_scheduler_state": {}, "num_updates": loaded.updates}
@@ -196,6 +198,7 @@ def write_model(path: str | Path, model: Hubert, source: LoadedModel, data: Path
         source.has_final_projection,
         source.normalize,
         is_calibrated_only=True,
+        units=source.units,
     )
     state = as_checkpoint(made, data)
     teacher = Path(source.source)  # or an id of a hub

@@ -76,7 +76,13 @@ def read(state: dict[str, Any], path: str | Path) -> Source:
         updates=updates_of(state),
         is_calibrated_only=is_calibrated_only(state),
         left_out=left_out,
+        units=_units(state) if is_own else (),
     )
+
+
+def _units(state: dict[str, Any]) -> tuple[str, ...]:
+    """The vocabulary of a CTC head, which its task keeps in the checkpoint."""
+    return tuple((state.get("task_state") or {}).get("units", ()))
 
 
 def _shape(config: dict[str, Any], path: str | Path) -> Architecture:

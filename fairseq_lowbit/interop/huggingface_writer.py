@@ -64,7 +64,7 @@ def export(loaded: LoadedModel, out: Path) -> None:
 
 def _their_weights(model: Hubert) -> dict[str, Tensor]:
     state = decoded_state(model)
-    without_place = ("final_proj.", "label_embs_concat")
+    without_place = ("final_proj.", "label_embs_concat", "ctc_proj.")
     weights = {k: v for k, v in state.items() if not k.startswith(without_place)}
     if model.post_extract_proj is None:  # theirs always has one
         dim = model.features

@@ -35,6 +35,7 @@ def open_model(source: str | Path) -> LoadedModel:
         found.normalize,
         found.is_calibrated_only,
         found.left_out,
+        found.units,
     )
 
 

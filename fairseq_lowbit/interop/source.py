@@ -19,7 +19,7 @@ class Source:
         weights: by the keys of :class:`Hubert`. ``final_proj`` and the label embeddings may be
             missing.
         precision: None for a float model.
-        normalize, updates, is_calibrated_only, left_out: as in :class:`LoadedModel`.
+        normalize, updates, is_calibrated_only, left_out, units: as in :class:`LoadedModel`.
     """
 
     shape: Architecture
@@ -29,6 +29,7 @@ class Source:
     updates: int = 0
     is_calibrated_only: bool = False
     left_out: tuple[str, ...] = ()
+    units: tuple[str, ...] = ()
 
     def build(self) -> Hubert:
         """The model with random weights.
@@ -36,7 +37,8 @@ class Source:
         Raises:
             LowbitError: a shape or precision that cannot be built.
         """
-        return Hubert(self.shape, len(self.weights.get(LABEL_EMBEDDINGS, ())), self.precision)
+        classes = len(self.weights.get(LABEL_EMBEDDINGS, ()))
+        return Hubert(self.shape, classes, self.precision, len(self.units))
 
     @property
     def has_final_projection(self) -> bool:

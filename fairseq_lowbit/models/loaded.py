@@ -10,6 +10,7 @@ from fairseq_lowbit.nn import float_state, forget_calibration
 
 StateDict = dict[str, Tensor]
 LABEL_EMBEDDINGS = "label_embs_concat"
+_HEADS = (LABEL_EMBEDDINGS, "ctc_proj.weight", "ctc_proj.bias")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class LoadedModel:
         is_calibrated_only: quantized without training.
         left_out: what the source holds and the model does not, such as the head of a fine-tuned
             model.
+        units: what the outputs of the CTC head stand for, the blank first as an empty string; empty
+            for a model without this head.
     """
 
     model: Hubert
@@ -34,6 +37,7 @@ class LoadedModel:
     normalize: bool
     is_calibrated_only: bool = False
     left_out: tuple[str, ...] = ()
+    units: tuple[str, ...] = ()
 
 
 def start_from(
@@ -42,8 +46,8 @@ def start_from(
     """Copies ``source``'s weights into ``model``, whose precision may differ.
 
     Quantizers are left out: scales belong to a bit width and are calibrated anew; squashed weights
-    arrive as the float weights they stand for. Label embeddings that either side lacks are left out
-    too.
+    arrive as the float weights they stand for. Label embeddings and a CTC head that either side
+    lacks, or has for another number of classes or units, are left out too.
 
     Args:
         role: of the source, for messages.
@@ -57,12 +61,27 @@ def start_from(
     weights = _required(state, front_end)
     own = _required(model.state_dict(), front_end)
     _check_names_and_shapes(own, weights, f"{role} {source.source}")
-    labels = state.get(LABEL_EMBEDDINGS)
-    own_labels = model.state_dict().get(LABEL_EMBEDDINGS)
-    if labels is not None and own_labels is not None and own_labels.shape == labels.shape:
-        weights[LABEL_EMBEDDINGS] = labels
+    own_state = model.state_dict()
+    weights |= {
+        key: state[key]
+        for key in _HEADS
+        if key in state and key in own_state and own_state[key].shape == state[key].shape
+    }
     model.load_state_dict(weights, strict=False)
     forget_calibration(model)
+
+
+def continue_from(model: Hubert, source: LoadedModel, role: str = "init_from") -> None:
+    """Copies ``source``'s weights into ``model`` as :func:`start_from` does, and where both have
+    the same precision its quantizers too, as they were trained: nothing is calibrated anew.
+
+    Raises:
+        LowbitError: see :func:`start_from`.
+    """
+    start_from(model, source, role)
+    if model.plan.precision == source.model.plan.precision:
+        state = source.model.state_dict()
+        model.load_state_dict({k: v for k, v in state.items() if k not in _HEADS}, strict=False)
 
 
 def check_same_shapes(model: nn.Module, weights: StateDict, path: object) -> None:
@@ -93,11 +112,12 @@ def differences(expected: StateDict, weights: StateDict) -> str:
 
 
 def _required(weights: StateDict, front_end: bool) -> StateDict:
-    """All but quantizers and label embeddings, and the front-end where it is not wanted."""
+    """All but quantizers and heads for classes or units, and the front-end where it is not
+    wanted."""
     return {
         key: tensor
         for key, tensor in weights.items()
-        if key != LABEL_EMBEDDINGS
+        if key not in _HEADS
         and "_quantizer." not in key
         and (front_end or not key.startswith("feature_extractor."))
     }

@@ -1,4 +1,4 @@
-"""HuBERT: front-end, encoder, and the masked-prediction head."""
+"""HuBERT: front-end, encoder, the masked-prediction head and the CTC head."""
 
 import math
 from collections.abc import Sequence
@@ -25,6 +25,8 @@ class Hubert(nn.Module):
         shape: see :class:`Architecture`.
         classes: labels of the masked-prediction head; 0 leaves the label embeddings out.
         precision: which operators are quantized; None for a float model.
+        units: outputs of the CTC head ``ctc_proj``, the blank first; 0 leaves the head out. Names
+            of precisions leave it float, as they do ``final_proj``; rules reach both.
 
     ``plan`` is the resolved precision. State-dict keys are those of fairseq's HubertModel; the
     quantizers add keys below the operator they belong to.
@@ -34,7 +36,11 @@ class Hubert(nn.Module):
     """
 
     def __init__(
-        self, shape: Architecture, classes: int = 0, precision: Precision | None = None
+        self,
+        shape: Architecture,
+        classes: int = 0,
+        precision: Precision | None = None,
+        units: int = 0,
     ) -> None:
         super().__init__()
         shape.check()
@@ -53,6 +59,7 @@ class Hubert(nn.Module):
         self.mask_emb = nn.Parameter(torch.empty(dim).uniform_())
         self.encoder = Encoder(shape)
         self.final_proj = Linear(dim, final_dim, role=Role.HEAD)
+        self.ctc_proj = Linear(dim, units, role=Role.HEAD) if units else None
         self.plan: Plan = attach(self, precision or Precision())
         # Behind the plan, which tells what is stored of the model that is used: labels are for
         # pre-training only.
@@ -74,21 +81,22 @@ class Hubert(nn.Module):
 
     def untrained(self, precision: Precision | None = None) -> "Hubert":
         """A model of this shape with random weights, without label embeddings."""
-        return Hubert(self.shape, precision=precision)
+        units = 0 if self.ctc_proj is None else self.ctc_proj.out_features
+        return Hubert(self.shape, precision=precision, units=units)
 
     def frame_lengths(self, samples: Tensor) -> Tensor:
         """Valid frames of utterances of ``samples`` valid samples, integers of any shape."""
         return output_lengths(samples, self.conv_layers)
 
     def operator_steps(self, samples: int) -> dict[str, list[Steps]]:
-        """Every operator's and attention's call on one utterance; all but the head, which no hidden
-        state needs."""
+        """Every operator's and attention's call on one utterance; all but the heads, which no
+        hidden state needs."""
         steps, length, convolutions = {}, samples, iter(self.conv_layers)
         for name, module in modules_with_work(self):
             read = length
             if isinstance(module, Conv1d):
                 length = int(output_lengths(torch.tensor(read), [next(convolutions)]))
-            if module is not self.final_proj:
+            if module is not self.final_proj and module is not self.ctc_proj:
                 steps[name] = self._calls(module, Steps(read, length))
         return steps
 
@@ -175,12 +183,27 @@ class Hubert(nn.Module):
 
     def project_final(self, x: Tensor) -> Tensor:
         """Output of the last layer to that of ``final_proj``, [batch, frames, final_dim]."""
-        return self.final_proj(self.encoder.end(x))
+        x = self.encoder.end(x)
+        if self.ctc_proj is not None:
+            self.ctc_proj(x)  # for its quantizers, where it has some: calibration looks at them
+        return self.final_proj(x)
 
     def label_logits(self, x: Tensor) -> Tensor:
         """Cosine similarity to the label embeddings over the temperature: [..., dim] encoder
         outputs -> [..., classes], fp32."""
         return cosine_logits(self.final_proj(x), self.label_embs_concat, self.shape.logit_temp)
+
+    def unit_log_probabilities(
+        self, waveform: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the CTC head makes of utterances: log-probabilities [batch, frames, units], fp32,
+        and the frame padding mask (None without padding); arguments as in :meth:`hidden_states`."""
+        frames = self.extract(waveform, lengths)
+        return self.classify_units(self.encode(frames, mask)[0]), frames.padding_mask
+
+    def classify_units(self, x: Tensor) -> Tensor:
+        """Log-probabilities of the units: [..., dim] encoder outputs -> [..., units], fp32."""
+        return F.log_softmax(self.ctc_proj(x).float(), dim=-1)
 
 
 class WithoutWeights(TorchFunctionMode):

@@ -17,6 +17,7 @@ from fairseq_lowbit.data.synthetic.speech import (
     VOICES,
     Part,
     record_part,
+    sentence,
     sentence_numbers,
     write_speech,
 )
@@ -81,7 +82,8 @@ def _plan(minutes: float, seed: int) -> list[tuple[str, int, Part]]:
         seconds = 60 * minutes * (1 if split == "train" else HELD_OUT_SHARE) / len(voices)
         for i, voice in enumerate(voices):
             position = len(plan)
-            part = Part(voice, (seed, position), [], numbers[position::speakers], seconds)
+            sentences = [sentence(int(number)) for number in numbers[position::speakers]]
+            part = Part(voice, (seed, position), [], sentences, seconds)
             plan.append((subsets[i % len(subsets)], 100 + position, part))
     return plan
 

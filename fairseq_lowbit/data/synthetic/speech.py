@@ -1,7 +1,8 @@
 """An offline corpus of synthetic English, large enough to watch a speech model learn.
 
-Many voices say isolated words and random sentences. The voices of the three splits are disjoint, so
-a probe on the test words measures what the model learnt about speech, not about speakers.
+Many voices say isolated words and random sentences, or read a text aloud. The voices of the three
+splits are disjoint, so a probe on the test words measures what the model learnt about speech, not
+about speakers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from math import gcd, prod
+from math import ceil, gcd, prod
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,8 @@ _TEST_VOICES = (
 HELD_OUT_SHARE = 1 / 12
 # However many words it says, every voice is also heard in connected speech.
 _MIN_SENTENCES = 3
+# Of a text: enough for word error rates that tell models apart.
+TEST_SENTENCES = 500
 # Takes of each test word: 640 in all, so a probe's accuracy is known to about 2 %.
 _TEST_TAKES = 16
 # Samples at which the louder part of an utterance begins, relative to its peak.
@@ -125,11 +128,13 @@ class CorpusSummary:
 
 @dataclass(frozen=True)
 class _Utterance:
-    """A written file: its name under the root, its samples and what it says."""
+    """A written file: its name under the root, its samples, what it says and in which voice."""
 
     name: str
     samples: int
     text: str
+    phones: str
+    voice: Voice
     is_word: bool
 
 
@@ -140,22 +145,56 @@ class Part:
     voice: Voice
     seed: tuple[int, int]
     words: list[tuple[str, int]]  # word, number of the take
-    sentences: np.ndarray  # numbers for `sentence`, more than will be needed
+    sentences: list[str]  # more than will be needed
     seconds: float
+    least: int = _MIN_SENTENCES  # sentences that are said however few `seconds` there are
 
 
 def synthesize_corpus(out: str | Path, *, minutes: float = 24, seed: int = 0) -> CorpusSummary:
     """Writes the corpus under `out`: at least `minutes` of training speech, 16 kHz mono FLAC.
 
-    Each split gets `<split>.tsv` and `<split>.wrd` (one transcript per line of the manifest); the
-    isolated words of the training and test voices also stand alone in `words_train` and
-    `words_test`. Equal arguments give equal files. Raises LowbitError without eSpeak NG.
+    Each split gets `<split>.tsv` and, with one line for each of its files, `<split>.wrd` (words),
+    `<split>.phn` (phones), `<split>.spk` (speaker) and `<split>.acc` (accent); the isolated words of
+    the training and test voices also stand alone in `words_train` and `words_test`. Equal arguments give equal files. Raises LowbitError without eSpeak NG.
     """
+    _check_minutes(minutes)
+    return _write_corpus(Path(out), _plan(minutes, seed))
+
+
+def read_aloud(
+    out: str | Path,
+    passages: list[list[str]],
+    *,
+    minutes: float = 24,
+    test_sentences: int = TEST_SENTENCES,
+    seed: int = 0,
+) -> CorpusSummary:
+    """Writes a corpus like :func:`synthesize_corpus`, without isolated words, of a text.
+
+    Voices read different passages, and no sentence that was read before: what is tested on is new
+    by its voice and by its words.
+
+    Args:
+        passages: the sentences of each, for example of :func:`texts.king_james`.
+        minutes: of training speech, at least.
+        test_sentences: of the test split, at least.
+
+    Raises:
+        LowbitError: without eSpeak NG, numbers that are not positive, or a text that is too short.
+    """
+    _check_minutes(minutes)
+    if test_sentences < 1:
+        raise LowbitError(f"the test split needs sentences, not {test_sentences}")
+    return _write_corpus(Path(out), _plan_text(passages, minutes, test_sentences, seed))
+
+
+def _check_minutes(minutes: float) -> None:
     if minutes <= 0:
         raise LowbitError(f"minutes must be positive, not {minutes}")
-    out = Path(out)
+
+
+def _write_corpus(out: Path, parts: dict[str, list[Part]]) -> CorpusSummary:
     out.mkdir(parents=True, exist_ok=True)
-    parts = _plan(minutes, seed)
     spoken = _speak_all(out, [part for split in parts.values() for part in split])
     summary = CorpusSummary(out)
     for split, split_parts in parts.items():
@@ -164,8 +203,8 @@ def synthesize_corpus(out: str | Path, *, minutes: float = 24, seed: int = 0) ->
         summary.minutes[split] = sum(u.samples for u in utterances) / SAMPLE_RATE / 60
         summary.files[split] = len(utterances)
         summary.voices[split] = len(split_parts)
-        if split != "valid":
-            words = [u for u in utterances if u.is_word]
+        words = [u for u in utterances if u.is_word]
+        if words and split != "valid":
             _write_split(out, f"words_{split}", words)
             summary.word_files[split] = len(words)
     return summary
@@ -184,7 +223,38 @@ def _plan(minutes: float, seed: int) -> dict[str, list[Part]]:
             seconds = 60 * minutes * shares[split] / len(voices)
             words = _words_of_voice(i, len(voices), takes[split])
             chosen = numbers[position :: sum(map(len, VOICES.values()))]
+            chosen = [sentence(int(number)) for number in chosen]
             plan[split].append(Part(voice, (seed, position), words, chosen, seconds))
+            position += 1
+    return plan
+
+
+def _plan_text(
+    passages: list[list[str]], minutes: float, test_sentences: int, seed: int
+) -> dict[str, list[Part]]:
+    """Shares passages out among the voices; a sentence that two of them hold goes to the first."""
+    order = np.random.default_rng(seed).permutation(len(passages))
+    speakers, said = sum(map(len, VOICES.values())), set()
+    plan, position = {}, 0
+    for split, voices in VOICES.items():
+        plan[split] = []
+        share = {"train": 1, "valid": HELD_OUT_SHARE, "test": 0}[split]
+        seconds = 60 * minutes * share / len(voices)
+        least = ceil(test_sentences / len(voices)) if split == "test" else _MIN_SENTENCES
+        for voice in voices:
+            sentences = []
+            for passage in order[position::speakers]:
+                new = [text for text in dict.fromkeys(passages[passage]) if text not in said]
+                said.update(new)
+                sentences += new
+            # No sentence is shorter than half a second.
+            if len(sentences) < max(least, 2 * seconds):
+                raise LowbitError(
+                    f"the text is too short for {minutes:g} minutes and {test_sentences} test "
+                    f"sentences: a voice of the {split} split would have {len(sentences)} "
+                    f"sentences to read, and needs {ceil(max(least, 2 * seconds))}"
+                )
+            plan[split].append(Part(voice, (seed, position), [], sentences, seconds, least))
             position += 1
     return plan
 
@@ -232,10 +302,12 @@ def _speak_all(out: Path, parts: list[Part]) -> dict[Voice, list[_Utterance]]:
 def _speak(out: Path, part: Part) -> Iterator[_Utterance]:
     folder = Path("audio", part.voice.name)
     (out / folder).mkdir(parents=True, exist_ok=True)
-    for stem, text, speech in record_part(part):
-        name = (folder / f"{stem}.flac").as_posix()
-        write_speech(out / name, speech)
-        yield _Utterance(name, len(speech), text, text in WORDS)
+    with closing(Engine(part.voice)) as reader:
+        for stem, text, speech in record_part(part):
+            name = (folder / f"{stem}.flac").as_posix()
+            write_speech(out / name, speech)
+            phones = " ".join(reader.phones(text))
+            yield _Utterance(name, len(speech), text, phones, part.voice, text in WORDS)
 
 
 def write_speech(path: Path, speech: np.ndarray) -> None:
@@ -245,7 +317,7 @@ def write_speech(path: Path, speech: np.ndarray) -> None:
 def record_part(part: Part) -> Iterator[tuple[str, str, np.ndarray]]:
     """Stem of the file, text and samples (float32 at 16 kHz) of each utterance."""
     rng = np.random.default_rng(part.seed)
-    least = len(part.words) + _MIN_SENTENCES
+    least = len(part.words) + part.least
     seconds = 0.0
     with closing(Engine(part.voice)) as engine:
         for i, (stem, text) in enumerate(_script(part)):
@@ -260,8 +332,8 @@ def _script(part: Part) -> Iterator[tuple[str, str]]:
     """File stems and texts, the isolated words first."""
     for word, take in part.words:
         yield f"word_{word}_{take:02d}", word
-    for i, number in enumerate(part.sentences):
-        yield f"sentence_{i:04d}", sentence(int(number))
+    for i, text in enumerate(part.sentences):
+        yield f"sentence_{i:04d}", text
 
 
 def _record(engine: Engine, text: str, rng: np.random.Generator) -> np.ndarray:
@@ -289,5 +361,12 @@ def _trim(speech: np.ndarray) -> np.ndarray:
 
 def _write_split(out: Path, split: str, utterances: list[_Utterance]) -> None:
     write_manifest(out / f"{split}.tsv", out, [(u.name, u.samples) for u in utterances])
-    with atomic_write(out / f"{split}.wrd") as file:
-        file.writelines(f"{u.text}\n" for u in utterances)
+    columns = {
+        "wrd": [u.text for u in utterances],
+        "phn": [u.phones for u in utterances],
+        "spk": [u.voice.name for u in utterances],
+        "acc": [u.voice.accent for u in utterances],
+    }
+    for extension, lines in columns.items():
+        with atomic_write(out / f"{split}.{extension}") as file:
+            file.writelines(f"{line}\n" for line in lines)
