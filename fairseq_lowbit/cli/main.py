@@ -35,6 +35,7 @@ COMMANDS = (
     ("superb", "run a task of SUPERB on a model"),
     ("superb-table", "results of SUPERB as a table, with published ones"),
     ("sweep-table", "collect runs into one table"),
+    ("schedule-figure", "draw training in stages against one step"),
     ("report", "one page from runs, checkpoints and tables"),
 )
 

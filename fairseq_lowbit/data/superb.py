@@ -1,4 +1,4 @@
-"""What SUPERB's tasks read beside a corpus: vocabularies and lengths, made from the corpus itself."""
+"""What SUPERB's tasks read beside a corpus: vocabularies and lengths, made from the corpus."""
 
 import csv
 from collections import Counter

@@ -25,7 +25,6 @@ from torch import Tensor
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.interop.s3prl.phone_corpus import PhoneCorpus
 
-
 ROOT = "S3PRL_ROOT"
 
 

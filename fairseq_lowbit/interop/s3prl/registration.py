@@ -37,7 +37,7 @@ def register() -> None:
     """Makes :func:`lowbit` one of s3prl's upstreams.
 
     Raises:
-        LowbitError: s3prl is not installed, of an unknown version, or lacks a package that it needs.
+        LowbitError: s3prl is not installed, of an unknown version, or lacks a package.
     """
     find_s3prl()
     with missing_modules_named():

@@ -123,8 +123,8 @@ def check_same_settings(folder: Path, settings: Settings) -> None:
             was, wanted = getattr(before, field.name), getattr(settings, field.name)
             if was != wanted:
                 raise LowbitError(
-                    f"{folder} was begun with {field.name} {was}, not {wanted}: take another --out, "
-                    "or remove it"
+                    f"{folder} was begun with {field.name} {was}, not {wanted}: take another "
+                    "--out, or remove it"
                 )
     check_writable(path)
     with atomic_write(path) as file:
@@ -156,8 +156,8 @@ def _check_comparable(results: Sequence[Result]) -> None:
         other = known.setdefault((task, result.name), result)
         if other is not result:
             raise LowbitError(
-                f"{other.folder} and {result.folder} are both {task} of {result.name}: name one, or "
-                "give the models other names"
+                f"{other.folder} and {result.folder} are both {task} of {result.name}: name "
+                "one, or give the models other names"
             )
         first = first_of.setdefault(task, result)
         for key, value in first.settings.comparable.items():

@@ -1,6 +1,6 @@
 """The ten tasks of SUPERB: what each needs, and which figures come out of it.
 
-Everything that can be tuned (learning rate, batch, updates) stands in ``config/superb/<task>.yaml``.
+What can be tuned (learning rate, batch, updates) stands in ``config/superb/<task>.yaml``.
 """
 
 from collections.abc import Mapping
@@ -274,8 +274,8 @@ _TASKS = (
                 _error(
                     "sd_frame_der",
                     "SD",
-                    "diarization errors in frames, as s3prl logs them; SUPERB publishes what dscore "
-                    "finds in the written speaker turns, which is not run here",
+                    "diarization errors in frames, as s3prl logs them; SUPERB publishes what "
+                    "dscore finds in written speaker turns, which is not run here",
                     "DER %",
                     factor=100,
                 ),
