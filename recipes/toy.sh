@@ -2,7 +2,7 @@
 # What the recipes at toy scale share: the corpus, the teacher, its students, and how many updates
 # fit into the time. Source it after lib.sh, with `minutes` and `work` set and `audio`, `teacher` and
 # `data` set or empty. It makes `work`, fills in `teacher` and `data`, sets `cores`, and leaves the
-# environment active.
+# environment active. `student_run`, if it is set, trains students instead of run=demo_student.
 # shellcheck disable=SC2154 # what lib.sh and the recipe set
 
 [[ "$minutes" =~ ^[0-9]+$ && "$minutes" -ge 3 ]] || die "--minutes $minutes: give a whole number from 3"
@@ -79,8 +79,8 @@ make_teacher() {
 student() {
     local name="$1" config="$2" run="$3"
     shift 3
-    train "$name" "$work/$name.log" "$run" --config-name "$config" run=demo_student \
-        "task.data=$data" "task.teacher=$teacher" "$@"
+    train "$name" "$work/$name.log" "$run" --config-name "$config" \
+        "run=${student_run:-demo_student}" "task.data=$data" "task.teacher=$teacher" "$@"
 }
 
 # rate_of NAME: updates a second in its trial.

@@ -32,7 +32,10 @@ COMMANDS = (
     ("wer", "compare recognizers by word errors"),
     ("export", "write a model for use elsewhere"),
     ("s3prl", "run s3prl's downstream tasks on a model"),
+    ("superb", "run a task of SUPERB on a model"),
+    ("superb-table", "results of SUPERB as a table, with published ones"),
     ("sweep-table", "collect runs into one table"),
+    ("schedule-figure", "draw training in stages against one step"),
     ("report", "one page from runs, checkpoints and tables"),
 )
 

@@ -1,11 +1,16 @@
 """What is said in the recordings of a manifest: ``<split>.wrd`` or another extension, one line of
 space-separated words (or phones) per file."""
 
+import logging
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fairseq_lowbit.data.manifest import Manifest
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.files import atomic_write
+
+logger = logging.getLogger(__name__)
 
 _LIBRISPEECH_NAME = re.compile(r"(\d+)-\d+-\d+")
 
@@ -36,6 +41,26 @@ def read_transcripts(manifest: Manifest, extension: str = "wrd") -> list[str]:
     if not any(texts):
         raise LowbitError(f"{path} holds no word")
     return texts
+
+
+def write_transcripts(manifest: Path, names: Sequence[str], texts: Mapping[str, str]) -> None:
+    """Writes the words beside a manifest, if they are known of all of its files; else warns.
+
+    Args:
+        names: of its files, in order.
+        texts: words by name.
+    """
+    path = manifest.with_suffix(".wrd")
+    missing = [name for name in names if name not in texts]
+    if missing:
+        path.unlink(missing_ok=True)  # of an earlier manifest, with other lines
+        logger.warning(
+            f"no transcripts beside {manifest}: {len(missing)} of its {len(names)} files have "
+            f"none, first {missing[0]}"
+        )
+        return
+    with atomic_write(path) as file:
+        file.writelines(f"{texts[name]}\n" for name in names)
 
 
 def transcript_path(manifest: Manifest, extension: str = "wrd") -> Path:

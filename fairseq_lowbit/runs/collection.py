@@ -115,7 +115,7 @@ def _record(entry: Entry, common: set[str]) -> ModelRecord:
     has_paper = not run.rules and is_trained
     record = _blank(
         name=entry.name,
-        status=_status(run),
+        status=status_of(run),
         message=run.failure or entry.problem,
         precision=run.precision,
         rules=run.rules,
@@ -133,7 +133,8 @@ def _record(entry: Entry, common: set[str]) -> ModelRecord:
     return record | quality.own.figures() if quality else record
 
 
-def _status(run: Run) -> str:
+def status_of(run: Run) -> str:
+    """How far a run has come, in a word or two."""
     if run.failure is not None:
         return "failed"
     if run.updates is None:

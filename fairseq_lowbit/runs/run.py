@@ -34,6 +34,20 @@ _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
+class PlannedStage:
+    """A stage of a schedule as it was asked for.
+
+    Attributes:
+        precision: its full name, or its bits alone, as in ``task.stages``.
+        teacher: ``original``, or ``previous``: the stage before.
+    """
+
+    precision: str
+    teacher: str
+    updates: int
+
+
+@dataclass(frozen=True)
 class Run:
     """A run, a stage of one, or a checkpoint outside of any.
 
@@ -42,7 +56,8 @@ class Run:
         precision: name of the precision; ``rules`` refine it.
         loss: ``distillation``, ``hubert``, the name of another criterion, or ``calibration``.
         data: None when the configuration names none.
-        teacher: or else the checkpoint it started from; None for neither.
+        teacher: or else the checkpoint it started from; None for neither. Of a stage, that of its
+            run, also where the stage learned from the one before: so all are measured alike.
         planned: number of updates that were asked for.
         saves: whether it keeps checkpoints at all (``checkpoint.no_save``).
         updates: of ``checkpoint``; None without a readable one.
@@ -51,6 +66,8 @@ class Run:
         overrides: what its command line added to the configuration, ``key=value`` each.
         failure: why the job failed, or why its checkpoint cannot be read; None for neither.
         is_finished: training ended with ``checkpoint``, at its last planned update or before.
+        seed: of training; None when the configuration has none.
+        stages: of a run in stages, or the run that a stage belongs to, all; otherwise empty.
     """
 
     folder: Path
@@ -68,6 +85,8 @@ class Run:
     overrides: tuple[str, ...] = ()
     failure: str | None = None
     is_finished: bool = False
+    seed: int | None = None
+    stages: tuple[PlannedStage, ...] = ()
 
 
 def read_run(path: Path) -> Run:
@@ -87,12 +106,10 @@ def read_run(path: Path) -> Run:
 
 def _read_started(folder: Path) -> Run:
     path = folder / CONFIG_FILE
-    try:
-        config = OmegaConf.create(yaml.load(path.read_text(), _YAML_LOADER))
-    except (OSError, yaml.YAMLError) as error:
-        raise LowbitError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    config = _read_config(path)
     settings = _settings(config, path)
-    settings["planned"] = _updates_of_last_stage(config) or settings["planned"]
+    if settings["stages"]:
+        settings["planned"] = settings["stages"][-1].updates  # the last is the run itself
     checkpoints = folder / OmegaConf.select(config, "checkpoint.save_dir", default=CHECKPOINTS)
     updates, best_loss, problem = _progress(checkpoints / LAST_CHECKPOINT)
     return Run(
@@ -108,10 +125,21 @@ def _read_started(folder: Path) -> Run:
     )
 
 
+def _read_config(path: Path) -> DictConfig:
+    try:
+        return OmegaConf.create(yaml.load(path.read_text(), _YAML_LOADER))
+    except (OSError, yaml.YAMLError) as error:
+        raise LowbitError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
 def _read_stage(folder: Path) -> Run:
     checkpoint = folder / LAST_CHECKPOINT
     state = read_checkpoint(checkpoint, mmap=True)
     settings, updates = _settings(OmegaConf.create(state["cfg"]), folder), updates_of(state)
+    whole = next((parent / CONFIG_FILE for parent in folder.parents if is_run(parent)), None)
+    if whole is not None:
+        of_run = _settings(_read_config(whole), whole)
+        settings |= {key: of_run[key] for key in ("teacher", "stages")}
     return Run(
         folder=folder,
         checkpoint=checkpoint,
@@ -152,6 +180,7 @@ def _settings(config: DictConfig, path: Path) -> dict[str, Any]:
             **_named_settings(select),
             "planned": int(select("optimization.max_update")),
             "saves": not select("checkpoint.no_save"),
+            "stages": _stages(config),
         }
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -169,14 +198,22 @@ def _named_settings(select: Callable[[str], Any]) -> dict[str, Any]:
         "loss": LOSSES.get(criterion, criterion),
         "data": Path(data) if data else None,
         "teacher": Path(teacher) if teacher else None,
+        "seed": select("common.seed"),
     }
 
 
-def _updates_of_last_stage(config: DictConfig) -> int | None:
-    """Updates of the last stage, which is the run itself; None if the schedule gives none."""
-    stages = OmegaConf.select(config, "task.stages")
-    last = stages[-1] if OmegaConf.is_list(stages) and len(stages) else None
-    return last.get("updates") if OmegaConf.is_dict(last) else None
+def _stages(config: DictConfig) -> tuple[PlannedStage, ...]:
+    """The schedule in the configuration of a run; empty for one that training refused."""
+    stages = OmegaConf.select(config, "task.stages") or ()
+    if not all(map(OmegaConf.is_dict, stages)):
+        return ()
+    usual = config.optimization.max_update
+    return tuple(
+        PlannedStage(
+            stage.get("precision"), stage.get("teacher", "original"), stage.get("updates") or usual
+        )
+        for stage in stages
+    )
 
 
 def _progress(path: Path) -> tuple[int | None, float | None, str | None]:

@@ -148,6 +148,7 @@ def make_run(tmp_path: Path, data: Path, teacher: LoadedModel) -> Callable[..., 
         stages: list[dict] = (),
         loss: str = "lowbit_kd",
         is_stage: bool = False,
+        seed: int = 1,
         **task: Any,
     ) -> Path:
         folder = tmp_path / name
@@ -155,6 +156,7 @@ def make_run(tmp_path: Path, data: Path, teacher: LoadedModel) -> Callable[..., 
         precision = (model.plan if model else teacher.model.plan).precision.to_mapping()
         places = {"data": str(data), "teacher": str(teacher.source), "init_from": None}
         config = {
+            "common": {"seed": seed},
             "task": places | {"stages": list(stages)} | task,
             "criterion": {"_name": loss},
             "model": {"precision": precision},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import tempfile
 import threading
@@ -20,6 +21,12 @@ _INITIALIZE_DONT_EXIT = 0x8000
 _CHARS_UTF8 = 1
 _POS_CHARACTER = 1
 _RATE, _PITCH = 1, 3
+# Names of phones in ASCII with this character between them, see espeak_TextToPhonemes.
+_PHONE_SEPARATOR = "|"
+_PHONE_MODE = ord(_PHONE_SEPARATOR) << 8
+# Before a phone: stress, pauses and words that are run together. What is left of some are marks of
+# length and of palatalization, which are no phones either.
+_STRESS, _LENGTH = "',%=_", ":;"
 
 _Callback = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
@@ -55,6 +62,7 @@ class Engine:
         loader = _loader()
         self._chunks: list[np.ndarray] = []
         self._library = _load_private_copy(Path(loader.get_library_path()))
+        self._library.espeak_TextToPhonemes.restype = ctypes.c_char_p
         # The library keeps only the address: this reference must outlive every call.
         self._callback = _Callback(self._receive)
         data = loader.get_data_path()
@@ -92,6 +100,22 @@ class Engine:
         if failed or not self._chunks:
             raise LowbitError(f"eSpeak NG ({self.voice.name}) could not say {text!r}")
         return np.concatenate(self._chunks)
+
+    def phones(self, text: str) -> list[str]:
+        """The phones by which the voice says `text`, in eSpeak's names, without stress.
+
+        What the library says depends on what it did before: ask an engine that speaks nothing.
+        """
+        place = ctypes.c_char_p(text.encode())
+        clauses = []
+        while place.value is not None:
+            spoken = self._library.espeak_TextToPhonemes(
+                ctypes.byref(place), _CHARS_UTF8, _PHONE_MODE
+            )
+            clauses.append(spoken.decode())
+        names = re.split(rf"[\s{re.escape(_PHONE_SEPARATOR)}]", " ".join(clauses))
+        phones = (name.strip(_STRESS) for name in names)
+        return [phone for phone in phones if phone.strip(_LENGTH)]
 
     def close(self) -> None:
         self._library.espeak_Terminate()

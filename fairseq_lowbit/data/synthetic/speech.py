@@ -128,11 +128,13 @@ class CorpusSummary:
 
 @dataclass(frozen=True)
 class _Utterance:
-    """A written file: its name under the root, its samples and what it says."""
+    """A written file: its name under the root, its samples, what it says and in which voice."""
 
     name: str
     samples: int
     text: str
+    phones: str
+    voice: Voice
     is_word: bool
 
 
@@ -151,9 +153,9 @@ class Part:
 def synthesize_corpus(out: str | Path, *, minutes: float = 24, seed: int = 0) -> CorpusSummary:
     """Writes the corpus under `out`: at least `minutes` of training speech, 16 kHz mono FLAC.
 
-    Each split gets `<split>.tsv` and `<split>.wrd` (one transcript per line of the manifest); the
-    isolated words of the training and test voices also stand alone in `words_train` and
-    `words_test`. Equal arguments give equal files. Raises LowbitError without eSpeak NG.
+    Each split gets `<split>.tsv` and, with one line for each of its files, `<split>.wrd` (words),
+    `<split>.phn` (phones), `<split>.spk` (speaker) and `<split>.acc` (accent); the isolated words of
+    the training and test voices also stand alone in `words_train` and `words_test`. Equal arguments give equal files. Raises LowbitError without eSpeak NG.
     """
     _check_minutes(minutes)
     return _write_corpus(Path(out), _plan(minutes, seed))
@@ -300,10 +302,12 @@ def _speak_all(out: Path, parts: list[Part]) -> dict[Voice, list[_Utterance]]:
 def _speak(out: Path, part: Part) -> Iterator[_Utterance]:
     folder = Path("audio", part.voice.name)
     (out / folder).mkdir(parents=True, exist_ok=True)
-    for stem, text, speech in record_part(part):
-        name = (folder / f"{stem}.flac").as_posix()
-        write_speech(out / name, speech)
-        yield _Utterance(name, len(speech), text, text in WORDS)
+    with closing(Engine(part.voice)) as reader:
+        for stem, text, speech in record_part(part):
+            name = (folder / f"{stem}.flac").as_posix()
+            write_speech(out / name, speech)
+            phones = " ".join(reader.phones(text))
+            yield _Utterance(name, len(speech), text, phones, part.voice, text in WORDS)
 
 
 def write_speech(path: Path, speech: np.ndarray) -> None:
@@ -357,5 +361,12 @@ def _trim(speech: np.ndarray) -> np.ndarray:
 
 def _write_split(out: Path, split: str, utterances: list[_Utterance]) -> None:
     write_manifest(out / f"{split}.tsv", out, [(u.name, u.samples) for u in utterances])
-    with atomic_write(out / f"{split}.wrd") as file:
-        file.writelines(f"{u.text}\n" for u in utterances)
+    columns = {
+        "wrd": [u.text for u in utterances],
+        "phn": [u.phones for u in utterances],
+        "spk": [u.voice.name for u in utterances],
+        "acc": [u.voice.accent for u in utterances],
+    }
+    for extension, lines in columns.items():
+        with atomic_write(out / f"{split}.{extension}") as file:
+            file.writelines(f"{line}\n" for line in lines)

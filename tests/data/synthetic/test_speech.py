@@ -76,6 +76,29 @@ def test_transcripts_match_their_manifests(corpus):
             assert text == text.lower()
 
 
+def test_phones_speakers_and_accents(corpus):
+    for table in TABLES:
+        names = read_manifest(corpus.root / f"{table}.tsv").names
+        spoken, speakers, accents = (
+            (corpus.root / f"{table}.{extension}").read_text().splitlines()
+            for extension in ("phn", "spk", "acc")
+        )
+        assert speakers == [name.split("/")[1] for name in names]
+        assert all(s.startswith(f"{a}_") for s, a in zip(speakers, accents, strict=True))
+        assert len(spoken) == len(names)
+        assert all(spoken)
+    assert len(set(" ".join(spoken).split())) > 30
+    # Stress and length are no phones.
+    assert not {"'", ",", ":", ";", ""} & {phone for line in spoken for phone in line.split(" ")}
+    # An r at the end of a word is heard in some accents only.
+    ends = {
+        accent: line.split()[-1]
+        for text, accent, line in zip(transcripts(corpus.root, table), accents, spoken, strict=True)
+        if text == "four"
+    }
+    assert len(set(ends.values())) > 1
+
+
 def test_word_probe(corpus):
     train = Counter(transcripts(corpus.root, "words_train"))
     test = Counter(transcripts(corpus.root, "words_test"))
@@ -114,7 +137,7 @@ def contents(root):
     return {
         path.relative_to(root): path.read_bytes()
         for path in root.rglob("*")
-        if path.suffix in (".flac", ".wrd")
+        if path.suffix in (".flac", ".wrd", ".phn", ".spk", ".acc")
     }
 
 

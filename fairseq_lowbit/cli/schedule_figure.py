@@ -1,0 +1,61 @@
+"""``fairseq-lowbit schedule-figure``: training in stages against one step."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from fairseq_lowbit.cli.quality_options import (
+    add_measuring_arguments,
+    check_measuring_arguments,
+    measure_entries,
+    with_places,
+)
+from fairseq_lowbit.files import atomic_write, check_writable
+from fairseq_lowbit.report.overview.schedule_figure import draw_schedules
+from fairseq_lowbit.report.style import as_bytes
+from fairseq_lowbit.runs.collection import collect
+from fairseq_lowbit.runs.columns import SCHEDULE_FIGURES
+from fairseq_lowbit.runs.schedules import (
+    check_comparable,
+    read_schedules,
+    schedule_table,
+    write_points,
+)
+from fairseq_lowbit.terminal import print_table
+
+HELP = "draw training in stages against one step, from the folders of runs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "What a run is, its own configuration says. Runs that differ only in their seed are one "
+        "point. Exit status: 0; 1 if a point lacks a seed, which is said; 2 if nothing can be "
+        "drawn; 130 if interrupted."
+    )
+    parser.add_argument("places", nargs="+", metavar="DIR", type=Path, help="a run, or runs below")
+    add_measuring_arguments(parser)
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="for schedule.png and schedule.csv"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    check_measuring_arguments(args)
+    figure, numbers = args.out / "schedule.png", args.out / "schedule.csv"
+    check_writable(figure)
+    entries = with_places(collect(args.places), args)
+    check_comparable(entries)
+    measure_entries(entries, args.seconds, only_known=args.no_evaluate)
+    schedules = read_schedules(entries)
+    with atomic_write(figure, "wb") as file:
+        file.write(as_bytes(draw_schedules(schedules, SCHEDULE_FIGURES), "png"))
+    with atomic_write(numbers) as file:
+        write_points(schedules, SCHEDULE_FIGURES, file)
+    print_table(schedule_table(schedules, SCHEDULE_FIGURES))
+    unreadable = [f"{entry.name}: {entry.problem}" for entry in entries if entry.run is None]
+    for gap in (*schedules.gaps, *unreadable):
+        print(f"missing: {gap}", file=sys.stderr)
+    print(f"figure {figure}, numbers {numbers}")
+    return int(bool(schedules.gaps or unreadable))
