@@ -100,7 +100,7 @@ left="minutes * 60 - SECONDS"
 
 log "recognition in $minutes minutes on $cores cores in $work; a rehearsal at toy scale"
 stage corpus read_text
-stage float_speed speed_of_float "($left - 7 * trial_seconds) / 2"
+stage float_speed speed_of_float "($left - 7 * trial_seconds) * 6 / 10"
 trial_seconds="$(<"$work/trial.seconds")"
 stage float learn_float
 stage quantized_speed speed_of_quantized "$left - 3 * trial_seconds"
