@@ -73,13 +73,14 @@ all_at_once() {
 
 speed_of() { quantized "$1" "$work/speed/$1" "${trial[@]}" >/dev/null; }
 
-# All at once, as they will train, and then as many updates for each as the slowest can make.
+# All at once, as they will train; then each makes as many updates as the slowest can, however long
+# that takes in the end: they are to be compared.
 speed_of_quantized() {
     all_at_once speed_of
     local precision
     for precision in "${precisions[@]}"; do plan_updates "$precision" "$1"; done
     for precision in "${precisions[@]}"; do cat "$work/$precision.plan"; done |
-        sort -t = -k 2 -n | head -n 1 >"$work/quantized.plan"
+        cut -d " " -f 1 | sort -t = -k 2 -n | head -n 1 >"$work/quantized.plan"
     log "every quantized recognizer: $(<"$work/quantized.plan")"
 }
 
