@@ -49,7 +49,10 @@ LETTERS = Task(
     "letters",
     "wrd",
     True,
-    (Measure("letter_error", "letter error", "letters"), Measure("word_error", "word error", "words")),
+    (
+        Measure("letter_error", "letter error", "letters"),
+        Measure("word_error", "word error", "words"),
+    ),
 )
 WORDS = Task(
     "words",
