@@ -11,7 +11,7 @@
 #   6  quantization-aware training, for every precision by every schedule
 #   7  profile
 #   8  exports
-#   9  hand-over to SUPERB
+#   9  SUPERB, for the tasks that --superb names
 #
 #   bash recipes/librispeech960.sh --data DIR --work DIR
 #   bash recipes/librispeech960.sh --data DIR --work DIR --dry-run
@@ -27,6 +27,9 @@
 #                              and, for every precision, the schedules that end with it
 #   --adapt SRC                a HuBERT checkpoint, Hugging Face folder or id for stage 5
 #   --run gpu1|gpu8|slurm      what trains (default gpu1); the batch stays the same
+#   --superb "TASK..."         pr and asr, which need no other corpus than this one; others by
+#                              recipes/superb.sh (default none: pr and asr of a base model take days)
+#   --lexicon FILE             for pr: a word and its phones to a line
 #   --nj N                     processes for labels (default: every core)
 #   --size base|tiny           tiny rehearses all stages in minutes on two CPU cores
 #
@@ -71,9 +74,9 @@ qat_lr=0.0002
 # Stage 8.
 formats=(safetensors hf onnx)
 
-data="" work="" stage=0 stop_stage=9 dry_run="" size=base run="" nj="" adapt=""
+data="" work="" stage=0 stop_stage=9 dry_run="" size=base run="" nj="" adapt="" superb="" lexicon=""
 precisions="bitla_w2a2 bitla_w1a1" schedule=one_step
-known="data work train valid test precisions schedule adapt run nj size"
+known="data work train valid test precisions schedule adapt run nj size superb lexicon"
 options "$known stage stop-stage dry-run!" "$@"
 # What says how a stage is run, and not what it makes.
 no_settings=(run nj)
@@ -103,6 +106,8 @@ check_options() {
         [[ "$name" =~ ^[a-z]+_w[a-z0-9]+$ ]] || die "--precisions: $name is none; bitla_w2a2 is one"
     done
     [[ -n "${precisions// /}" ]] || die "--precisions is empty: name some, such as bitla_w2a2"
+    for name in $superb; do one_of --superb "$name" pr asr; done
+    [[ -z "$lexicon" || -f "$lexicon" ]] || die "--lexicon $lexicon does not exist"
     [[ -n "${valid// /}" ]] || die "--valid is empty: name what training is watched on"
 }
 
@@ -154,6 +159,12 @@ check_models() {
     if ((stage <= 8 && stop_stage >= 8)); then
         python "$repo/recipes/librispeech_check.py" formats "${formats[@]}" ||
             die "install it, leave the export out of formats at the top, or --stop-stage 7"
+    fi
+    if [[ -n "$superb" ]] && ((stop_stage >= 9)); then
+        python -c 'import fairseq_lowbit.interop.s3prl' 2>/dev/null ||
+            die "--superb needs s3prl: see docs/superb.md, or leave it out"
+        [[ " $superb " != *" pr "* || -n "$lexicon" || -n "${S3PRL_ROOT:-}" ]] ||
+            die "--superb pr needs the phones of words: --lexicon FILE, or S3PRL_ROOT"
     fi
     ((stage <= 5)) || [[ -f "$teacher" ]] ||
         die "--stage $stage needs $teacher, which stage 5 makes"
@@ -247,10 +258,19 @@ export_model() {
     step fairseq-lowbit export "$(checkpoint_in "$1")" --to "$2" "$place"
 }
 
-hand_over() {
-    local name
-    step echo "recipes/superb.sh, which will measure these models, is not part of this version:"
-    for name in "$baseline" "${students[@]}"; do step echo "  $(checkpoint_in "$name")"; done
+superb() {
+    local name task models=() command=(bash "$repo/recipes/superb.sh")
+    for name in "$baseline" "${students[@]}"; do models+=("$name=$(checkpoint_in "$name")"); done
+    command+=(--models "${models[*]}" --work "$work/superb")
+    for task in ${superb:-asr}; do command+=("--data-$task" "$data"); done
+    [[ -z "$lexicon" ]] || command+=(--lexicon "$lexicon")
+    [[ "$size" == base ]] || command+=(--updates 20 --batch 4)
+    if [[ -n "$superb" ]]; then
+        step "${command[@]}"
+    else
+        step echo "--superb names no task; this runs one:"
+        step echo "$(show_command "${command[@]}")"
+    fi
 }
 
 # --- Go -------------------------------------------------------------------------------------------
@@ -265,6 +285,7 @@ list_students
 
 data="$(absolute "$data")" work="$(absolute "${work:-$repo/exp/librispeech960_$size}")"
 [[ ! -e "$adapt" ]] || adapt="$(absolute "$adapt")"
+[[ -z "$lexicon" ]] || lexicon="$(absolute "$lexicon")"
 corpus="$work/data"
 labels1="mfcc_km$clusters1" labels2="layer${layer}_km$clusters2"
 if [[ -z "$adapt" ]]; then teachers=(iteration1 iteration2); else teachers=(adapted); fi
@@ -296,7 +317,7 @@ for format in "${formats[@]}"; do
         add_light_stage 8 "${name}_$format" "export to $format" export_model "$name" "$format"
     done
 done
-add_light_stage 9 superb "hand-over to SUPERB" hand_over
+add_light_stage 9 superb "SUPERB" superb
 
 check_stage_range
 if [[ -z "$dry_run" ]]; then

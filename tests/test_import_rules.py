@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "monitoring": CORE,
     "evaluation": CORE | {"data"},
     "configurations": CORE,
-    "interop": CORE,
+    "interop": CORE | {"data"},
 }
 MAY_IMPORT["runs"] = CORE | {"data", "interop", "monitoring", "evaluation", "profiling"}
 MAY_IMPORT["report"] = MAY_IMPORT["runs"] | {"runs"}

@@ -18,6 +18,7 @@ from fairseq_lowbit.data.archives import check_md5, check_space, unpacked
 from fairseq_lowbit.data.audio import SAMPLE_RATE, UnusableAudio, audio_info
 from fairseq_lowbit.data.manifest import write_manifest
 from fairseq_lowbit.data.progress import tqdm_options
+from fairseq_lowbit.data.transcripts import write_transcripts
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import writing
 
@@ -42,11 +43,13 @@ _HEADER_THREADS = 16
 
 @dataclass(frozen=True)
 class Subset:
-    """An unpacked subset: its folder and the recordings in it, in order."""
+    """An unpacked subset: its folder, the recordings in it, in order, and what is said in them, by
+    the stem of the recording."""
 
     name: str
     folder: Path
     recordings: tuple[Path, ...]
+    words: Mapping[str, str]
 
 
 def unpack_subsets(source: Path, out: Path, names: Sequence[str]) -> list[Subset]:
@@ -73,7 +76,7 @@ def unpack_subsets(source: Path, out: Path, names: Sequence[str]) -> list[Subset
             check_md5(archive)
     for name, archive in archives.items():
         found[name] = _unpack(archive, out / TOP / name)
-    return [Subset(name, folder, _recordings(folder)) for name, folder in found.items()]
+    return [Subset(name, folder, *_recordings(folder)) for name, folder in found.items()]
 
 
 def _find(source: Path, out: Path, name: str) -> Path:
@@ -106,20 +109,21 @@ def _unpack(archive: Path, folder: Path) -> Path:
     return folder
 
 
-def _recordings(folder: Path) -> tuple[Path, ...]:
+def _recordings(folder: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
+    """The recordings, and what is said in them by their stems."""
     recordings = sorted(folder.glob("*/*/*.flac"))
     if not recordings:
         raise LowbitError(f"{folder} holds no recordings <speaker>/<chapter>/*.flac: unpack again")
-    present = {path.stem for path in recordings}
+    present, words = {path.stem for path in recordings}, {}
     for transcript in sorted(folder.glob("*/*/*.trans.txt")):
         for line in transcript.read_text(encoding="utf-8").splitlines():
-            name = line.partition(" ")[0]
+            name, _, words[name] = line.partition(" ")
             if name not in present:
                 raise LowbitError(
                     f"{transcript} has the words of {name}, but there is no {name}.flac beside it: "
                     f"{folder} is not whole, so remove it and unpack again"
                 )
-    return tuple(recordings)
+    return tuple(recordings), words
 
 
 def check_splits(splits: Mapping[str, Sequence[str]]) -> None:
@@ -135,7 +139,8 @@ def check_splits(splits: Mapping[str, Sequence[str]]) -> None:
 def write_manifests(
     subsets: Sequence[Subset], splits: Mapping[str, Sequence[str]], out: Path
 ) -> dict[str, int]:
-    """Writes ``out/<split>.tsv`` for every split that has subsets; audio stays where it is.
+    """Writes ``out/<split>.tsv`` for every split that has subsets, and the words of its files,
+    ``out/<split>.wrd``; audio stays where it is.
 
     Returns:
         samples of each subset.
@@ -150,13 +155,19 @@ def write_manifests(
         out.mkdir(parents=True, exist_ok=True)
     for split, members in splits.items():
         items: list[tuple[str, int]] = []
+        words: dict[str, str] = {}
         for name in members:
             subset = by_name[name]
             sizes = _sizes(subset)
             samples[name] = sum(sizes)
-            items += zip(_names_below(root, subset), sizes, strict=True)
+            names = _names_below(root, subset)
+            items += zip(names, sizes, strict=True)
+            stems = ((name, path.stem) for name, path in zip(names, subset.recordings, strict=True))
+            words |= {name: subset.words[stem] for name, stem in stems if stem in subset.words}
         if items:
-            write_manifest(out / f"{split}.tsv", root, items)
+            manifest = out / f"{split}.tsv"
+            write_manifest(manifest, root, items)
+            write_transcripts(manifest, [name for name, _ in items], words)
     return samples
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from fairseq_lowbit.data.audio import SAMPLE_RATE, UnusableAudio, audio_info, convert_audio
 from fairseq_lowbit.data.manifest import write_manifest
 from fairseq_lowbit.data.progress import tqdm_options
+from fairseq_lowbit.data.transcripts import write_transcripts
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import atomic_write
 
@@ -70,6 +71,8 @@ def prepare_directory(
     Files longer than 30 s are cut into equal pieces; shorter than half a second or unusable ones
     are listed in `out/skipped.txt`. Train, valid and test share no source file and,
     where there are ten folders or more, no folder. A second run converts only what is missing.
+    Where a text file with what is said lies beside recordings, `talk.txt` beside `talk.wav`, the
+    words are written as `<split>.wrd`; pieces of a file that was cut have none.
 
     Raises LowbitError when nothing usable is found, or too little for three splits.
     """
@@ -92,6 +95,9 @@ def prepare_directory(
     for split, members in _split_groups(groups, fractions, seed).items():
         pieces = sorted(piece for member in members for piece in member.pieces)
         write_manifest(out / f"{split}.tsv", out, pieces)
+        texts = _texts(source, members)
+        if texts:
+            write_transcripts(out / f"{split}.tsv", [name for name, _ in pieces], texts)
         summary.files[split] = len(pieces)
         summary.minutes[split] = sum(samples for _, samples in pieces) / SAMPLE_RATE / 60
     return summary
@@ -217,6 +223,16 @@ def _split_groups(
             members += waiting.pop(0)
         split_members[split] = members
     return split_members
+
+
+def _texts(source: Path, results: list[_Result]) -> dict[str, str]:
+    """What is said in the files that were written, by their names, as far as it is known."""
+    texts = {}
+    for result in results:
+        path = (source / result.source).with_suffix(".txt")
+        if len(result.pieces) == 1 and path.is_file():
+            texts[result.pieces[0][0]] = " ".join(path.read_text(encoding="utf-8").split())
+    return texts
 
 
 def _samples(results: list[_Result]) -> int:

@@ -1,10 +1,18 @@
 """What is said in the recordings of a manifest: ``<split>.wrd`` or another extension, one line of
 space-separated words (or phones) per file."""
 
+import logging
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fairseq_lowbit.data.manifest import Manifest
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+_LIBRISPEECH_NAME = re.compile(r"(\d+)-\d+-\d+")
 
 
 def read_transcripts(manifest: Manifest, extension: str = "wrd") -> list[str]:
@@ -35,6 +43,43 @@ def read_transcripts(manifest: Manifest, extension: str = "wrd") -> list[str]:
     return texts
 
 
+def write_transcripts(manifest: Path, names: Sequence[str], texts: Mapping[str, str]) -> None:
+    """Writes the words beside a manifest, if they are known of all of its files; else warns.
+
+    Args:
+        names: of its files, in order.
+        texts: words by name.
+    """
+    path = manifest.with_suffix(".wrd")
+    missing = [name for name in names if name not in texts]
+    if missing:
+        path.unlink(missing_ok=True)  # of an earlier manifest, with other lines
+        logger.warning(
+            f"no transcripts beside {manifest}: {len(missing)} of its {len(names)} files have "
+            f"none, first {missing[0]}"
+        )
+        return
+    with atomic_write(path) as file:
+        file.writelines(f"{texts[name]}\n" for name in names)
+
+
 def transcript_path(manifest: Manifest, extension: str = "wrd") -> Path:
     """Where the transcripts of a manifest lie: beside it, under its name."""
     return manifest.path.with_suffix(f".{extension}")
+
+
+def read_speakers(manifest: Manifest) -> list[str]:
+    """Who speaks in every file of a manifest: ``<split>.spk``, one line per file, if it is there;
+    else as LibriSpeech names its files, ``speaker-chapter-number``; else the file's folder.
+
+    Raises:
+        LowbitError: there is a ``.spk`` that does not belong to the manifest.
+    """
+    if transcript_path(manifest, "spk").is_file():
+        return read_transcripts(manifest, "spk")
+    paths = [Path(name) for name in manifest.names]
+    found = [_LIBRISPEECH_NAME.fullmatch(path.stem) for path in paths]
+    return [
+        match[1] if match else path.parent.as_posix()
+        for match, path in zip(found, paths, strict=True)
+    ]

@@ -1,7 +1,12 @@
 """HuBERT with a configurable convolutional front-end, in plain torch with fairseq's state keys."""
 
 from fairseq_lowbit.models.architecture import Architecture, parse_conv_layers
-from fairseq_lowbit.models.loaded import LoadedModel, check_same_shapes, start_from
+from fairseq_lowbit.models.loaded import (
+    LoadedModel,
+    check_same_shapes,
+    continue_from,
+    start_from,
+)
 from fairseq_lowbit.models.model import Hubert, WithoutWeights
 
 __all__ = [
@@ -10,6 +15,7 @@ __all__ = [
     "LoadedModel",
     "WithoutWeights",
     "check_same_shapes",
+    "continue_from",
     "parse_conv_layers",
     "start_from",
 ]

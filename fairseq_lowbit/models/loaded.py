@@ -71,6 +71,19 @@ def start_from(
     forget_calibration(model)
 
 
+def continue_from(model: Hubert, source: LoadedModel, role: str = "init_from") -> None:
+    """Copies ``source``'s weights into ``model`` as :func:`start_from` does, and where both have
+    the same precision its quantizers too, as they were trained: nothing is calibrated anew.
+
+    Raises:
+        LowbitError: see :func:`start_from`.
+    """
+    start_from(model, source, role)
+    if model.plan.precision == source.model.plan.precision:
+        state = source.model.state_dict()
+        model.load_state_dict({k: v for k, v in state.items() if k not in _HEADS}, strict=False)
+
+
 def check_same_shapes(model: nn.Module, weights: StateDict, path: object) -> None:
     """Raises LowbitError that names the first tensors that differ between model and checkpoint."""
     _check_names_and_shapes(model.state_dict(), weights, f"checkpoint {path}")

@@ -18,4 +18,11 @@ def register() -> None:
     compat.apply()
     loop.apply()
     progress.apply()
-    from fairseq_lowbit.plugin import criterions, models, optimizer, tasks  # noqa: F401
+    from fairseq_lowbit.plugin import (  # noqa: F401
+        criterions,
+        ctc,
+        models,
+        optimizer,
+        recognition,
+        tasks,
+    )

@@ -42,8 +42,8 @@ class LowbitHubertCriterionConfig(FrameCriterionConfig):
     feature_penalty: float = 10.0  # weight of the mean squared front-end feature
 
 
-class _FrameCriterion(FairseqCriterion):
-    """A loss that is a mean over frames, handed to fairseq as sum and number of frames."""
+class FrameCriterion(FairseqCriterion):
+    """A loss that is a mean over frames (or units), handed to fairseq as sum and number of them."""
 
     weight_keys: tuple[str, ...] = ("squash_weight",)
 
@@ -54,7 +54,7 @@ class _FrameCriterion(FairseqCriterion):
         self.squash_weight = cfg.squash_weight
 
     @classmethod
-    def build_criterion(cls, cfg: FrameCriterionConfig, task: Any) -> "_FrameCriterion":
+    def build_criterion(cls, cfg: FrameCriterionConfig, task: Any) -> "FrameCriterion":
         return cls(task, cfg)
 
     def squash_terms(self) -> dict[str, Tensor]:
@@ -78,7 +78,7 @@ class _FrameCriterion(FairseqCriterion):
 
 
 @register_criterion("lowbit_kd", dataclass=LowbitKdConfig)
-class LowbitKdCriterion(_FrameCriterion):
+class LowbitKdCriterion(FrameCriterion):
     """L = w_y MSE(y) + w_o mean_i MSE(o_i) + w_a mean_i E(a_i); see docs/numerics.md."""
 
     weight_keys = (
@@ -145,7 +145,7 @@ class LowbitKdCriterion(_FrameCriterion):
 
 
 @register_criterion("lowbit_hubert", dataclass=LowbitHubertCriterionConfig)
-class LowbitHubertCriterion(_FrameCriterion):
+class LowbitHubertCriterion(FrameCriterion):
     """Cross-entropy over the labels of masked frames, plus HuBERT's feature penalty."""
 
     weight_keys = ("unmasked_weight", "feature_penalty", "squash_weight")

@@ -37,6 +37,7 @@ class HubertFastConvModel(Hubert, BaseFairseqModel):
             Architecture.from_mapping(values),
             getattr(task, "label_classes", 0),
             Precision.from_mapping(precision) if precision else None,
+            len(getattr(task, "units", ())),
         )
 
     def forward(
@@ -50,10 +51,12 @@ class HubertFastConvModel(Hubert, BaseFairseqModel):
         layers: bool = True,
         shared_front_end: bool = False,
         front_end: bool = False,
-    ) -> tuple[Tensor, Tensor] | tuple[DistillationTerms, Tensor]:
+        recognize: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor] | tuple[DistillationTerms, Tensor]:
         """What a criterion needs, in one call, because DistributedDataParallel only sees forward.
 
-        With ``teacher``: the terms of :func:`distill`. Else masked prediction: logits
+        With ``teacher``: the terms of :func:`distill`. With ``recognize``: log-probabilities of the
+        CTC head, [batch, frames, units]. Else masked prediction: logits
         [predicted frames, classes] of the frames where ``predict`` [batch, frames] is True, and
         the mean squared front-end feature (HuBERT's feature penalty).
         """
@@ -71,6 +74,8 @@ class HubertFastConvModel(Hubert, BaseFairseqModel):
             )
         frames, penalty = self._extract_for_training(waveform, lengths)
         x, _ = self.encode(frames, mask)
+        if recognize:
+            return self.classify_units(x)
         return self.label_logits(x[predict]), penalty
 
     def _extract_for_training(

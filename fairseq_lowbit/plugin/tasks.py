@@ -18,7 +18,7 @@ from fairseq_lowbit.data.calibration_audio import (
     calibration_batches,
 )
 from fairseq_lowbit.data.label_file import LabelFile, count_classes, read_dictionary
-from fairseq_lowbit.data.manifest import check_format, read_manifest
+from fairseq_lowbit.data.manifest import Manifest, check_format, read_manifest
 from fairseq_lowbit.data.recordings import LABEL_RATE, AudioConfig, AudioOptions
 from fairseq_lowbit.distillation import refuse_other_frames, same_front_end
 from fairseq_lowbit.errors import LowbitError, require_number
@@ -68,8 +68,8 @@ class LowbitDistillationConfig(SpeechTaskConfig):
     new_front_end: bool = False
 
 
-class _SpeechTask(FairseqTask):
-    """What both tasks share: data, what is calibrated on, and the guards of a long run.
+class SpeechTask(FairseqTask):
+    """What all tasks share: data, what is calibrated on, and the guards of a long run.
 
     Args:
         from_checkpoint: only to load a model back, where its data and its teacher may be gone.
@@ -77,6 +77,7 @@ class _SpeechTask(FairseqTask):
 
     cfg: SpeechTaskConfig
     label_classes = 0
+    units: tuple[str, ...] = ()
 
     def __init__(self, cfg: SpeechTaskConfig, from_checkpoint: bool = False) -> None:
         super().__init__(cfg)
@@ -153,7 +154,7 @@ class _SpeechTask(FairseqTask):
     def _read_dataset(self, split: str) -> SpeechDataset:
         manifest = read_manifest(Path(self.cfg.data) / f"{split}.tsv")
         check_format(manifest, self.cfg.sample_rate)
-        dataset = SpeechDataset(manifest, self._audio_options(), self.load_labels(split))
+        dataset = self.build_dataset(manifest)
         longest = int(dataset.sizes.max())
         if longest > (self.cfg.max_tokens or longest):
             raise LowbitError(
@@ -168,10 +169,10 @@ class _SpeechTask(FairseqTask):
         iterator.persistent_workers = False
         return iterator
 
-    def load_labels(self, split: str) -> tuple[LabelFile, ...]:
-        return ()
+    def build_dataset(self, manifest: Manifest) -> SpeechDataset:
+        return SpeechDataset(manifest, self.audio_options())
 
-    def _audio_options(self) -> AudioOptions:
+    def audio_options(self) -> AudioOptions:
         frame = 400 if self.model is None else receptive_field(self.model.conv_layers)
         return AudioOptions.from_config(self.cfg, frame, self.cfg.seed)
 
@@ -208,7 +209,7 @@ class _SpeechTask(FairseqTask):
 
 
 @register_task("lowbit_pretraining", dataclass=LowbitPretrainingConfig)
-class LowbitPretrainingTask(_SpeechTask):
+class LowbitPretrainingTask(SpeechTask):
     """Masked prediction of frame labels (HuBERT), for teachers and for quantized students."""
 
     cfg: LowbitPretrainingConfig
@@ -257,19 +258,20 @@ class LowbitPretrainingTask(_SpeechTask):
         """Labels per frame."""
         return self.cfg.label_rate * self.model.samples_per_frame / self.cfg.sample_rate
 
-    def load_labels(self, split: str) -> tuple[LabelFile, ...]:
-        folder = self._label_folder()
-        return tuple(
+    def build_dataset(self, manifest: Manifest) -> SpeechDataset:
+        split, folder = manifest.path.stem, self._label_folder()
+        labels = tuple(
             LabelFile(folder / f"{split}.{label}", folder / f"dict.{label}.txt")
             for label in self.cfg.labels
         )
+        return SpeechDataset(manifest, self.audio_options(), labels)
 
     def _label_folder(self) -> Path:
         return Path(self.cfg.label_dir or self.cfg.data)
 
 
 @register_task("lowbit_distillation", dataclass=LowbitDistillationConfig)
-class LowbitDistillationTask(_SpeechTask):
+class LowbitDistillationTask(SpeechTask):
     """Distillation without labels from a frozen teacher of the student's shape, or of the shape of
     its encoder alone.
 

@@ -1,5 +1,6 @@
 """``model=as_teacher``: a run takes the shape of its model, and how audio is normalized, from its
-teacher. ``task.normalize=as_teacher`` takes the second alone.
+teacher, or where it has none from what it starts from (``task.init_from``).
+``task.normalize=as_teacher`` takes the second alone, and ``quant=as_teacher`` the precision.
 
 Before anything is built, values replace the words ``as_teacher`` of the configuration.
 The run's record and its checkpoints hold them, so that nobody needs the teacher for them again.
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.interop import Source, read_source
 from fairseq_lowbit.models import Architecture
+from fairseq_lowbit.precision import Precision
 from fairseq_lowbit.runs.folder import LAST_CHECKPOINT
 
 AS_TEACHER = "as_teacher"
@@ -50,14 +52,19 @@ def adopt_teacher(config: DictConfig, folder: Path) -> None:
     given = OmegaConf.to_container(model, resolve=False) if OmegaConf.is_dict(model) else {}
     shape = _open_shape(given) if AS_TEACHER in given.values() else []
     takes_normalize = OmegaConf.select(config, "task.normalize") == AS_TEACHER
-    if not (shape or takes_normalize):
+    takes_precision = OmegaConf.select(config, "model.precision.name") == AS_TEACHER
+    if not (shape or takes_normalize or takes_precision):
         return
+    if takes_precision:
+        _refuse_rules(given["precision"])
     source = _source(config, folder)
     with read_write(config), open_dict(config):
         for name in shape:
             config.model[name] = getattr(source.shape, name)
         if takes_normalize:
             config.task.normalize = source.normalize
+        if takes_precision:
+            config.model.precision = (source.precision or Precision()).to_mapping()
 
 
 def _open_shape(given: dict[str, Any]) -> list[str]:
@@ -72,14 +79,26 @@ def _open_shape(given: dict[str, Any]) -> list[str]:
     return names
 
 
+def _refuse_rules(precision: dict[str, Any]) -> None:
+    if any(precision.get("rule_files", {}).values()) or precision.get("rules"):
+        raise LowbitError(
+            "rules beside quant=as_teacher, which takes the whole precision from a checkpoint: "
+            "leave them out, or choose another quant="
+        )
+
+
 def _source(config: DictConfig, folder: Path) -> Source:
     own = folder / LAST_CHECKPOINT
     if own.is_file():
         return read_source(own, with_weights=False)
-    teacher = OmegaConf.select(config, "task.teacher", throw_on_missing=False)
+    task = config.get("task") or {}
+    keys = [key for key in ("teacher", "init_from") if key in task]
+    teacher = next(
+        (task[key] for key in keys if not OmegaConf.is_missing(task, key) and task[key]), None
+    )
     if not teacher:
         raise LowbitError(
-            "task.teacher is not set: model=as_teacher and task.normalize=as_teacher take what "
-            "they stand for from it"
+            f"task.{keys[0] if keys else 'teacher'} is not set: model=as_teacher, quant=as_teacher "
+            "and task.normalize=as_teacher take what they stand for from it"
         )
     return read_source(teacher, with_weights=False)

@@ -91,6 +91,33 @@ TABLE = (
     ),
 )
 
+SUPERB_SOURCE = (
+    "SUPERB's own figures of HuBERT Base and DistilHuBERT, and DPHuBERT by Peng et al., arXiv "
+    "2305.17651; storage is twice the parameters"
+)
+
+
+def _superb_row(parameters: float, *figures: float) -> dict[str, float]:
+    """Figures of SUPERB by the keys of ``runs/superb/tasks.py``; parameters in millions. SUPERB's
+    diarization errors are left out: they are counted in another way than s3prl's log does."""
+    keys = ("ks_accuracy", "ic_accuracy", "pr_per", "asr_wer", "er_accuracy", "qbe_mtwv")
+    keys += ("sf_f1", "sf_cer", "sid_accuracy", "asv_eer")
+    return {"storage_mb": 2 * parameters, **dict(zip(keys, figures, strict=True))}
+
+
+# In %.
+SUPERB_FIGURES = {
+    "HuBERT Base": _superb_row(
+        94.68, 96.30, 98.34, 5.41, 6.42, 64.92, 7.36, 88.53, 25.20, 81.42, 5.11
+    ),
+    "DistilHuBERT": _superb_row(
+        23.49, 95.98, 94.99, 16.27, 13.37, 63.02, 5.11, 82.57, 35.59, 73.54, 8.55
+    ),
+    "DPHuBERT": _superb_row(
+        23.59, 96.36, 97.92, 9.67, 10.47, 63.16, 6.93, 86.86, 28.26, 76.83, 5.84
+    ),
+}
+
 
 def paper_wer(precision: str, loss: str) -> float | None:
     """HuBERT-FastConv's word error rate in %; None where it is not known.

@@ -18,6 +18,7 @@ from fairseq_lowbit.cli.main import main
 from fairseq_lowbit.data import archives, librispeech
 from fairseq_lowbit.data.librispeech import unpack_subsets
 from fairseq_lowbit.data.manifest import read_manifest
+from fairseq_lowbit.data.transcripts import read_transcripts
 from fairseq_lowbit.errors import LowbitError
 
 SUBSETS = ("train-clean-100", "dev-clean", "test-clean")
@@ -85,6 +86,7 @@ def test_archives_become_manifests(source: Path, tmp_path: Path) -> None:
     assert train.sizes.tolist() == [1600, 3200] * 4
     assert all(path.is_file() for path in train.files())
     assert [len(read_manifest(out / f"{s}.tsv")) for s in ("valid", "test")] == [8, 8]
+    assert read_transcripts(train) == ["SOME WORDS"] * 8
     assert sorted(p.name for p in (out / "LibriSpeech").iterdir()) == sorted(
         (*SUBSETS, "SPEAKERS.TXT")
     )

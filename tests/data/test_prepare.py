@@ -8,6 +8,7 @@ from fairseq_lowbit.data import prepare
 from fairseq_lowbit.data.audio import read_audio
 from fairseq_lowbit.data.manifest import check_format, read_manifest
 from fairseq_lowbit.data.prepare import prepare_directory
+from fairseq_lowbit.data.transcripts import read_transcripts
 from fairseq_lowbit.errors import LowbitError
 
 SPLITS = ("train", "valid", "test")
@@ -174,3 +175,21 @@ def test_impossible_options(tmp_path, options, message):
     record(tmp_path / "in" / "a.wav")
     with pytest.raises(LowbitError, match=message):
         prepare_directory(tmp_path / "in", tmp_path / "out", **options)
+
+
+def test_words_beside_recordings_are_kept(tmp_path, caplog):
+    source, out = tmp_path / "in", tmp_path / "out"
+    for index in range(6):
+        record(source / f"talk{index}.wav")
+        (source / f"talk{index}.txt").write_text(f"this is\ntalk {index}\n")
+    prepare_directory(source, out)
+    for split in SPLITS:
+        manifest = read_manifest(out / f"{split}.tsv")
+        numbers = [name.removeprefix("audio/talk")[0] for name in manifest.names]
+        assert read_transcripts(manifest) == [f"this is talk {number}" for number in numbers]
+    # Words of some files only would leave the others as silence.
+    first = names(out, "train")[0].removeprefix("audio/").removesuffix("_wav.flac")
+    (source / f"{first}.txt").unlink()
+    prepare_directory(source, out)
+    assert not (out / "train.wrd").exists()
+    assert f"first audio/{first}_wav.flac" in caplog.text

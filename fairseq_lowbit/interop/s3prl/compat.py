@@ -7,10 +7,12 @@ soundfile, has whatever else the installed torchaudio has, and refuses the rest 
 No installed file is touched.
 """
 
+import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +23,9 @@ import torch
 from torch import Tensor
 
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.interop.s3prl.phone_corpus import PhoneCorpus
+
+ROOT = "S3PRL_ROOT"
 
 
 class StandIn(ModuleType):
@@ -53,10 +58,41 @@ class StandIn(ModuleType):
         )
 
 
+def find_s3prl() -> tuple[Path, str]:
+    """The folder of s3prl's package and its version. Of ``S3PRL_ROOT``, its repository, in place of
+    an installed one if that is set; from then on Python imports it from there too.
+
+    Raises:
+        LowbitError: it is not there, or of a version that is not known to work.
+    """
+    root = os.environ.get(ROOT)
+    if root:
+        if not Path(root, "s3prl/hub.py").is_file():
+            raise LowbitError(f"{ROOT}={root} is not the repository of s3prl: no s3prl/hub.py")
+        if root not in sys.path:
+            sys.path.insert(0, root)
+    found = None
+    with suppress(ValueError):  # None stands in sys.modules
+        found = importlib.util.find_spec("s3prl")
+    if found is None or found.origin is None:
+        raise LowbitError(
+            "s3prl is not installed: pip install requests, pip install --no-deps s3prl; see "
+            "docs/superb.md"
+        )
+    folder = Path(found.origin).resolve().parent
+    version = (folder / "version.txt").read_text(encoding="utf-8").strip()
+    if not version.startswith("0.4."):
+        raise LowbitError(
+            f"{folder} is s3prl {version}, which is not known to work: pip install --no-deps "
+            "'s3prl>=0.4.18,<0.5'"
+        )
+    return folder, version
+
+
 @contextmanager
 def stand_ins() -> Iterator[None]:
     """While it lasts, s3prl can be imported; afterwards ``sys.modules`` has the others again."""
-    modules = {**_torchaudio(), **_catalyst()}
+    modules = {**_torchaudio(), **_unused(), **_file_search(), **_phone_corpus()}
     before = {name: sys.modules.get(name) for name in modules}
     sys.modules.update(modules)
     try:
@@ -75,10 +111,9 @@ def missing_modules_named() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        what = f"s3prl needs the module {error.name}, which is not installed:"
-        if error.name == "s3prl":
-            what = "s3prl is not installed: pip install requests, pip install --no-deps s3prl;"
-        raise LowbitError(f"{what} see docs/superb.md") from error
+        raise LowbitError(
+            f"s3prl needs the module {error.name}, which is not installed: see docs/superb.md"
+        ) from error
 
 
 def complete_huggingface_hub() -> None:
@@ -117,12 +152,33 @@ def _installed_torchaudio() -> ModuleType | None:
         return None
 
 
-def _catalyst() -> dict[str, ModuleType]:
-    """The samplers of keyword spotting in several processes."""
-    if importlib.util.find_spec("catalyst") is not None:
+def _unused() -> dict[str, ModuleType]:
+    """What is imported and never called where we run it: samplers of keyword spotting in several
+    processes, and a tool of speaker verification."""
+    names = ("catalyst", "catalyst.data", "catalyst.data.sampler", "sox")
+    missing = [name for name in names if not _is_installed(name.partition(".")[0])]
+    return {name: StandIn(name) for name in missing}
+
+
+def _file_search() -> dict[str, ModuleType]:
+    """Of librosa, which brings a compiler along, the speaker and emotion tasks list files by."""
+    if _is_installed("librosa"):
         return {}
-    names = ("catalyst", "catalyst.data", "catalyst.data.sampler")
-    return {name: StandIn(name) for name in names}
+    util = StandIn("librosa.util", find_files=find_files)
+    return {"librosa": StandIn("librosa", util=util), "librosa.util": util}
+
+
+def _phone_corpus() -> dict[str, ModuleType]:
+    """The corpora of s3prl's task ``ctc``, which its repository has and its package lacks."""
+    package = "s3prl.downstream.ctc.corpus"
+    if (find_s3prl()[0] / "downstream/ctc/corpus").is_dir():
+        return {}
+    phones = StandIn(f"{package}.libriphone", LibriPhoneDataset=PhoneCorpus)
+    return {package: StandIn(package, libriphone=phones), f"{package}.libriphone": phones}
+
+
+def _is_installed(package: str) -> bool:
+    return package in sys.modules or importlib.util.find_spec(package) is not None
 
 
 class Resample:
@@ -170,3 +226,10 @@ def apply_effects_file(path: str | Path, effects: Sequence[Sequence[str]]) -> tu
                     "torchaudio 2.8 or older"
                 )
     return waveform, rate
+
+
+def find_files(folder: str | Path) -> list[str]:
+    """As librosa's: every sound file below a folder, in order."""
+    kinds = (".flac", ".wav")
+    found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in kinds)
+    return sorted(str(path.absolute()) for path in found)

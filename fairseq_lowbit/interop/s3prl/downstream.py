@@ -1,6 +1,7 @@
 """s3prl's ``run_downstream`` with our upstream, in this process."""
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -24,11 +25,15 @@ def upstream_names() -> list[str]:
     return hub.options()
 
 
-def run_downstream(arguments: Sequence[str]) -> None:
+def run_downstream(arguments: Sequence[str], lists: Path | None = None) -> None:
     """Runs s3prl's command line, in s3prl's folder, where its configurations name files from.
 
     Changes this process for good: its working directory, ``sys.argv``, what ``torch.load`` accepts,
-    and s3prl replaces ``isinstance``. Call it last.
+    and s3prl replaces ``isinstance``. Nothing but s3prl should be run afterwards.
+
+    Args:
+        lists: folder for the lists of files that the speaker tasks make. By default they are kept
+            beside s3prl's code, and taken for those of any other corpus.
 
     Raises:
         LowbitError: what our upstream refuses; a module that the task needs and is not installed.
@@ -42,4 +47,30 @@ def run_downstream(arguments: Sequence[str]) -> None:
     with stand_ins(), missing_modules_named():
         from s3prl.run_downstream import main
 
+        if lists is not None:
+            _keep_lists(lists)
         main()
+
+
+def _keep_lists(folder: Path) -> None:
+    for task in ("voxceleb1", "sv_voxceleb1"):
+        dataset = importlib.import_module(f"s3prl.downstream.{task}.dataset")
+        dataset.__file__ = str(folder / "dataset.py")
+        if hasattr(dataset, "CACHE_PATH"):
+            dataset.CACHE_PATH = str(folder)
+
+
+def write_emotion_lists(root: Path, test: str, train: Sequence[str], out: Path) -> None:
+    """What emotion recognition is trained and tested on, by s3prl's own reading of IEMOCAP.
+
+    Args:
+        root: IEMOCAP.
+        test, train: names of sessions.
+        out: gets ``train_meta_data.json`` and ``test_meta_data.json``.
+    """
+    with stand_ins(), missing_modules_named():
+        from s3prl.downstream.emotion.IEMOCAP_preprocess import preprocess
+
+        out.mkdir(parents=True, exist_ok=True)
+        for name, sessions in (("train", list(train)), ("test", [test])):
+            preprocess(str(root), sessions, str(out / f"{name}_meta_data.json"))

@@ -2,7 +2,7 @@
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.interop import open_model
-from fairseq_lowbit.interop.s3prl.compat import missing_modules_named, stand_ins
+from fairseq_lowbit.interop.s3prl.compat import find_s3prl, missing_modules_named, stand_ins
 from fairseq_lowbit.interop.s3prl.upstream import LowbitUpstream
 
 NAME = "lowbit"
@@ -37,10 +37,10 @@ def register() -> None:
     """Makes :func:`lowbit` one of s3prl's upstreams.
 
     Raises:
-        LowbitError: s3prl is not installed, or lacks a package that it needs.
+        LowbitError: s3prl is not installed, of an unknown version, or lacks a package.
     """
+    find_s3prl()
     with missing_modules_named():
-        import s3prl  # noqa: F401  first, so that it is what is named
         import transformers  # noqa: F401  it remembers whether torchaudio is there
 
         with stand_ins():

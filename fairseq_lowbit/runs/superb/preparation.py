@@ -1,0 +1,224 @@
+"""Before hours are spent: what a task needs is there, and what it reads is written."""
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from fairseq_lowbit.data.superb import (
+    read_lexicon,
+    write_lengths,
+    write_letters,
+    write_phones,
+    write_slot_letters,
+)
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.runs.superb.tasks import DataPath, Task
+
+_EXPERT = "downstream_expert"
+_REPOSITORY = "set S3PRL_ROOT to a clone of https://github.com/s3prl/s3prl"
+_LEXICA = ("librispeech-lexicon-200k-g2p.txt", "librispeech-lexicon-allothers-g2p.txt")
+_SESSIONS = tuple(f"Session{number}" for number in range(1, 6))
+
+
+@dataclass(frozen=True)
+class Order:
+    """What was asked for.
+
+    Attributes:
+        model: see :data:`fairseq_lowbit.interop.SOURCES`.
+        name: of the model in tables.
+        data: the user's folder.
+        out: absolute folder of everything that is made.
+        changes: KEY=VALUE for the task's configuration.
+        lexicon: words and their phones, for phoneme recognition; None for s3prl's.
+        workers: processes that read audio.
+    """
+
+    task: Task
+    model: str
+    name: str
+    data: Path
+    out: Path
+    changes: tuple[str, ...]
+    lexicon: Path | None
+    workers: int
+    device: str
+
+
+def check_machine(task: Task, s3prl: Path) -> None:
+    """Raises LowbitError for what a task needs and this machine lacks.
+
+    Args:
+        s3prl: folder of its package.
+    """
+    missing = [
+        package
+        for module, package in task.modules.items()
+        if importlib.util.find_spec(module) is None
+    ]
+    if missing:
+        raise LowbitError(f"task {task.name} needs: pip install {' '.join(missing)}")
+    if task.name == "sf" and not (s3prl / "downstream/ctc/corpus/snips.py").is_file():
+        raise LowbitError(f"task sf needs code that s3prl's package lacks: {_REPOSITORY}")
+    if task.name == "qbe" and shutil.which("java") is None:
+        raise LowbitError("task qbe is scored by the corpus' own program, which needs java")
+    if task.name == "asv":
+        _check_verification()
+
+
+def _check_verification() -> None:
+    try:
+        import torchaudio
+
+        has_effects = hasattr(torchaudio, "sox_effects")
+    except (ImportError, OSError):
+        has_effects = False
+    if not has_effects:
+        raise LowbitError("task asv cuts silence by SoX, which needs torchaudio 2.8 or older")
+    if not torch.cuda.is_available():
+        raise LowbitError("task asv needs a GPU: s3prl's code for it runs nowhere else")
+
+
+def configure(order: Order, template: Path, s3prl: Path) -> DictConfig:
+    """The configuration of a task, with all that it names written below ``order.out``.
+
+    Args:
+        template: of ``config/superb``.
+        s3prl: folder of its package.
+
+    Raises:
+        LowbitError: a change of a key that is not there; a corpus of another layout; something that
+            only s3prl's repository has, without it.
+    """
+    config = OmegaConf.load(template)
+    for change in order.changes:
+        _change(config, change)
+    _fit_intervals(config)
+    OmegaConf.update(config, order.task.workers, order.workers)
+    for path in order.task.paths:
+        OmegaConf.update(config, path.key, str(_find(path, order)))
+    if order.task.name in _PREPARATIONS:
+        order.out.mkdir(parents=True, exist_ok=True)
+        _PREPARATIONS[order.task.name](order, config, s3prl)
+    return config
+
+
+def _change(config: DictConfig, change: str) -> None:
+    key, separator, value = change.partition("=")
+    missing = object()
+    if not separator or OmegaConf.select(config, key, default=missing) is missing:
+        raise LowbitError(f"{change}: the task's configuration has no such KEY=VALUE to change")
+    OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={value}"]).value)
+
+
+def _fit_intervals(config: DictConfig) -> None:
+    """Short runs are validated and kept at their end."""
+    total = config.runner.get("total_steps")
+    for name in ("log_step", "eval_step", "save_step"):
+        if total is not None:
+            config.runner[name] = min(config.runner[name], total)
+            if total % config.runner[name]:
+                raise LowbitError(
+                    f"runner.total_steps {total} is no multiple of runner.{name} "
+                    f"{config.runner[name]}: the last updates would be lost"
+                )
+
+
+def _find(path: DataPath, order: Order) -> Path:
+    """Where a part of the corpus is; raises LowbitError if it is not there or not whole."""
+    places = [order.data / place for place in path.places]
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        raise LowbitError(
+            f"--data {order.data} has no {' or '.join(path.places)}: task {order.task.name} needs "
+            f"{order.task.source}"
+        )
+    for pattern in path.holds:
+        if next(found.glob(pattern), None) is None:
+            raise LowbitError(
+                f"{found} has no {pattern}: task {order.task.name} needs {order.task.source}"
+            )
+    return found.resolve()
+
+
+def _phoneme_recognition(order: Order, config: DictConfig, s3prl: Path) -> None:
+    files = [order.lexicon] if order.lexicon else _published_lexica(s3prl)
+    phones = order.out / "phones.txt"
+    write_phones(read_lexicon(files), Path(config[_EXPERT].corpus.path), phones)
+    config[_EXPERT].corpus.lexicon = [str(file) for file in files]
+    config[_EXPERT].text.vocab_file = str(phones)
+
+
+def _published_lexica(s3prl: Path) -> list[Path]:
+    files = [s3prl / "downstream/ctc/lexicon" / name for name in _LEXICA]
+    if not all(file.is_file() for file in files):
+        raise LowbitError(
+            "task pr needs the phones of words: --lexicon FILE, a word and its phones to a line, "
+            f"or those of s3prl's repository ({', '.join(_LEXICA)}): {_REPOSITORY}"
+        )
+    return files
+
+
+def _speech_recognition(order: Order, config: DictConfig, s3prl: Path) -> None:
+    datarc, letters, lengths = (
+        config[_EXPERT].datarc,
+        order.out / "letters.txt",
+        order.out / "lengths",
+    )
+    write_letters(Path(datarc.libri_root), letters)
+    write_lengths(Path(datarc.libri_root), lengths)
+    datarc.dict_path, datarc.bucket_file = str(letters), str(lengths)
+
+
+def _slot_filling(order: Order, config: DictConfig, s3prl: Path) -> None:
+    letters = order.out / "letters.txt"
+    write_slot_letters(letters)
+    config[_EXPERT].text.vocab_file = str(letters)
+
+
+def _emotion_recognition(order: Order, config: DictConfig, s3prl: Path) -> None:
+    from fairseq_lowbit.interop.s3prl.downstream import write_emotion_lists
+
+    datarc, lists = config[_EXPERT].datarc, order.out / "lists"
+    for session in _SESSIONS:
+        others = [other for other in _SESSIONS if other != session]
+        write_emotion_lists(Path(datarc.root), session, others, lists / session)
+    datarc.meta_data = str(lists)
+
+
+def _speaker_identification(order: Order, config: DictConfig, s3prl: Path) -> None:
+    datarc = config[_EXPERT].datarc
+    own, published = Path(datarc.file_path, "iden_split.txt"), "voxceleb1/veri_test_class.txt"
+    datarc.meta_data = str(own if own.is_file() else _published(s3prl, published, "sid"))
+
+
+def _speaker_verification(order: Order, config: DictConfig, s3prl: Path) -> None:
+    datarc, lists = config[_EXPERT].datarc, "sv_voxceleb1/dev_meta_data"
+    for key, name in {
+        "train_meta_data": f"{lists}/dev_speaker_ids.txt",
+        "dev_meta_data": f"{lists}/dev_meta_data.txt",
+        "test_meta_data": "sv_voxceleb1/voxceleb1_test_v2.txt",
+    }.items():
+        datarc[key] = str(_published(s3prl, name, "asv"))
+
+
+def _published(s3prl: Path, name: str, task: str) -> Path:
+    file = s3prl / "downstream" / name
+    if not file.is_file():
+        raise LowbitError(f"task {task} needs {file}, which s3prl's package lacks: {_REPOSITORY}")
+    return file
+
+
+_PREPARATIONS: dict[str, Callable[[Order, DictConfig, Path], None]] = {
+    "pr": _phoneme_recognition,
+    "asr": _speech_recognition,
+    "sf": _slot_filling,
+    "er": _emotion_recognition,
+    "sid": _speaker_identification,
+    "asv": _speaker_verification,
+}
