@@ -15,7 +15,16 @@ from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import atomic_write, check_writable
 from fairseq_lowbit.runs.collection import SORTS, collect, model_records
 from fairseq_lowbit.runs.columns import Column, ModelRecord
-from fairseq_lowbit.runs.tables import legend, markdown, run_columns, run_table, write_csv
+from fairseq_lowbit.runs.pairs import PAIR_LEGEND, Pair, find_pairs
+from fairseq_lowbit.runs.tables import (
+    legend,
+    markdown,
+    pair_markdown,
+    pair_table,
+    run_columns,
+    run_table,
+    write_csv,
+)
 from fairseq_lowbit.terminal import print_table
 
 HELP = "collect runs into one table: sweeps, single runs, the stages of a schedule"
@@ -53,7 +62,11 @@ def run(args: argparse.Namespace) -> int:
     groups, columns = model_records(entries, args.sort), run_columns(args.paper)
     print_table(run_table(groups, columns))
     print(legend(columns))
-    _write(groups, columns, args)
+    pairs = find_pairs(entries)
+    if pairs:
+        print_table(pair_table(pairs))
+        print(PAIR_LEGEND)
+    _write(groups, columns, pairs, args)
     has_problem = any(record["message"] for group in groups for record in group)
     return 130 if was_interrupted else int(has_problem)
 
@@ -66,7 +79,10 @@ def _check_paths(args: argparse.Namespace) -> None:
 
 
 def _write(
-    groups: list[list[ModelRecord]], columns: Sequence[Column], args: argparse.Namespace
+    groups: list[list[ModelRecord]],
+    columns: Sequence[Column],
+    pairs: Sequence[Pair],
+    args: argparse.Namespace,
 ) -> None:
     if args.csv:
         with atomic_write(args.csv) as file:
@@ -74,3 +90,5 @@ def _write(
     if args.markdown:
         with atomic_write(args.markdown) as file:
             file.write(markdown(groups, columns))
+            if pairs:
+                file.write(f"\n{pair_markdown(pairs)}")

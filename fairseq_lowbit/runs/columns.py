@@ -186,10 +186,28 @@ WORD_PROBE = Column(
     1,
     factor=100,
 )
+PHONE_ERROR = Column(
+    "phone_error",
+    "phone error",
+    "%",
+    "phones that a head on frozen features gets wrong, on unseen voices",
+    1,
+    factor=100,
+    lower_is_better=True,
+)
+WORD_ERROR = Column(
+    "word_error",
+    "word error",
+    "%",
+    "words that a head on frozen features, which spells, gets wrong, on unseen voices",
+    1,
+    factor=100,
+    lower_is_better=True,
+)
 PAPER_WER = Column(
     "paper_wer", "paper WER", "%", f"word error rate of {SOURCE}", 2, lower_is_better=True
 )
 COSTS = (STORAGE, FLOPS, QUANTOPS, RUNTIME)
 QUALITIES = (MASKED_ACCURACY, COSINE, SNR, WORD_PROBE)
 # Of training in stages against one step.
-SCHEDULE_FIGURES = (WORD_PROBE, COSINE, SNR)
+SCHEDULE_FIGURES = (WORD_ERROR, PHONE_ERROR, SNR)

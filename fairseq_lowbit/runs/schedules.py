@@ -15,6 +15,7 @@ from fairseq_lowbit.runs.columns import UNKNOWN, Column
 from fairseq_lowbit.runs.run import CALIBRATION, Run
 
 ONE_STEP = "one step"
+CAPTION = "Means over seeds, with bars of one standard deviation; updates since the teacher:"
 # In what the runs of one figure may not differ.
 _SHARED = {
     "teacher": lambda run: run.teacher,
@@ -66,6 +67,13 @@ class Curve:
 
     name: str
     points: tuple[Point, ...]
+
+    @property
+    def label(self) -> str:
+        """The name with the updates of every point: what is held equal, and what is not."""
+        updates = [UNKNOWN if p.updates is None else str(p.updates) for p in self.points]
+        told = f"{updates[0]} at each" if len(set(updates)) == 1 else " > ".join(updates)
+        return f"{self.name}: {told}"
 
 
 @dataclass(frozen=True)
@@ -182,12 +190,13 @@ def _point(bits: str, members: Mapping[_Seed, Entry], seeds: Iterable[_Seed]) ->
 
 
 def way_of(run: Run) -> str:
-    """The name of a curve: one step, or its stages and who teaches the later ones."""
+    """The name of a curve: one step, or its stages, and in brackets who teaches all but the
+    first."""
     if not run.stages:
         return ONE_STEP
     path = " > ".join(_bits(stage.precision) for stage in run.stages)
     teachers = dict.fromkeys(stage.teacher for stage in run.stages[1:])
-    return f"{path}, {' and '.join(teachers)} teacher"
+    return f"{path} ({' and '.join(teachers)})" if teachers else path
 
 
 def _bits(precision: str) -> str:

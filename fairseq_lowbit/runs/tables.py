@@ -1,7 +1,7 @@
 """Models as rows of a table: for the terminal, for a README and for a spreadsheet."""
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,9 +23,10 @@ from fairseq_lowbit.runs.columns import (
     WORD_PROBE,
     Column,
 )
+from fairseq_lowbit.runs.pairs import Pair
 
 _RUN_COLUMNS = (VALIDATION_LOSS, STORAGE, *QUALITIES)
-_LEFT = ("run", "precision", "overrides", "status")
+_LEFT = ("run", "precision", "overrides", "status", "other way")
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -93,15 +94,37 @@ def _name_cell(record: ModelRecord) -> Text:
 
 def markdown(groups: Sequence[Sequence[ModelRecord]], columns: Sequence[Column]) -> str:
     """A table for a README; overrides and messages have columns of their own."""
-    lines: list[list[str]] = []
+    rows = []
     for record in (record for group in groups for record in group):
         cells = _cells(record, columns)
         status = ": ".join(filter(None, (cells.pop("status"), record["message"])))
-        cells |= {"overrides": _joined(record["overrides"]), "status": status}
-        if not lines:
-            lines = [[*cells], ["---" if head in _LEFT else "--:" for head in cells]]
-        lines.append([cell.replace("|", "\\|").replace("\n", " ") for cell in cells.values()])
+        rows.append({**cells, "overrides": _joined(record["overrides"]), "status": status})
+    return _markdown(rows)
+
+
+def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows by the same heads, which the first one gives."""
+    lines = [[*rows[0]], ["---" if head in _LEFT else "--:" for head in rows[0]]]
+    for row in rows:
+        lines.append([cell.replace("|", "\\|").replace("\n", " ") for cell in row.values()])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def pair_table(pairs: Sequence[Pair]) -> Table:
+    """For a terminal, one pair or more."""
+    table = Table(title="distillation in one step, and another way", title_justify="left")
+    rows = [pair.cells() for pair in pairs]
+    for head in rows[0]:
+        justify = "left" if head in _LEFT else "right"
+        table.add_column(head.replace(" ", "\n"), justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
+def pair_markdown(pairs: Sequence[Pair]) -> str:
+    """For a README, one pair or more."""
+    return _markdown([pair.cells() for pair in pairs])
 
 
 def write_csv(groups: Sequence[Sequence[ModelRecord]], file: TextIO) -> None:

@@ -67,7 +67,7 @@ def test_means_and_bars_over_seeds() -> None:
     assert schedules.bits == BITS
     one_step, in_stages = schedules.curves
     assert one_step.name == "one step"
-    assert in_stages.name == "w8a8 > w2a2 > w1a1, original teacher"
+    assert in_stages.name == "w8a8 > w2a2 > w1a1 (original)"
     assert [p.mean(SNR) for p in one_step.points] == [31.0, 11.0, 5.0]
     assert [p.spread(SNR) for p in one_step.points] == pytest.approx([2**0.5] * 3)
     assert [p.spread(SNR) for p in in_stages.points] == [0.0] * 3
@@ -75,6 +75,8 @@ def test_means_and_bars_over_seeds() -> None:
     assert [p.updates for p in one_step.points] == [60, 60, 60]
     assert [p.updates for p in in_stages.points] == [20, 40, 60]
     assert schedules.gaps == []
+    assert one_step.label == "one step: 60 at each"
+    assert in_stages.label == f"{in_stages.name}: 20 > 40 > 60"
 
 
 def test_one_seed_has_no_bar() -> None:
@@ -86,8 +88,8 @@ def test_teachers_make_different_curves() -> None:
     curves = read_schedules([entry("w1a1", 4.0, 1, s) for s in ((), ORIGINAL, PREVIOUS)]).curves
     assert [curve.name for curve in curves] == [
         "one step",
-        "w8a8 > w2a2 > w1a1, original teacher",
-        "w8a8 > w2a2 > w1a1, previous teacher",
+        "w8a8 > w2a2 > w1a1 (original)",
+        "w8a8 > w2a2 > w1a1 (previous)",
     ]
     assert [p.mean(SNR) for p in curves[2].points] == [None, None, 4.0]
 
@@ -105,7 +107,7 @@ def test_what_is_missing_is_said() -> None:
     assert schedules.gaps == [
         "one step, w2a2, seed 2: not measured",
         "one step, w1a1, seed 2: unfinished, 7 of 60 updates",
-        *(f"w8a8 > w2a2 > w1a1, original teacher, {bits}, seed 2: no run" for bits in BITS),
+        *(f"w8a8 > w2a2 > w1a1 (original), {bits}, seed 2: no run" for bits in BITS),
     ]
 
 

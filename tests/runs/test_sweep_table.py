@@ -217,7 +217,8 @@ def test_a_run_without_a_teacher(
 def test_stages_and_runs_that_save_nothing(
     table: Callable, make_run: Callable, tmp_path: Path
 ) -> None:
-    last = make_run("exp/in_stages", calibrated("bitla_w1a1"), stages=[{}, {"updates": 10}])
+    stages = [{"precision": "w2a2"}, {"precision": "w1a1", "updates": 10}]
+    last = make_run("exp/in_stages", calibrated("bitla_w1a1"), stages=stages)
     stage = "checkpoints/stage1_bitla_w2a2"
     make_run(f"exp/in_stages/{stage}", calibrated("bitla_w2a2"), planned=20, is_stage=True)
     config = make_run("exp/trial", None) / ".hydra" / "config.yaml"

@@ -7,11 +7,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from fairseq_lowbit.report.style import PALETTE, TEACHER, add_legend, new_figure, styled
+from fairseq_lowbit.report.style import PALETTE, TEACHER, new_figure, styled
 from fairseq_lowbit.runs.columns import Column
-from fairseq_lowbit.runs.schedules import Curve, Schedules
+from fairseq_lowbit.runs.schedules import CAPTION, Curve, Schedules
 
-_MARKERS = "osD^vP"
+# Of curves; both begin anew behind the last.
+_MARKERS, _COLORS = 4 * "osD^vP<>", 4 * PALETTE
 # Between the points of neighbouring curves, so that their bars do not hide each other.
 _STEP = 0.07
 
@@ -20,15 +21,17 @@ _STEP = 0.07
 def draw_schedules(schedules: Schedules, columns: Sequence[Column]) -> Figure:
     """A panel for every column, a line for every curve: means over seeds, a bar of one standard
     deviation each way where there are several, a gap where there is no point."""
-    figure = new_figure(3.6 * len(columns), 3.2)
+    count = len(schedules.curves)
+    figure = new_figure(3.6 * len(columns), 3.0 + 0.2 * (count + 2))
     panels = figure.subplots(1, len(columns), squeeze=False)[0]
     for axes, column in zip(panels, columns, strict=True):
         _draw_panel(axes, schedules, column)
     marks = [
-        Line2D([], [], color=color, marker=marker, label=curve.name)
-        for curve, color, marker in zip(schedules.curves, PALETTE, _MARKERS, strict=False)
+        Line2D([], [], color=_COLORS[index], marker=_MARKERS[index], label=curve.label)
+        for index, curve in enumerate(schedules.curves)
     ]
-    add_legend(figure, [*marks, Line2D([], [], color=TEACHER, linestyle=":", label="teacher")])
+    marks.append(Line2D([], [], color=TEACHER, linestyle=":", label="teacher"))
+    figure.legend(handles=marks, title=CAPTION, alignment="left", loc="outside lower left")
     return figure
 
 
@@ -43,9 +46,9 @@ def _draw_panel(axes: Axes, schedules: Schedules, column: Column) -> None:
             [place + _STEP * (index - middle) for place in places],
             values,
             bars,
-            fmt=f"{_MARKERS[index % len(_MARKERS)]}-",
+            fmt=f"{_MARKERS[index]}-",
             capsize=3,
-            color=PALETTE[index % len(PALETTE)],
+            color=_COLORS[index],
         )
     teacher = column.value(schedules.teacher)
     if teacher is not None:

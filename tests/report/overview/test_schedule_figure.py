@@ -26,5 +26,5 @@ def test_every_curve_with_its_bars_and_gaps() -> None:
     assert not any(len(segment) for segment in bars.get_segments())
     (legend,) = figure.legends
     names = [text.get_text() for text in legend.get_texts()]
-    assert names == [*(curve.name for curve in schedules.curves), "teacher"]
+    assert names == [*(curve.label for curve in schedules.curves), "teacher"]
     assert len(cosine.containers) == 3  # not measured, and yet a panel that says so
