@@ -87,25 +87,33 @@ speed_of_quantized() {
 # shellcheck disable=SC2046 # settings, one a word
 learn() { quantized "$1" "$work/$1" $(<"$work/quantized.plan"); }
 
+# compare FOLDER OPTIONS...
 compare() {
     local precision models=("FP=$work/fp/checkpoints/checkpoint_last.pt")
     for precision in "${precisions[@]}"; do
         models+=("${precision^^}=$work/$precision/checkpoints/checkpoint_last.pt")
     done
-    OMP_NUM_THREADS="$cores" fairseq-lowbit wer "${models[@]}" --data "$data" --out "$work"
+    OMP_NUM_THREADS="$cores" fairseq-lowbit wer "${models[@]}" --data "$data" --out "$@"
+}
+
+compare_with_lm() {
+    fairseq-lowbit ngram "$data/train.wrd" "$work/lm.arpa"
+    compare "$work/lm" --lm "$work/lm.arpa"
 }
 
 # What does not train takes, in units of the float trial: 3 the trial of the quantized ones, 1 each
-# start of a training (theirs at once), 2 the comparison.
+# start of a training (theirs at once), 2 each comparison.
 left="minutes * 60 - SECONDS"
 
 log "recognition in $minutes minutes on $cores cores in $work; a rehearsal at toy scale"
 stage corpus read_text
-stage float_speed speed_of_float "($left - 7 * trial_seconds) * 6 / 10"
+stage float_speed speed_of_float "($left - 9 * trial_seconds) * 6 / 10"
 trial_seconds="$(<"$work/trial.seconds")"
 stage float learn_float
-stage quantized_speed speed_of_quantized "$left - 3 * trial_seconds"
+stage quantized_speed speed_of_quantized "$left - 5 * trial_seconds"
 stage quantized all_at_once learn
 log "compare on held-out voices and sentences"
-compare
+compare "$work"
+log "the same, decoded with a language model of the training sentences"
+compare_with_lm
 log "took $((SECONDS / 60)) min $((SECONDS % 60)) s"
