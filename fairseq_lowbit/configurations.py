@@ -1,8 +1,10 @@
 """This package's configurations outside of training: composing them, and what they ask for."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -17,6 +19,8 @@ from fairseq_lowbit.precision import Precision
 from fairseq_lowbit.precision.grammar import parse_precision
 
 _PACKAGE = Path(fairseq_lowbit.__file__).parent
+# Stands in a configuration for what is taken from the checkpoint of task.teacher or init_from.
+AS_TEACHER = "as_teacher"
 
 
 @dataclass
@@ -150,10 +154,20 @@ def read_model_config(config: DictConfig) -> ModelConfig:
     config = copy.deepcopy(config)
     fold_rules(config)
     given = {key: value for key, value in config.items() if key != "_name"}
+    _refuse_unknown_yet(given)
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), given))
     except OmegaConfBaseException as error:
         raise LowbitError(describe_config_error(error, "model")) from error
+
+
+def _refuse_unknown_yet(given: Mapping[str, Any]) -> None:
+    precision = given.get("precision") or {}
+    if AS_TEACHER in (*given.values(), precision.get("name")):
+        raise LowbitError(
+            f"model={AS_TEACHER} and quant={AS_TEACHER} stand for what a checkpoint has, which is "
+            "read when a run starts: name that checkpoint instead, or another model= and quant="
+        )
 
 
 def build_model(config: ModelConfig) -> Hubert:

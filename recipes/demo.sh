@@ -6,14 +6,22 @@
 #   bash recipes/demo.sh --minutes 60       longer training, better models
 #   bash recipes/demo.sh --audio DIR        your own recordings instead of synthesized speech
 #   bash recipes/demo.sh --work DIR         where everything goes (default exp/demo_<minutes>min)
+#   bash recipes/demo.sh --asr              word errors of recognizers instead: recipes/asr.sh, which
+#                                           takes 30 minutes by default
 #
 # Interrupted, the same command goes on where it stopped.
 set -euo pipefail
 # shellcheck source=recipes/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-minutes=10 audio="" work="" teacher="" data=""
-options "minutes audio work" "$@"
+minutes="" audio="" work="" teacher="" data="" asr=""
+options "minutes audio work asr!" "$@"
+if [[ -n "$asr" ]]; then
+    [[ -z "$audio" ]] || die "--asr reads a text aloud and takes no --audio; recordings that have" \
+        "transcripts are trained on with fairseq-hydra-train --config-name asr_ctc"
+    exec bash "$repo/recipes/asr.sh" ${minutes:+--minutes "$minutes"} ${work:+--work "$work"}
+fi
+: "${minutes:=10}"
 : "${work:=$repo/exp/demo_${minutes}min}"
 # shellcheck source=recipes/toy.sh
 source "$repo/recipes/toy.sh"

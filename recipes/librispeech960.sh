@@ -29,7 +29,8 @@
 #   --run gpu1|gpu8|slurm      what trains (default gpu1); the batch stays the same
 #   --superb "TASK..."         pr and asr, which need no other corpus than this one; others by
 #                              recipes/superb.sh (default none: pr and asr of a base model take days)
-#   --lexicon FILE             for pr: a word and its phones to a line
+#   --lexicon FILE|espeak      for pr: a word and its phones to a line; espeak makes it, for
+#                              speech that it synthesized
 #   --nj N                     processes for labels (default: every core)
 #   --size base|tiny           tiny rehearses all stages in minutes on two CPU cores
 #
@@ -107,7 +108,7 @@ check_options() {
     done
     [[ -n "${precisions// /}" ]] || die "--precisions is empty: name some, such as bitla_w2a2"
     for name in $superb; do one_of --superb "$name" pr asr; done
-    [[ -z "$lexicon" || -f "$lexicon" ]] || die "--lexicon $lexicon does not exist"
+    [[ -z "$lexicon" || "$lexicon" == espeak || -f "$lexicon" ]] || die "--lexicon $lexicon does not exist"
     [[ -n "${valid// /}" ]] || die "--valid is empty: name what training is watched on"
 }
 
@@ -285,7 +286,7 @@ list_students
 
 data="$(absolute "$data")" work="$(absolute "${work:-$repo/exp/librispeech960_$size}")"
 [[ ! -e "$adapt" ]] || adapt="$(absolute "$adapt")"
-[[ -z "$lexicon" ]] || lexicon="$(absolute "$lexicon")"
+[[ ! -f "$lexicon" ]] || lexicon="$(absolute "$lexicon")"
 corpus="$work/data"
 labels1="mfcc_km$clusters1" labels2="layer${layer}_km$clusters2"
 if [[ -z "$adapt" ]]; then teachers=(iteration1 iteration2); else teachers=(adapted); fi

@@ -9,7 +9,8 @@
 #   --data-TASK DIR            its corpus, for each of pr asr ks qbe ic sf asv sd er sid
 #   --tasks "TASK..."          default: every task whose corpus is named
 #   --lr-TASK RATE             another learning rate than config/superb has
-#   --lexicon FILE             for pr: a word and its phones to a line
+#   --lexicon FILE|espeak      for pr: a word and its phones to a line; espeak makes it, for
+#                              speech that it synthesized
 #   --work DIR                 where everything goes (default exp/superb)
 #   --nj N                     tasks at once (default 1)
 #   --workers N                processes of each task that read audio (default 4)

@@ -3,6 +3,7 @@
 import pytest
 
 from fairseq_lowbit.configurations import compose_config, config_dir, meta_model, read_model_config
+from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.precision import Plan, Rule
 
 FILES = sorted(path.stem for path in (config_dir() / "rules").glob("*.yaml"))
@@ -45,3 +46,10 @@ def test_two_files_together_do_what_both_say() -> None:
     entries = {e.module: e for e in plan_of("rules=[front_end_w8a8,per_channel]").entries}
     assert entries["post_extract_proj"].method == "minmax"
     assert entries["encoder.layers.0.fc1"].granularity == "per_channel"
+
+
+@pytest.mark.parametrize("chosen", [["quant=float"], ["model=fastconv_tiny"], []])
+def test_what_only_a_checkpoint_tells_is_not_known_before(chosen: list[str]) -> None:
+    config = compose_config("asr_ctc", ["task.data=x", "task.init_from=y", *chosen])
+    with pytest.raises(LowbitError, match="name that checkpoint instead"):
+        read_model_config(config.model)

@@ -488,3 +488,21 @@ def test_librispeech_at_tiny_size_from_a_hubert(archives: Path, tmp_path: Path) 
     made = open_model(student / "checkpoint_last.pt")
     assert made.model.conv_layers[0] == (32, 10, 5)
     assert made.normalize  # as the HuBERT was
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "message"),
+    [
+        ("asr.sh", ["--text", "nowhere"], "--text nowhere: give kjv, or a file with one sentence"),
+        ("asr.sh", ["--minutes", "two"], "--minutes two: give a whole number from 3"),
+        ("demo.sh", ["--asr", "--minutes", "2"], "--minutes 2: give a whole number from 3"),
+        ("demo.sh", ["--asr", "--audio", "."], "--asr reads a text aloud and takes no --audio"),
+    ],
+)
+def test_recognition_refuses_before_it_sets_up(
+    recipe: str, arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    done = run(["bash", str(RECIPES / recipe)], *arguments, "--work", str(tmp_path / "work"))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "work").exists()

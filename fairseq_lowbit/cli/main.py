@@ -30,6 +30,7 @@ COMMANDS = (
     ("evaluate", "measure a checkpoint"),
     ("transcribe", "print what is said in recordings"),
     ("wer", "compare recognizers by word errors"),
+    ("ngram", "estimate a language model of words"),
     ("export", "write a model for use elsewhere"),
     ("s3prl", "run s3prl's downstream tasks on a model"),
     ("superb", "run a task of SUPERB on a model"),

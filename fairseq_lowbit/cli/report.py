@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -30,11 +31,14 @@ from fairseq_lowbit.report.overview.comparison import (
     problems_of,
     summary_of,
 )
+from fairseq_lowbit.report.overview.superb_section import superb_section
 from fairseq_lowbit.report.page.page import Page, Pictures, write_page
 from fairseq_lowbit.report.sections import Sections
 from fairseq_lowbit.report.subjects import Subject, gather
 from fairseq_lowbit.runs.collection import Entry, collect, model_records
 from fairseq_lowbit.runs.columns import ModelRecord
+from fairseq_lowbit.runs.superb.results import collect_results
+from fairseq_lowbit.runs.superb.table import superb_table
 from fairseq_lowbit.runs.tables import read_csv
 
 HELP = "one page from runs, checkpoints and tables: costs, quality, curves, the insides of models"
@@ -72,6 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"show the inside of this model (default: up to {MOST_DISSECTED} of the best)",
     )
+    parser.add_argument(
+        "--superb",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        help="with the table of these results of SUPERB",
+    )
     parser.add_argument("--no-dissect", action="store_true", help="show the inside of no model")
 
 
@@ -81,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     check_measuring_arguments(args)
     if args.dissect and args.no_dissect:
         raise LowbitError("--dissect and --no-dissect contradict each other")
+    superb = [superb_section(superb_table(collect_results(args.superb)))] if args.superb else []
     tables = [path for path in args.sources if path.suffix == ".csv"]
     places = [path for path in args.sources if path not in tables]
     known, problems = _read_tables(tables)
@@ -94,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
     groups = model_records(entries, "storage")
     subjects = gather([r for group in groups for r in group], known)
     page = _page(args, problems, subjects, Pictures(figures))
+    page = replace(page, sections=[*superb, *page.sections])
     write_page(page, args.out)
     for problem in page.problems:
         print(f"problem: {problem}", file=sys.stderr)

@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="any other setting of the task's configuration",
     )
     parser.add_argument(
-        "--lexicon", type=Path, metavar="FILE", help="for pr: a word and its phones to a line"
+        "--lexicon",
+        metavar="FILE|espeak",
+        help="for pr: a word and its phones to a line; espeak makes it, for speech of its own",
     )
     parser.add_argument("--workers", type=int, default=4, help="processes that read audio (4)")
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
@@ -51,17 +53,19 @@ def run(args: argparse.Namespace) -> int:
             f"--data {args.data} is not a folder: task {task.name} needs {task.source}"
         )
     # Importing it needs s3prl.
-    from fairseq_lowbit.runs.superb.preparation import Order
+    from fairseq_lowbit.runs.superb.preparation import ESPEAK, Order
     from fairseq_lowbit.runs.superb.running import run_task
 
     order = Order(
         task=task,
-        model=args.model,
+        model=str(Path(args.model).resolve()) if Path(args.model).exists() else args.model,
         name=args.name or args.model,
-        data=args.data,
+        data=args.data.resolve(),
         out=args.out.absolute(),
         changes=_changes(args),
-        lexicon=args.lexicon and args.lexicon.absolute(),
+        lexicon=args.lexicon
+        if args.lexicon in (None, ESPEAK)
+        else str(Path(args.lexicon).resolve()),
         workers=args.workers,
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )

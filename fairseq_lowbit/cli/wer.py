@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from fairseq_lowbit.data.manifest import Manifest, read_manifest
 from fairseq_lowbit.data.progress import tqdm_options
 from fairseq_lowbit.data.transcripts import read_speakers, read_transcripts, transcript_path
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.evaluation.ngram import NgramDecoder
 from fairseq_lowbit.evaluation.recognition import (
     WORD_ERRORS_FILE,
     Recognition,
@@ -20,7 +21,7 @@ from fairseq_lowbit.evaluation.recognition import (
     Row,
     check_names,
 )
-from fairseq_lowbit.evaluation.transcription import require_units, transcribe
+from fairseq_lowbit.evaluation.transcription import greedy, require_units, transcribe
 from fairseq_lowbit.evaluation.utterances import Utterances, read_batches
 from fairseq_lowbit.files import check_writable
 from fairseq_lowbit.interop import SOURCES, LoadedModel, open_model
@@ -40,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", type=Path, help="folder with the manifest and its .wrd")
     parser.add_argument("--split", default="test", help="what to transcribe (default %(default)s)")
+    parser.add_argument(
+        "--lm",
+        type=Path,
+        help="decode with this ARPA file of fairseq-lowbit ngram (default: the best letter of each "
+        "frame)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument(
         "--references", type=Path, help="instead of --data: what was said, a line per utterance"
@@ -56,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from_text = bool(args.references or args.hypotheses)
+    if args.lm and from_text:
+        raise LowbitError("--lm decodes models: transcripts of --hypotheses are decoded already")
     if from_text == bool(args.data or args.models):
         raise LowbitError(
             "give either NAME=MODEL... with --data, or --references with --hypotheses NAME=FILE..."
@@ -114,7 +123,14 @@ def _compare_models(args: argparse.Namespace) -> Recognition:
     for loaded in models.values():
         require_units(loaded)
         _check_letters(loaded, references, transcript_path(manifest))
-    heard = {name: _transcribed(name, loaded, manifest) for name, loaded in models.items()}
+    decoders = {
+        name: NgramDecoder(args.lm, loaded.units) if args.lm else greedy
+        for name, loaded in models.items()
+    }
+    heard = {
+        name: _transcribed(name, loaded, manifest, decoders[name])
+        for name, loaded in models.items()
+    }
     # Files that cannot be read are missing in all of them.
     lines = sorted(next(iter(heard.values())))
     recognizers = [
@@ -127,7 +143,7 @@ def _compare_models(args: argparse.Namespace) -> Recognition:
         for name, texts in heard.items()
     ]
     chosen = ([every[line] for line in lines] for every in (manifest.names, references, speakers))
-    return Recognition(*chosen, recognizers)
+    return Recognition(*chosen, recognizers, str(args.lm or ""))
 
 
 def _check_letters(loaded: LoadedModel, references: Sequence[str], path: Path) -> None:
@@ -142,11 +158,13 @@ def _check_letters(loaded: LoadedModel, references: Sequence[str], path: Path) -
         )
 
 
-def _transcribed(name: str, loaded: LoadedModel, manifest: Manifest) -> dict[int, str]:
+def _transcribed(
+    name: str, loaded: LoadedModel, manifest: Manifest, decode: Callable
+) -> dict[int, str]:
     """The transcript of every usable file, by its line."""
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     batches = read_batches(manifest, list(range(len(manifest))), loaded.normalize)
-    texts = transcribe(loaded, _counted(batches, name, len(manifest)))
+    texts = transcribe(loaded, _counted(batches, name, len(manifest)), decode)
     loaded.model.to("cpu")
     return texts
 
@@ -161,10 +179,13 @@ def _counted(batches: Iterable[Utterances], name: str, total: int) -> Iterator[U
 
 def _table(recognition: Recognition) -> Table:
     voices = "" if recognition.speakers is None else f", {len(set(recognition.speakers))} speakers"
+    model = recognition.language_model
+    decoding = f", decoded with {model}" if model else ""
     sentences = len(recognition.references)
     first = recognition.rows[0]
     table = Table(
-        title=f"{sentences} sentences of {recognition.words} words{voices}", title_justify="left"
+        title=f"{sentences} sentences of {recognition.words} words{voices}{decoding}",
+        title_justify="left",
     )
     table.add_column("model", overflow="fold")
     heads = (

@@ -3,12 +3,15 @@
 import csv
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from string import ascii_uppercase
 
 import soundfile
 from tqdm import tqdm
 
+from fairseq_lowbit.data.synthetic.espeak import Engine
+from fairseq_lowbit.data.synthetic.speech import VOICES
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import atomic_write
 
@@ -81,6 +84,20 @@ def read_lexicon(paths: Sequence[str | Path]) -> Lexicon:
                 raise LowbitError(f"lexicon {path}, line {number}: {word} has no phones")
             lexicon.setdefault(word, phones)
     return lexicon
+
+
+def write_spoken_lexicon(librispeech: Path, path: Path) -> None:
+    """The words of a corpus and the phones by which eSpeak NG says each, for corpora that it spoke.
+
+    Raises:
+        LowbitError: without eSpeak NG.
+    """
+    words = {
+        word for subset in SUBSETS for _, said in transcripts(librispeech / subset) for word in said
+    }
+    with closing(Engine(VOICES["train"][0])) as reader, atomic_write(path) as file:
+        for word in sorted(words):
+            file.write(f"{word} {' '.join(reader.phones(word.lower()))}\n")
 
 
 def write_phones(lexicon: Lexicon, librispeech: Path, path: Path) -> None:

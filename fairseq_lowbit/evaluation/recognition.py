@@ -69,6 +69,7 @@ class Recognition:
         names: of the utterances.
         references: what was said in each.
         speakers: of each, whom intervals draw as a whole; None draws utterances.
+        language_model: that took part in decoding; empty for none.
 
     Raises:
         LowbitError: see :func:`~fairseq_lowbit.evaluation.word_errors.count_errors`.
@@ -80,9 +81,10 @@ class Recognition:
         references: Sequence[str],
         speakers: Sequence[str] | None,
         recognizers: Sequence[Recognizer],
+        language_model: str = "",
     ) -> None:
         self.names, self.references, self.speakers = names, references, speakers
-        self.recognizers = recognizers
+        self.recognizers, self.language_model = recognizers, language_model
         self._errors = [count_errors(references, one.transcripts) for one in recognizers]
         self.words = sum(errors.words for errors in self._errors[0])
         self.rows = [
@@ -150,6 +152,7 @@ class Recognition:
         }
         return {
             "words": self.words,
+            "language_model": self.language_model,
             "rows": [asdict(row) for row in self.rows],
             "findings": self.findings(),
             "utterances": {

@@ -1,6 +1,6 @@
 """Recognizing speech with a model that was fine-tuned for it (CTC): best unit of every frame."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,14 +51,21 @@ def greedy(log_probs: Tensor, units: Sequence[str]) -> str:
     return decode(collapsed(log_probs.argmax(-1).tolist()), units)
 
 
-def transcribe(loaded: LoadedModel, batches: Iterable[Utterances]) -> dict[int, str]:
+def transcribe(
+    loaded: LoadedModel,
+    batches: Iterable[Utterances],
+    decode: Callable[[Tensor, Sequence[str]], str] = greedy,
+) -> dict[int, str]:
     """The text of every utterance, by its line in the manifest.
+
+    Args:
+        decode: :func:`greedy`, or another that takes what it takes.
 
     Raises:
         LowbitError: the model has no CTC head.
     """
     return {
-        line: greedy(scores, loaded.units)
+        line: decode(scores, loaded.units)
         for batch in batches
         for line, scores in zip(batch.lines, log_probabilities(loaded, batch), strict=True)
     }

@@ -1,6 +1,5 @@
 """fairseq criterion: connectionist temporal classification."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 
 from fairseq_lowbit.data.units import BLANK, collapsed, decode
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.evaluation.word_errors import count_errors
 from fairseq_lowbit.plugin.criterions import (
     FrameCriterion,
     FrameCriterionConfig,
@@ -64,7 +64,13 @@ class LowbitCtcCriterion(FrameCriterion):
             decode(collapsed(row[:size]), units)
             for row, size in zip(best, frames.tolist(), strict=True)
         ]
-        return error_counts(said, heard)
+        errors = count_errors(said, heard)
+        return {
+            "words_wrong": sum(one.word_errors for one in errors),
+            "words_said": sum(one.words for one in errors),
+            "characters_wrong": sum(one.character_errors for one in errors),
+            "characters_said": sum(one.characters for one in errors),
+        }
 
     @staticmethod
     def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
@@ -96,20 +102,3 @@ def ctc_loss(scores: Tensor, frames: Tensor, units: Tensor, unit_sizes: Tensor) 
         reduction="sum",
         zero_infinity=True,
     )
-
-
-def error_counts(said: list[str], heard: list[str]) -> dict[str, int]:
-    """Wrong and spoken words and characters, summed over utterances."""
-    import jiwer  # of an extra, which the task has asked for
-
-    measures: dict[str, Callable] = {
-        "words": jiwer.process_words,
-        "characters": jiwer.process_characters,
-    }
-    totals = {}
-    for kind, measure in measures.items():
-        found = measure(said, heard)
-        missed = found.substitutions + found.deletions
-        totals[f"{kind}_wrong"] = missed + found.insertions
-        totals[f"{kind}_said"] = missed + found.hits
-    return totals

@@ -1,5 +1,6 @@
 """fairseq task: recognizing speech, by fine-tuning an encoder with CTC."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,9 +18,11 @@ from fairseq_lowbit.data.units import LETTERS, Units, encode_lines, fewest_frame
 from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.interop import open_model, read_source
 from fairseq_lowbit.models import Hubert, LoadedModel, continue_from
-from fairseq_lowbit.plugin.tasks import SpeechTask, SpeechTaskConfig, logger
+from fairseq_lowbit.plugin.tasks import SpeechTask, SpeechTaskConfig
 from fairseq_lowbit.plugin.transcribed import TranscribedDataset
 from fairseq_lowbit.runs.folder import LAST_CHECKPOINT
+
+logger = logging.getLogger(__name__)
 
 FROZEN = ("none", "front_end", "encoder")
 

@@ -12,13 +12,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from fairseq_lowbit.configurations import AS_TEACHER
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.interop import Source, read_source
 from fairseq_lowbit.models import Architecture
 from fairseq_lowbit.precision import Precision
 from fairseq_lowbit.runs.folder import LAST_CHECKPOINT
 
-AS_TEACHER = "as_teacher"
 # Fields of Architecture that belong to a training, not to a model. All others are its shape.
 _OF_TRAINING = {
     "dropout",

@@ -26,7 +26,7 @@ from fairseq_lowbit.runs.folder import (
     read_text,
 )
 
-LOSSES = {"lowbit_kd": "distillation", "lowbit_hubert": "hubert"}
+LOSSES = {"lowbit_kd": "distillation", "lowbit_hubert": "hubert", "lowbit_ctc": "ctc"}
 # Stands for the loss of a checkpoint that was quantized without training.
 CALIBRATION = "calibration"
 # PyYAML's loader in C is ten times as fast; not every build has it.

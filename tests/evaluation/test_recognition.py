@@ -85,6 +85,23 @@ def test_models_side_by_side(data, models, tmp_path, capsys):
     assert [row["wer"]["value"] for row in rows] == [one["wer"]["value"], two["wer"]["value"]]
 
 
+def test_decoding_with_a_language_model(data, models, tmp_path, capsys):
+    pytest.importorskip("nltk")
+    pytest.importorskip("ctc_beam_decoder")
+    lm = tmp_path / "lm.arpa"
+    assert main(["ngram", str(data / "test.wrd"), str(lm)]) == 0
+    one = f"one={models / 'one.pt'}"
+    assert wer(one, "--data", data, "--out", tmp_path / "greedy") == 0
+    assert wer(one, "--data", data, "--out", tmp_path / "lm", "--lm", lm) == 0
+    assert "decoded with" in capsys.readouterr().out
+    greedy, decoded = (
+        json.loads((tmp_path / name / "wer.json").read_text()) for name in ("greedy", "lm")
+    )
+    assert (greedy["language_model"], decoded["language_model"]) == ("", str(lm))
+    # Noise is heard as letters; the language model makes fewer words of them.
+    assert decoded["rows"][0]["insertions"] < greedy["rows"][0]["insertions"]
+
+
 def test_a_file_that_cannot_be_read_is_left_out_of_all(data, models, tmp_path, caplog):
     files = [*zip(read_manifest(data / "test.tsv").names, (3000, 4000, 5000), strict=True)]
     write_manifest(tmp_path / "test.tsv", data, [*files[:1], ("gone.wav", 9000), *files[2:]])
@@ -105,6 +122,8 @@ def test_a_file_that_cannot_be_read_is_left_out_of_all(data, models, tmp_path, c
         (["one={m}/one.pt"], "give both"),
         ([], "give either NAME=MODEL"),
         (["--references", "{d}/test.wrd", "one={m}/one.pt"], "give either NAME=MODEL"),
+        (["--references", "{d}/test.wrd", "--lm", "a.arpa"], "--lm decodes models"),
+        (["one={m}/one.pt", "--data", "{d}", "--lm", "{d}/a.arpa"], "a.arpa: give an .arpa file"),
         (["--references", "{d}/test.wrd"], "--references and --hypotheses belong together"),
         (["--references", "{d}/test.wrd", "--hypotheses", "a={d}/b"], "no file of transcripts .*b"),
         (

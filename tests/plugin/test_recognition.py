@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sentencepiece
 import soundfile
 import torch
 from torch import Tensor
@@ -184,6 +185,22 @@ def test_fine_tuning_goes_on_at_lower_precision(
     head = open_model(memorized.last).model.ctc_proj.weight
     assert torch.equal(open_model(run.last).model.ctc_proj.weight, head)
     assert run.logged("loss_ctc")[0] < 0.5
+
+
+def test_pieces_of_words_are_units_too(
+    tune: Callable, said: Path, teacher: Path, tmp_path: Path
+) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(said / "train.wrd"),
+        model_prefix=str(tmp_path / "spm"),
+        vocab_size=20,
+        minloglevel=2,
+    )
+    run = tune(f"task.init_from={teacher}", f"task.units={tmp_path / 'spm.model'}")
+    (tmp_path / "spm.model").unlink()  # the checkpoint has all that transcribing takes
+    units = open_model(run.last).units
+    assert len(units) == 18  # a blank in place of what writes nothing
+    assert any(unit.startswith("▁") for unit in units)
 
 
 def test_killed_and_resumed(trainer: Trainer, said: Path, student_run: Run, tmp_path: Path) -> None:

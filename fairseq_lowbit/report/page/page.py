@@ -50,16 +50,21 @@ class Group:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page with figures.
+    """A part of the page with figures or a table.
 
     Attributes:
         anchor: what links lead to.
+        heads, rows: of the table, a model's name first; no rows without one.
+        legend: sentences below the table.
     """
 
     anchor: str
     title: str
-    groups: Sequence[Group]
+    groups: Sequence[Group] = ()
     notes: Sequence[str] = ()
+    heads: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    legend: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

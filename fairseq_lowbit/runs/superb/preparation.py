@@ -15,10 +15,12 @@ from fairseq_lowbit.data.superb import (
     write_letters,
     write_phones,
     write_slot_letters,
+    write_spoken_lexicon,
 )
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.runs.superb.tasks import DataPath, Task
 
+ESPEAK = "espeak"
 _EXPERT = "downstream_expert"
 _REPOSITORY = "set S3PRL_ROOT to a clone of https://github.com/s3prl/s3prl"
 _LEXICA = ("librispeech-lexicon-200k-g2p.txt", "librispeech-lexicon-allothers-g2p.txt")
@@ -27,15 +29,16 @@ _SESSIONS = tuple(f"Session{number}" for number in range(1, 6))
 
 @dataclass(frozen=True)
 class Order:
-    """What was asked for.
+    """What was asked for. Paths are absolute: s3prl changes the working directory.
 
     Attributes:
         model: see :data:`fairseq_lowbit.interop.SOURCES`.
         name: of the model in tables.
         data: the user's folder.
-        out: absolute folder of everything that is made.
+        out: folder of everything that is made.
         changes: KEY=VALUE for the task's configuration.
-        lexicon: words and their phones, for phoneme recognition; None for s3prl's.
+        lexicon: a file of words and their phones, for phoneme recognition; :data:`ESPEAK` to have
+            it made; None for s3prl's.
         workers: processes that read audio.
     """
 
@@ -45,7 +48,7 @@ class Order:
     data: Path
     out: Path
     changes: tuple[str, ...]
-    lexicon: Path | None
+    lexicon: str | None
     workers: int
     device: str
 
@@ -147,9 +150,13 @@ def _find(path: DataPath, order: Order) -> Path:
 
 
 def _phoneme_recognition(order: Order, config: DictConfig, s3prl: Path) -> None:
-    files = [order.lexicon] if order.lexicon else _published_lexica(s3prl)
-    phones = order.out / "phones.txt"
-    write_phones(read_lexicon(files), Path(config[_EXPERT].corpus.path), phones)
+    corpus, phones = Path(config[_EXPERT].corpus.path), order.out / "phones.txt"
+    if order.lexicon == ESPEAK:
+        files = [order.out / "lexicon.txt"]
+        write_spoken_lexicon(corpus, files[0])
+    else:
+        files = [Path(order.lexicon)] if order.lexicon else _published_lexica(s3prl)
+    write_phones(read_lexicon(files), corpus, phones)
     config[_EXPERT].corpus.lexicon = [str(file) for file in files]
     config[_EXPERT].text.vocab_file = str(phones)
 

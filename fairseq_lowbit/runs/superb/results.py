@@ -22,7 +22,7 @@ class Settings:
 
     Attributes:
         task: its short name.
-        model: what was judged, as it was named.
+        model: what was judged: an absolute path or an id.
         data: the user's folder.
         learning_rate, updates: None for a task that trains nothing.
         batch_size: utterances.

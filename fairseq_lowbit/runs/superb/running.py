@@ -74,11 +74,10 @@ def run_task(order: Order, template: Path, reference: Profile) -> Result:
 
 
 def _settings(order: Order, config: DictConfig, version: str) -> Settings:
-    model = Path(order.model)
     return Settings(
         task=order.task.name,
-        model=str(model.resolve()) if model.exists() else order.model,
-        data=str(order.data.resolve()),
+        model=order.model,
+        data=str(order.data),
         learning_rate=OmegaConf.select(config, "optimizer.lr"),
         updates=config.runner.get("total_steps"),
         batch_size=OmegaConf.select(config, order.task.batch),
@@ -172,9 +171,7 @@ class _Session:
 
     def _fresh(self, folder: Path, config: Path) -> list[str]:
         """Arguments of a first start."""
-        model = Path(self.order.model)
-        source = str(model.resolve()) if model.exists() else self.order.model
-        names = ["-u", NAME, "-k", source, "-d", self.task.downstream]
+        names = ["-u", NAME, "-k", self.order.model, "-d", self.task.downstream]
         return [*names, "-c", str(config), "-p", str(folder)]
 
     def _call(self, mode: str, *arguments: str) -> str:
