@@ -49,11 +49,15 @@ def run(args: argparse.Namespace) -> int:
     check_comparable(entries)
     measure_entries(entries, args.seconds, only_known=args.no_evaluate)
     schedules = read_schedules(entries)
+    columns = [column for column in SCHEDULE_FIGURES if schedules.knows(column)]
     with atomic_write(figure, "wb") as file:
-        file.write(as_bytes(draw_schedules(schedules, SCHEDULE_FIGURES), "png"))
+        file.write(as_bytes(draw_schedules(schedules, columns), "png"))
     with atomic_write(numbers) as file:
-        write_points(schedules, SCHEDULE_FIGURES, file)
-    print_table(schedule_table(schedules, SCHEDULE_FIGURES))
+        write_points(schedules, columns, file)
+    print_table(schedule_table(schedules, columns))
+    if len(columns) < len(SCHEDULE_FIGURES):
+        unknown = [column.label for column in SCHEDULE_FIGURES if column not in columns]
+        print(f"no panel, as no run has it: {', '.join(unknown)}")
     unreadable = [f"{entry.name}: {entry.problem}" for entry in entries if entry.run is None]
     for gap in (*schedules.gaps, *unreadable):
         print(f"missing: {gap}", file=sys.stderr)
