@@ -28,7 +28,7 @@
 #   --adapt SRC                a HuBERT checkpoint, Hugging Face folder or id for stage 5
 #   --run gpu1|gpu8|slurm      what trains (default gpu1); the batch stays the same
 #   --superb "TASK..."         pr and asr, which need no other corpus than this one; others by
-#                              recipes/superb.sh (default none: pr and asr of a base model take days)
+#                              recipes/superb.sh (default none: they train for 100,000 updates and more)
 #   --lexicon FILE|espeak      for pr: a word and its phones to a line; espeak makes it, for
 #                              speech that it synthesized
 #   --nj N                     processes for labels (default: every core)

@@ -11,6 +11,7 @@ from fairseq_lowbit.cli.quality_options import (
     measure_entries,
     with_places,
 )
+from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import atomic_write, check_writable
 from fairseq_lowbit.report.overview.schedule_figure import draw_schedules
 from fairseq_lowbit.report.style import as_bytes
@@ -49,11 +50,17 @@ def run(args: argparse.Namespace) -> int:
     check_comparable(entries)
     measure_entries(entries, args.seconds, only_known=args.no_evaluate)
     schedules = read_schedules(entries)
+    columns = [column for column in SCHEDULE_FIGURES if schedules.knows(column)]
+    unknown = [column.label for column in SCHEDULE_FIGURES if column not in columns]
+    if not columns:
+        raise LowbitError(f"no run has any of {', '.join(unknown)}: nothing to draw")
     with atomic_write(figure, "wb") as file:
-        file.write(as_bytes(draw_schedules(schedules, SCHEDULE_FIGURES), "png"))
+        file.write(as_bytes(draw_schedules(schedules, columns), "png"))
     with atomic_write(numbers) as file:
-        write_points(schedules, SCHEDULE_FIGURES, file)
-    print_table(schedule_table(schedules, SCHEDULE_FIGURES))
+        write_points(schedules, columns, file)
+    print_table(schedule_table(schedules, columns))
+    if unknown:
+        print(f"no panel, as no run has it: {', '.join(unknown)}")
     unreadable = [f"{entry.name}: {entry.problem}" for entry in entries if entry.run is None]
     for gap in (*schedules.gaps, *unreadable):
         print(f"missing: {gap}", file=sys.stderr)

@@ -89,6 +89,10 @@ class Schedules:
     bits: tuple[str, ...]
     teacher: Mapping[str, float]
 
+    def knows(self, column: Column) -> bool:
+        """Whether any point has this figure."""
+        return any(point.values(column) for curve in self.curves for point in curve.points)
+
     @property
     def gaps(self) -> list[str]:
         """What is missing and why, one sentence each."""

@@ -2,23 +2,15 @@
 
 import subprocess
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 import yaml
 
 from fairseq_lowbit.cli import main
-from fairseq_lowbit.models import Hubert
-from fairseq_lowbit.nn import calibrate
-from fairseq_lowbit.precision import Precision
-from tests.shapes import TINY
+from tests.runs.superb_corpora import write_checkpoint, write_commands
 
-RATE = 16000
-SHAPE = replace(TINY, conv_feature_layers="[(8,10,5)]+[(8,3,2)]*4+[(12,2,2)]*2")
 TASK = ["-m", "train", "-u", "lowbit", "-d", "speech_commands", "-c", "config.yaml"]
 
 
@@ -103,28 +95,6 @@ def test_paths_are_read_from_where_the_user_is(
     assert given.get("--device") == (None if torch.cuda.is_available() else "cpu")
 
 
-def write_checkpoint(path: Path) -> None:
-    torch.manual_seed(0)
-    model = Hubert(SHAPE, precision=Precision("bitla_w2a2"))
-    calibrate(model, [torch.randn(2, RATE)], model.final_output)
-    precision = model.plan.precision.to_mapping()
-    config = {**asdict(SHAPE), "_name": "lowbit_hubert", "precision": precision}
-    torch.save(
-        {"cfg": {"model": config, "task": {"normalize": True}}, "model": model.state_dict()}, path
-    )
-
-
-def write_commands(folder: Path, silence: str, count: int) -> None:
-    """Spoken commands as a tone each, high for yes and low for no."""
-    rng = np.random.default_rng(count)
-    for name, hertz in {"yes": 2000, "no": 200, "bed": 700, silence: 0}.items():
-        (folder / name).mkdir(parents=True)
-        for index in range(count):
-            time = np.arange(RATE if hertz else 2 * RATE) / RATE
-            audio = 0.5 * np.sin(2 * np.pi * hertz * time) + 0.02 * rng.standard_normal(len(time))
-            soundfile.write(folder / name / f"{index:08x}_nohash_0.wav", audio, RATE)
-
-
 def write_configuration(path: Path, data: Path) -> None:
     every = {"log_step": 20, "eval_step": 20, "save_step": 20, "max_keep": 1}
     config = {
@@ -157,9 +127,7 @@ def write_configuration(path: Path, data: Path) -> None:
 def test_keyword_spotting_trains_and_is_evaluated(tmp_path: Path) -> None:
     pytest.importorskip("s3prl")
     write_checkpoint(tmp_path / "model.pt")
-    write_commands(tmp_path / "data/train", "_background_noise_", 24)
-    write_commands(tmp_path / "data/test", "_silence_", 4)
-    (tmp_path / "data/test/bed").rename(tmp_path / "data/test/_unknown_")
+    write_commands(tmp_path / "data")
     write_configuration(tmp_path / "config.yaml", tmp_path / "data")
 
     def s3prl(*arguments: str) -> str:

@@ -192,6 +192,8 @@ def test_the_command(
     assert float(known["mean"]) == pytest.approx(sum(values) / 2)
     assert f"{float(known['mean']):.1f}±{float(known['std']):.1f}" in shown.out
     assert lines[SNR.label, "w1a1"]["mean"] == ""
+    # This data has neither phones nor words.
+    assert "no panel, as no run has it: word error, phone error\n" in shown.out
 
     make_run("exp/other", calibrated("bitla_w1a1"), teacher="/gone.pt", seed=2)
     assert main(arguments) == 2
