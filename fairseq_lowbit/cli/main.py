@@ -29,6 +29,7 @@ COMMANDS = (
     ("ptq", "quantize a checkpoint by calibration, without training"),
     ("evaluate", "measure a checkpoint"),
     ("transcribe", "print what is said in recordings"),
+    ("probe", "probe what frozen models know, by small heads"),
     ("export", "write a model for use elsewhere"),
     ("s3prl", "run s3prl's downstream tasks on a model"),
     ("sweep-table", "collect runs into one table"),
