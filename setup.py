@@ -33,6 +33,7 @@ INSTALL_REQUIRES = [
     "Jinja2",
     "matplotlib",
     "PyYAML",
+    "rapidfuzz",
     "rich",
     "tqdm",
     "tensorboardX",

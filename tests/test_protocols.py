@@ -1,6 +1,7 @@
 """A model that is no HuBERT goes through distillation, health, agreement and profile."""
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fairseq_lowbit.distillation import distill, same_front_end
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.agreement import agreement, valid_frames
-from fairseq_lowbit.evaluation.probe import pooled
+from fairseq_lowbit.evaluation.probing.features import frozen_features
 from fairseq_lowbit.evaluation.utterances import Utterances
 from fairseq_lowbit.models.protocols import Frames
 from fairseq_lowbit.monitoring.health import measure_health
@@ -65,6 +66,12 @@ class Windows(nn.Module):
             x, _ = layer(x, frames.padding_mask)
             outputs.append(x)
         return outputs, frames.padding_mask
+
+    def representations(
+        self, waveform: Tensor, lengths: Tensor | None = None
+    ) -> tuple[Sequence[Tensor], Tensor | None]:
+        outputs, padding = self.hidden_states(waveform, lengths)
+        return [self.begin(self.extract(waveform, lengths)), *outputs], padding
 
     def project_final(self, x: Tensor) -> Tensor:
         return x
@@ -129,7 +136,9 @@ def test_agreement_and_pooled_features() -> None:
     assert [len(frames) for frames in student] == [int((LENGTHS // WINDOW).sum())] * 2
     assert agreement(teacher, teacher).cosine == pytest.approx((1.0, 1.0))
     assert max(agreement(student, teacher).cosine) < 1
-    assert pooled(quantized(), batches)[0].shape == (2, 2, DIM)
+    # Two frames of a window each are one.
+    features = frozen_features(quantized(), batches)
+    assert [values.shape for values in features.values()] == [(3, DIM, 25), (3, DIM, 10)]
 
 
 def test_profile_counts_what_runs() -> None:

@@ -28,6 +28,7 @@ COMMANDS = (
     ("import-teacher", "read a model of fairseq or Hugging Face"),
     ("ptq", "quantize a checkpoint by calibration, without training"),
     ("evaluate", "measure a checkpoint"),
+    ("probe", "probe what frozen models know, by small heads"),
     ("transcribe", "print what is said in recordings"),
     ("wer", "compare recognizers by word errors"),
     ("ngram", "estimate a language model of words"),

@@ -78,7 +78,7 @@ def prepare_directory(
     """
     source, out = Path(source), Path(out)
     _check_options(source, valid_fraction, test_fraction)
-    found = _find_audio(source, out)
+    found = _sources(source, out)
     out.mkdir(parents=True, exist_ok=True)
     results = _convert_all(found, lambda path: _convert(source, path, out))
     skipped = [(str(r.source), r.problem) for r in results if r.problem]
@@ -113,14 +113,28 @@ def _check_options(source: Path, valid_fraction: float, test_fraction: float) ->
         )
 
 
-def _find_audio(source: Path, out: Path) -> list[PurePath]:
-    """Audio files relative to `source`, without hidden ones and those that we wrote."""
+def _sources(source: Path, out: Path) -> list[PurePath]:
+    """Audio files relative to `source`, without those that we wrote."""
+    ours = out.resolve()
+    found = [path for path in find_audio(source) if not path.resolve().is_relative_to(ours)]
+    if not found:
+        raise LowbitError(f"no audio in {source} but what was made in {out}")
+    return [path.relative_to(source) for path in found]
+
+
+def find_audio(source: Path) -> list[Path]:
+    """The audio files under a folder, sorted, without hidden ones.
+
+    Raises:
+        LowbitError: there is none, or no such folder.
+    """
+    if not source.is_dir():
+        raise LowbitError(f"{source} is not a folder")
     found = sorted(
-        path.relative_to(source)
+        path
         for path in source.rglob("*")
         if path.suffix[1:].lower() in _EXTENSIONS
         and not path.name.startswith(".")
-        and not path.resolve().is_relative_to(out.resolve())
         and path.is_file()
     )
     if not found:

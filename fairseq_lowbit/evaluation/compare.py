@@ -3,12 +3,11 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import combinations
 from pathlib import Path
 
-import numpy as np
-
-from fairseq_lowbit.evaluation.probe import Probe
+from fairseq_lowbit.evaluation.probing.result import Probe
+from fairseq_lowbit.evaluation.probing.tasks import MEASURES
 from fairseq_lowbit.evaluation.quality import (
     Candidate,
     HeldOut,
@@ -29,11 +28,11 @@ class Comparison:
 
     Attributes:
         rows: the teacher first.
-        untrained_probe: of a network of the teacher's shape with random weights.
+        untrained_probes: of a network of the teacher's shape with random weights.
     """
 
     rows: tuple[Quality, ...]
-    untrained_probe: Probe | None
+    untrained_probes: dict[str, Probe]
 
     @property
     def teacher(self) -> Quality:
@@ -41,13 +40,11 @@ class Comparison:
 
     def findings(self) -> list[str]:
         """Sentences on what the comparison shows and what it does not."""
-        notes = [*self._teacher_findings(), *_training_findings(self.rows)]
-        if self.teacher.probe is not None:
-            notes += _probe_findings(self.rows)
-        return notes
+        training = _training_findings(self.rows)
+        return [*self._teacher_findings(), *training, *_probe_findings(self.rows)]
 
     def _teacher_findings(self) -> list[str]:
-        notes, masked, probe = [], self.teacher.masked, self.teacher.probe
+        notes, masked = [], self.teacher.masked
         if masked is not None:
             factor = masked.accuracy / masked.chance
             verdict = "counts as trained" if factor >= TRAINED_FACTOR else "is NOT trained"
@@ -55,13 +52,16 @@ class Comparison:
                 f"Teacher: masked accuracy is {factor:.1f} times the most frequent label's share "
                 f"({masked.chance:.1%}); from {TRAINED_FACTOR:.0f} on it {verdict}."
             )
-        if probe is not None and self.untrained_probe is not None:
-            own, untrained = probe.mean[-1], self.untrained_probe.mean[-1]
-            verdict = "beats" if own > untrained else "does NOT beat"
-            notes.append(
-                f"Teacher: its last layer's probe ({own:.1%}) {verdict} an untrained network's "
-                f"({untrained:.1%})."
+        for measure in MEASURES:
+            own, other = (
+                probes.get(measure.key) for probes in (self.teacher.probes, self.untrained_probes)
             )
+            if own is not None and other is not None:
+                verdict = "beats" if own.less(other).high < 0 else "does NOT beat"
+                notes.append(
+                    f"Teacher: its {measure.name} ({own.rate.value:.1%}) {verdict} an untrained "
+                    f"network's ({other.rate.value:.1%})."
+                )
         return notes
 
     def write(self, folder: Path) -> None:
@@ -119,13 +119,15 @@ def _scores(row: Quality) -> list[float]:
 
 
 def _probe_findings(rows: Sequence[Quality]) -> list[str]:
-    """One sentence on neighbouring rows whose last layers the probe does not distinguish."""
-    alike = []
-    for first, second in pairwise(rows):
-        gap = abs(first.probe.mean[-1] - second.probe.mean[-1])
-        spread = float(np.hypot(first.probe.std[-1], second.probe.std[-1]))
-        if gap <= 2 * spread:
-            alike.append(f"{first.name} from {second.name} ({gap:.1%} apart, ±{2 * spread:.1%})")
-    if not alike:
-        return []
-    return [f"At the last layer the word probe does not separate {'; '.join(alike)}."]
+    """For every error rate one sentence on the pairs of rows that it does not tell apart."""
+    notes = []
+    for measure in MEASURES:
+        known = [row for row in rows if measure.key in row.probes]
+        alike = [
+            f"{first.name} from {second.name}"
+            for first, second in combinations(known, 2)
+            if not first.probes[measure.key].less(second.probes[measure.key]).excludes_zero
+        ]
+        if alike:
+            notes.append(f"The {measure.name} does not separate {'; '.join(alike)}.")
+    return notes

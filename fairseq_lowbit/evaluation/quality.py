@@ -1,4 +1,4 @@
-"""Measuring one model on held-out audio: size, agreement with a teacher, labels, words."""
+"""Measuring one model on held-out audio: size, agreement with a teacher, labels, probes."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,15 +14,15 @@ from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.agreement import Agreement, agreement, valid_frames
 from fairseq_lowbit.evaluation.masked import MaskedAccuracy, masked_accuracy
-from fairseq_lowbit.evaluation.probe import Probe, pooled, word_probe
+from fairseq_lowbit.evaluation.probing.data import ProbeData, read_probe_data
+from fairseq_lowbit.evaluation.probing.measure import measure_probes
+from fairseq_lowbit.evaluation.probing.result import Probe
+from fairseq_lowbit.evaluation.probing.tasks import TASKS
 from fairseq_lowbit.evaluation.utterances import Utterances, chosen_lines, read_batches
 from fairseq_lowbit.models import LoadedModel
-from fairseq_lowbit.models.protocols import HiddenStates, SpeechModel
+from fairseq_lowbit.models.protocols import SpeechModel
 
 SECONDS = 300.0
-# How much audio of words the probe is trained and tested on, relative to the measured seconds.
-_WORD_SHARES = {"train": 0.8, "test": 0.5}
-WordSets = tuple[tuple[list[Utterances], list[str]], tuple[list[Utterances], list[str]]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Quality:
         storage_mb: stored bytes of all parameters in 1e6, float ones at 16 bits.
         agreement: with the teacher; None for the teacher itself.
         masked: None without labels.
-        probe: None without word sets.
+        probes: error rates by the key of their measure, such as ``phone_error``; without those
+            that the data has no targets for.
     """
 
     name: str
@@ -42,20 +43,22 @@ class Quality:
     storage_mb: float
     agreement: Agreement | None
     masked: MaskedAccuracy | None
-    probe: Probe | None
+    probes: dict[str, Probe]
 
     def figures(self) -> dict[str, Any]:
-        """Plain data: each figure of the last layer, and of all layers as ``<key>_layers``."""
+        """Plain data: each figure of the last layer, and of all layers as ``<key>_layers``; of a
+        probe its rate, and half of its interval as ``<key>_margin``."""
         found: dict[str, Any] = {"storage_mb": self.storage_mb}
         if self.masked is not None:
             found |= {"masked_accuracy": self.masked.accuracy, "masked_chance": self.masked.chance}
         layers = {}
         if self.agreement is not None:
             layers |= {"cosine": self.agreement.cosine, "snr_db": self.agreement.snr_db}
-        if self.probe is not None:
-            layers |= {"word_probe": self.probe.mean, "word_probe_std": self.probe.std}
         for key, values in layers.items():
             found |= {key: values[-1], f"{key}_layers": values}
+        for key, probe in self.probes.items():
+            rate = probe.rate
+            found |= {key: rate.value, f"{key}_margin": (rate.high - rate.low) / 2}
         return found
 
 
@@ -76,24 +79,24 @@ class Candidate:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The audio, labels and words that every model is measured on.
+    """The audio, labels and probes that every model is measured on.
 
     Attributes:
         labels: None when the folder has none, or the teacher no label embeddings.
-        words: batches and words to train and to test the probe on; None without word sets.
+        probes: what heads are trained and tested on; without tasks where there are no targets.
     """
 
     audio: list[Utterances]
     labels: LabelFile | None
-    words: WordSets | None
+    probes: ProbeData
 
 
 def read_held_out(data: Path, teacher: LoadedModel, seconds: float = SECONDS) -> HeldOut:
     """Reads a random but reproducible choice of a data folder's held-out files.
 
     Args:
-        data: folder with ``test.tsv``, ``test.km`` (masked accuracy; optional) and the word sets
-            ``words_{train,test}.{tsv,wrd}`` (probe; optional).
+        data: folder with ``test.tsv``, ``test.km`` (masked accuracy; optional) and targets of
+            probes (optional), see :func:`read_probe_data`.
         seconds: audio to measure on.
 
     Raises:
@@ -102,7 +105,7 @@ def read_held_out(data: Path, teacher: LoadedModel, seconds: float = SECONDS) ->
     manifest = read_manifest(data / "test.tsv")
     audio = list(read_batches(manifest, chosen_lines(manifest, seconds), teacher.normalize))
     labels = _labels(data, getattr(teacher.model, "label_embs_concat", None))
-    return HeldOut(audio, labels, _words(data, seconds, teacher.normalize))
+    return HeldOut(audio, labels, read_probe_data(data, TASKS, seconds, teacher.normalize))
 
 
 class Reference:
@@ -138,12 +141,12 @@ class Reference:
         frames = valid_frames(candidate.model, self._held_out.audio)
         return self._measure(candidate, agreement(frames, self._frames))
 
-    def measure_untrained(self) -> Probe | None:
-        """The word probe on a network of the teacher's shape with random weights."""
+    def measure_untrained(self) -> dict[str, Probe]:
+        """The probes on a network of the teacher's shape with random weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = self._teacher.untrained().eval()
-        return _probe(model, self._held_out.words)
+        return measure_probes(model, self._held_out.probes)
 
     @cached_property
     def _frames(self) -> list[Tensor]:
@@ -153,10 +156,10 @@ class Reference:
         model, masked, labels = candidate.model, None, self._held_out.labels
         if labels is not None:
             masked = masked_accuracy(model, self._teacher, self._held_out.audio, labels)
-        probe = _probe(model, self._held_out.words)
+        probes = measure_probes(model, self._held_out.probes)
         megabytes = model.plan.bytes / 1e6
         return Quality(
-            candidate.name, candidate.is_calibrated_only, megabytes, close, masked, probe
+            candidate.name, candidate.is_calibrated_only, megabytes, close, masked, probes
         )
 
 
@@ -166,13 +169,14 @@ def read_quality(values: dict[str, Any]) -> Quality:
     Raises:
         KeyError, TypeError: these are not the values of a :class:`Quality`.
     """
-    parts = {"agreement": Agreement, "masked": MaskedAccuracy, "probe": Probe}
+    parts = {"agreement": Agreement, "masked": MaskedAccuracy}
     built = {
         key: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values[key].items()})
         for key, kind in parts.items()
         if values[key] is not None
     }
-    return Quality(**{**values, **built})
+    probes = {key: Probe.from_json(probe) for key, probe in values["probes"].items()}
+    return Quality(**{**values, **built, "probes": probes})
 
 
 def _labels(data: Path, embeddings: Tensor | None) -> LabelFile | None:
@@ -186,31 +190,3 @@ def _labels(data: Path, embeddings: Tensor | None) -> LabelFile | None:
             "evaluate on the labels the teacher was trained on"
         )
     return labels
-
-
-def _words(data: Path, seconds: float, normalize: bool) -> WordSets | None:
-    if not (data / "words_test.tsv").is_file():
-        return None
-    return tuple(
-        _word_set(data, split, share * seconds, normalize) for split, share in _WORD_SHARES.items()
-    )
-
-
-def _word_set(
-    data: Path, split: str, seconds: float, normalize: bool
-) -> tuple[list[Utterances], list[str]]:
-    manifest = read_manifest(data / f"words_{split}.tsv")
-    words = (data / f"words_{split}.wrd").read_text().split()
-    if len(words) != len(manifest):
-        raise LowbitError(f"{data}/words_{split}.wrd: {len(words)} words, {len(manifest)} files")
-    return list(read_batches(manifest, chosen_lines(manifest, seconds), normalize)), words
-
-
-def _probe(model: HiddenStates, words: WordSets | None) -> Probe | None:
-    if words is None:
-        return None
-    sets = []
-    for batches, names in words:
-        features, lines = pooled(model, batches)
-        sets.append((features, [names[line] for line in lines]))
-    return word_probe(*sets)

@@ -1,7 +1,7 @@
 """Held-out utterances in padded batches, for models outside of training."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,9 +34,15 @@ class Utterances:
     lengths: Tensor
 
 
-def chosen_lines(manifest: Manifest, seconds: float) -> list[int]:
-    """Random but reproducible lines of a manifest: at most ``seconds`` of audio, at least one."""
-    order = np.random.default_rng(0).permutation(len(manifest))
+def chosen_lines(
+    manifest: Manifest, seconds: float, among: Sequence[int] | None = None
+) -> list[int]:
+    """Random but reproducible lines of a manifest: at most ``seconds`` of audio, at least one.
+
+    Args:
+        among: the lines to choose among; None for all.
+    """
+    order = np.random.default_rng(0).permutation(len(manifest) if among is None else among)
     within = np.cumsum(manifest.sizes[order]) <= seconds * SAMPLE_RATE
     return order[: max(1, int(within.sum()))].tolist()
 
@@ -52,7 +58,7 @@ def read_batches(
         LowbitError: no file is usable.
     """
     usable = 0
-    for batch in _batched(manifest, lines):
+    for batch in batched(manifest.sizes, lines):
         audio = read_usable(manifest, batch, normalize)
         if audio:
             usable += len(audio)
@@ -76,10 +82,11 @@ def read_usable(manifest: Manifest, lines: list[int], normalize: bool) -> dict[i
     return audio
 
 
-def _batched(manifest: Manifest, lines: list[int]) -> Iterator[list[int]]:
+def batched(sizes: Sequence[int], lines: Iterable[int]) -> Iterator[list[int]]:
+    """Lines in batches of about 40 s, longest first; ``sizes`` in samples, by line."""
     batch: list[int] = []
-    for line in sorted(lines, key=lambda line: -manifest.sizes[line]):
-        if batch and (len(batch) + 1) * manifest.sizes[batch[0]] > _BATCH_SAMPLES:
+    for line in sorted(lines, key=lambda line: -sizes[line]):
+        if batch and (len(batch) + 1) * sizes[batch[0]] > _BATCH_SAMPLES:
             yield batch
             batch = []
         batch.append(line)

@@ -33,7 +33,7 @@ class Frames:
 
 
 class HiddenStates(Protocol):
-    """A speech model that gives the output of every layer: agreement, word probe, timing."""
+    """A speech model that gives the output of every layer: agreement, timing."""
 
     def hidden_states(
         self, waveform: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None
@@ -99,6 +99,11 @@ class SpeechModel(LayeredEncoder, HasOperatorSteps, Protocol):
 
     plan: Plan
     features: int
+
+    def representations(
+        self, waveform: Tensor, lengths: Tensor | None = None
+    ) -> tuple[Sequence[Tensor], Tensor | None]:
+        """The input of layer 1 and the output of every layer, and the padding mask."""
 
     def frame_lengths(self, samples: Tensor) -> Tensor:
         """Valid frames of utterances of ``samples`` valid samples, integers of any shape."""

@@ -14,10 +14,11 @@ from fairseq_lowbit.runs.columns import (
     COSINE,
     MASKED_ACCURACY,
     PAPER_WER,
+    PHONE_ERROR,
+    PROBES,
     SNR,
     STORAGE,
     VALIDATION_LOSS,
-    WORD_PROBE,
     ModelRecord,
 )
 from fairseq_lowbit.runs.folder import checkpoint_name, display_name, find_runs, job_folder
@@ -28,8 +29,9 @@ from fairseq_lowbit.runs.run_quality import RunQuality
 FIELDS = (
     *("name", "status", "message", "precision", "rules", "loss", "overrides"),
     *("updates", "planned", "best_loss", "storage_mb", "masked_accuracy", "masked_chance"),
-    *("cosine", "snr_db", "word_probe", "word_probe_std", "paper_wer"),
-    *("cosine_layers", "snr_db_layers", "word_probe_layers", "word_probe_std_layers"),
+    *("cosine", "snr_db"),
+    *(f"{column.key}{part}" for column in PROBES for part in ("", "_margin")),
+    *("paper_wer", "cosine_layers", "snr_db_layers"),
     *("teacher", "data", "folder"),
 )
 # What a table can be sorted by, the best first.
@@ -39,7 +41,7 @@ _SORT_COLUMNS = {
     "masked": MASKED_ACCURACY,
     "cosine": COSINE,
     "snr": SNR,
-    "probe": WORD_PROBE,
+    "probe": PHONE_ERROR,
     "paper": PAPER_WER,
 }
 SORTS = (*_SORT_COLUMNS, "name", "updates", "status")

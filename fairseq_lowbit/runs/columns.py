@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fairseq_lowbit.evaluation.probing.tasks import MEASURES
 from fairseq_lowbit.profiling.cost import CONVERSION_RATE
 from fairseq_lowbit.profiling.paper import SOURCE
 
@@ -66,17 +67,12 @@ class Column:
         return self._scaled(record.get(self.key))
 
     def spread(self, record: ModelRecord) -> float | None:
-        """The standard deviation in ``unit``; None where there is none."""
-        return self._scaled(record.get(f"{self.key}_std"))
+        """Half of the 95 % interval in ``unit``; None where there is none."""
+        return self._scaled(record.get(f"{self.key}_margin"))
 
     def layers(self, record: ModelRecord) -> list[float]:
         """The figure of each layer in ``unit``; empty for a figure of the whole model."""
         return [self.factor * value for value in record.get(f"{self.key}_layers") or ()]
-
-    def layer_spreads(self, record: ModelRecord) -> list[float | None]:
-        """The standard deviation of each layer's figure in ``unit``; None where there is none."""
-        spreads = record.get(f"{self.key}_std_layers") or [None] * len(self.layers(record))
-        return [self._scaled(value) for value in spreads]
 
     def merit(self, record: ModelRecord) -> float | None:
         """The value with its sign chosen so that more is better; None where it is not known."""
@@ -89,8 +85,8 @@ class Column:
 
     def layers_text(self, record: ModelRecord) -> str:
         """A table's cell with the figure of each layer, where the column has it."""
-        pairs = zip(self.layers(record), self.layer_spreads(record), strict=True)
-        return " ".join(self._text(*pair) for pair in pairs) or self.text(record)
+        layers = [self._text(value, None) for value in self.layers(record)]
+        return " ".join(layers) or self.text(record)
 
     def _scaled(self, value: float | None) -> float | None:
         return None if value is None or math.isnan(value) else self.factor * value
@@ -177,37 +173,33 @@ SNR = Column(
     1,
     name="SNR against the teacher",
 )
-WORD_PROBE = Column(
-    "word_probe",
-    "word probe",
-    "%",
-    "words that a linear classifier recognizes by the mean of a frozen layer, on unseen voices"
-    f"{_LAST}; ± is the standard deviation over three subsets of the training words",
-    1,
-    factor=100,
+_PROBE_NOTES = {
+    "phone_error": "phones that a linear head on frozen features gets wrong, on unseen voices",
+    "letter_error": "letters of the same, of a head for letters",
+    "word_error": "words of the same, read off its letters",
+    "keyword_error": "isolated words that such a head takes for another",
+    "speaker_error": "recordings that it gives to another speaker",
+    "accent_error": "recordings of unseen voices that it gives to another accent",
+}
+PROBES = tuple(
+    Column(
+        measure.key,
+        measure.name,
+        "%",
+        f"{_PROBE_NOTES[measure.key]}; ± is half of the 95 % interval",
+        1,
+        factor=100,
+        lower_is_better=True,
+    )
+    for measure in MEASURES
 )
-PHONE_ERROR = Column(
-    "phone_error",
-    "phone error",
-    "%",
-    "phones that a head on frozen features gets wrong, on unseen voices",
-    1,
-    factor=100,
-    lower_is_better=True,
-)
-WORD_ERROR = Column(
-    "word_error",
-    "word error",
-    "%",
-    "words that a head on frozen features, which spells, gets wrong, on unseen voices",
-    1,
-    factor=100,
-    lower_is_better=True,
+PHONE_ERROR, WORD_ERROR = (
+    next(column for column in PROBES if column.key == key) for key in ("phone_error", "word_error")
 )
 PAPER_WER = Column(
     "paper_wer", "paper WER", "%", f"word error rate of {SOURCE}", 2, lower_is_better=True
 )
 COSTS = (STORAGE, FLOPS, QUANTOPS, RUNTIME)
-QUALITIES = (MASKED_ACCURACY, COSINE, SNR, WORD_PROBE)
+QUALITIES = (MASKED_ACCURACY, COSINE, SNR, *PROBES)
 # Of training in stages against one step.
 SCHEDULE_FIGURES = (WORD_ERROR, PHONE_ERROR, SNR)

@@ -32,7 +32,14 @@ from fairseq_lowbit.runs.run import Run
 logger = logging.getLogger(__name__)
 
 _Referred = tuple[Reference, Quality]
-_HELD_OUT = ("test.tsv", "test.km", "words_train.tsv", "words_test.tsv")
+_HELD_OUT = (
+    "test.km",
+    *(
+        f"{name}.{extension}"
+        for name in ("train", "test", "words_train", "words_test")
+        for extension in ("tsv", "wrd", "phn", "spk", "acc")
+    ),
+)
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,11 @@ from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.compare import Comparison
 from fairseq_lowbit.runs.collection import FIELDS, ModelRecord, precision_text, unnamed_overrides
 from fairseq_lowbit.runs.columns import (
-    COSINE,
-    MASKED_ACCURACY,
     PAPER_WER,
     QUALITIES,
-    SNR,
     STORAGE,
     UNKNOWN,
     VALIDATION_LOSS,
-    WORD_PROBE,
     Column,
 )
 from fairseq_lowbit.runs.pairs import Pair
@@ -34,12 +30,12 @@ def comparison_table(comparison: Comparison) -> Table:
     layers = len(comparison.rows[-1].agreement.cosine) if len(comparison.rows) > 1 else 0
     table = Table(title=f"held-out audio, layers 1..{layers} from left", title_justify="left")
     table.add_column("model", no_wrap=True)
-    columns = (STORAGE, MASKED_ACCURACY, COSINE, SNR, WORD_PROBE)
+    records = [row.figures() for row in comparison.rows]
+    columns = [c for c in (STORAGE, *QUALITIES) if any(c.value(r) is not None for r in records)]
     for column in columns:
         table.add_column(column.head, justify="right", no_wrap=True)
-    for row in comparison.rows:
-        figures = row.figures()
-        table.add_row(row.name, *(column.layers_text(figures) for column in columns))
+    for row, record in zip(comparison.rows, records, strict=True):
+        table.add_row(row.name, *(column.layers_text(record) for column in columns))
     return table
 
 

@@ -246,7 +246,7 @@ def teacher_name(folder: Path) -> str:
 
 def row_of(name: str, accuracy: float, cosine: float, megabytes: float) -> Quality:
     close = Agreement((0.99, cosine), (20.0, 3.0))
-    return Quality(name, False, megabytes, close, MaskedAccuracy(accuracy, 0.1), None)
+    return Quality(name, False, megabytes, close, MaskedAccuracy(accuracy, 0.1), {})
 
 
 def test_a_teacher_that_is_a_run_is_shown_once(

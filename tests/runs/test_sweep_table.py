@@ -82,8 +82,9 @@ def test_runs_beside_their_teacher(
         found = shown.rows[shown.names[0] if row.agreement is None else row.name]
         assert float(found["storage_mb"]) == pytest.approx(row.storage_mb)
         assert float(found["masked_accuracy"]) == row.masked.accuracy
-        assert float(found["word_probe"]) == row.probe.mean[-1]
-        assert float(found["word_probe_std"]) == row.probe.std[-1]
+        rate = row.probes["keyword_error"].rate
+        assert float(found["keyword_error"]) == rate.value
+        assert float(found["keyword_error_margin"]) == (rate.high - rate.low) / 2
         if row.agreement is not None:
             assert float(found["cosine"]) == row.agreement.cosine[-1]
             layers = [float(value) for value in found["snr_db_layers"].split()]

@@ -153,9 +153,10 @@ class Part:
 def synthesize_corpus(out: str | Path, *, minutes: float = 24, seed: int = 0) -> CorpusSummary:
     """Writes the corpus under `out`: at least `minutes` of training speech, 16 kHz mono FLAC.
 
-    Each split gets `<split>.tsv` and, with one line for each of its files, `<split>.wrd` (words),
-    `<split>.phn` (phones), `<split>.spk` (speaker) and `<split>.acc` (accent); the isolated words of
-    the training and test voices also stand alone in `words_train` and `words_test`. Equal arguments give equal files. Raises LowbitError without eSpeak NG.
+    Each split gets `<split>.tsv` and, with a line for each of its files, `<split>.wrd` (words),
+    `<split>.phn` (phones), `<split>.spk` (speaker) and `<split>.acc` (accent); the isolated words
+    of the training and test voices also stand alone in `words_train` and `words_test`. Equal
+    arguments give equal files. Raises LowbitError without eSpeak NG.
     """
     _check_minutes(minutes)
     return _write_corpus(Path(out), _plan(minutes, seed))

@@ -33,15 +33,15 @@ class Task:
         is_sequence: the target is a sequence of units, learned by CTC and scored by edit distance;
             otherwise one label for the whole recording.
         measures: for a sequence of letters that of letters, then that of words.
-        manifests: names of the manifests to train and to test on; None for both halves of
-            ``train``, where test voices are unknown by definition.
+        is_of_new_voices: tested on voices that were not trained on, those of the test split;
+            otherwise on other recordings of the same voices.
     """
 
     name: str
     extension: str
     is_sequence: bool
     measures: tuple[Measure, ...]
-    manifests: tuple[str, str] | None = ("train", "test")
+    is_of_new_voices: bool = True
 
 
 PHONES = Task("phones", "phn", True, (Measure("phone_error", "phone error", "phones"),))
@@ -59,10 +59,9 @@ WORDS = Task(
     "wrd",
     False,
     (Measure("keyword_error", "keyword error", "recordings"),),
-    ("words_train", "words_test"),
 )
 SPEAKERS = Task(
-    "speakers", "spk", False, (Measure("speaker_error", "speaker error", "recordings"),), None
+    "speakers", "spk", False, (Measure("speaker_error", "speaker error", "recordings"),), False
 )
 ACCENTS = Task("accents", "acc", False, (Measure("accent_error", "accent error", "recordings"),))
 # Of a folder of recordings whose subfolders are the labels.

@@ -9,14 +9,14 @@ from fairseq_lowbit.runs.columns import (
     COSINE,
     DISTILLATION_LOSS,
     MASKED_ACCURACY,
+    PHONE_ERROR,
     STORAGE,
-    WORD_PROBE,
     Column,
 )
 
 Item = TypeVar("Item")
 # The signal-to-noise ratio ranks models as the cosine does.
-_DECIDING = (MASKED_ACCURACY, COSINE, WORD_PROBE)
+_DECIDING = (MASKED_ACCURACY, COSINE, PHONE_ERROR)
 
 
 def deciding_quality(subjects: Sequence[Subject]) -> Column:

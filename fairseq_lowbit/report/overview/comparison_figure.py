@@ -1,4 +1,4 @@
-"""The one figure of a comparison: agreement and word probe by layer, masked accuracy by storage."""
+"""The one figure of a comparison: agreement by layer, error rates, accuracy by storage."""
 
 from collections.abc import Mapping
 from itertools import chain, cycle
@@ -14,9 +14,9 @@ from fairseq_lowbit.report.style import INK, PALETTE, TEACHER, as_bytes, new_fig
 from fairseq_lowbit.runs.columns import (
     COSINE,
     MASKED_ACCURACY,
+    PROBES,
     SNR,
     STORAGE,
-    WORD_PROBE,
     Column,
     ModelRecord,
 )
@@ -29,13 +29,9 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     axes = figure.subplots(1, 4)
     records = {row.name: row.figures() for row in comparison.rows}
     colors = dict(zip(records, chain([TEACHER], cycle(PALETTE)), strict=False))
-    for panel, column in zip(axes, (COSINE, SNR, WORD_PROBE)):
+    for panel, column in zip(axes, (COSINE, SNR)):
         _draw_layers(panel, records, colors, column)
-    if comparison.untrained_probe is not None:
-        untrained = [100 * value for value in comparison.untrained_probe.mean]
-        layers = range(1, len(untrained) + 1)
-        axes[2].plot(layers, untrained, ":", color=INK, label="untrained network")
-        axes[2].legend()
+    _draw_probes(axes[2], comparison, colors)
     _draw_storage(axes[3], records, colors)
     handles = [Line2D([], [], color=c, marker="o", label=n) for n, c in colors.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
@@ -50,9 +46,31 @@ def _draw_layers(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for name, record in records.items():
         values = column.layers(record)
-        layers, spreads = range(1, len(values) + 1), column.layer_spreads(record)
-        bars = spreads if None not in spreads else None
-        axes.errorbar(layers, values, bars, fmt="o-", capsize=3, color=colors[name])
+        axes.plot(range(1, len(values) + 1), values, "o-", color=colors[name])
+
+
+def _draw_probes(axes: Axes, comparison: Comparison, colors: Mapping[str, str]) -> None:
+    """The error rates of every model side by side, and those of an untrained network."""
+    known = [column for column in PROBES if column.key in comparison.teacher.probes]
+    axes.set(title="error of probes", ylabel="%")
+    axes.set_xticks(range(len(known)), [column.label.replace(" ", "\n") for column in known])
+    for index, row in enumerate(comparison.rows):
+        record, shift = row.figures(), 0.6 * (index / len(comparison.rows) - 0.5)
+        for place, column in enumerate(known):
+            axes.errorbar(
+                place + shift,
+                column.value(record),
+                column.spread(record),
+                fmt="o",
+                capsize=2,
+                color=colors[row.name],
+            )
+    for place, column in enumerate(known):
+        rate = 100 * comparison.untrained_probes[column.key].rate.value
+        label = None if place else "untrained network"
+        axes.plot(place, rate, "_", markersize=14, color=INK, label=label)
+    if known:
+        axes.legend()
 
 
 def _draw_storage(

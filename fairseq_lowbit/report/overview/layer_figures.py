@@ -9,9 +9,9 @@ from fairseq_lowbit.report.drawing import Drawing, numbers
 from fairseq_lowbit.report.overview.choice import grey_first, note_on_grey, standing_out
 from fairseq_lowbit.report.style import add_legend, new_figure, styled
 from fairseq_lowbit.report.subjects import Subject
-from fairseq_lowbit.runs.columns import COSINE, SNR, WORD_PROBE, Column
+from fairseq_lowbit.runs.columns import COSINE, SNR, Column
 
-_COLUMNS = (COSINE, SNR, WORD_PROBE)
+_COLUMNS = (COSINE, SNR)
 
 
 def layer_drawings(subjects: Sequence[Subject], colors: Mapping[str, str]) -> list[Drawing]:

@@ -62,7 +62,7 @@ def _drawing(
     shown = standing_out(subjects, colors)
     add_legend(figure, [_mark(s, colors[s.name]) for s in shown])
     has_spread = any(quality.spread(subject.record) is not None for subject in subjects)
-    spreads = " Bars: ± one standard deviation." if has_spread else ""
+    spreads = " Bars: the 95 % interval." if has_spread else ""
     points = ", ".join(
         f"{s.name}: {quality.text(s.record)} {quality.unit} at {cost.text(s.record)} {cost.unit}"
         for s in best

@@ -21,7 +21,7 @@ from tests.shapes import TINY
 
 def subject(name: str, accuracy: float | None, **known: object) -> Subject:
     masked = None if accuracy is None else MaskedAccuracy(accuracy, 0.1)
-    row = Quality(name, False, float(name[1:]), None, masked, None)
+    row = Quality(name, False, float(name[1:]), None, masked, {})
     usual = {"status": "finished", "precision": "bitla_w1a1", "rules": 0, "loss": "distillation"}
     return Subject(name, record_of(row, **usual | known))
 

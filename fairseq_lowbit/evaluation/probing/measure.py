@@ -1,0 +1,153 @@
+"""Training heads on the frozen features of one model, and counting their errors."""
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+import numpy as np
+import torch
+from rapidfuzz.distance import Levenshtein
+from torch import Tensor
+from torch.nn import functional as F
+
+from fairseq_lowbit.evaluation.probing.data import Example, ProbeData, TaskData
+from fairseq_lowbit.evaluation.probing.features import (
+    Features,
+    Standard,
+    Upstream,
+    frozen_features,
+    padded,
+)
+from fairseq_lowbit.evaluation.probing.heads import BLANK, Head, drawn, train
+from fairseq_lowbit.evaluation.probing.result import Probe
+from fairseq_lowbit.evaluation.probing.tasks import LETTERS, Task
+
+SEEDS = 3
+# Frames in a batch of sequences, padding counted, and recordings in one of labels.
+_BATCH_FRAMES, _BATCH_LABELS = 1000, 64
+
+
+def measure_probes(model: Upstream, data: ProbeData, seeds: int = SEEDS) -> dict[str, Probe]:
+    """The error rates of heads on a frozen model, by the key of their measure.
+
+    Equal arguments give equal results on a CPU.
+
+    Args:
+        seeds: heads for each task, with other first values and another order of the recordings.
+    """
+    # Commands measure in inference mode, whose tensors cannot be trained on.
+    with torch.inference_mode(False):
+        features = frozen_features(model, data.batches)
+        with torch.enable_grad():
+            return {
+                key: probe
+                for task in data.tasks
+                for key, probe in _measure_task(task, features, seeds).items()
+            }
+
+
+def _measure_task(data: TaskData, features: Features, seeds: int) -> dict[str, Probe]:
+    fit = _fit_sequences if data.task.is_sequence else _fit_labels
+    fitted = [fit(data, features, seed) for seed in range(seeds)]
+    layer_weights = np.mean([weights for weights, _ in fitted], axis=0)
+    groups = tuple(example.group for example in data.test)
+    probes = {}
+    for measure, split in zip(data.task.measures, _scored(data.task), strict=True):
+        targets = [split(example.target) for example in data.test]
+        sizes = tuple(map(len, targets))
+        errors = np.array(
+            [
+                [Levenshtein.distance(split(a), t) for a, t in zip(answers, targets, strict=True)]
+                for _, answers in fitted
+            ]
+        )
+        probes[measure.key] = Probe(
+            errors=tuple(errors.mean(0).tolist()),
+            sizes=sizes,
+            groups=groups,
+            seed_rates=tuple((errors.sum(1) / sum(sizes)).tolist()),
+            layer_weights=tuple(layer_weights.tolist()),
+        )
+    return probes
+
+
+def _units_of(task: Task) -> Callable[[str], list[str]]:
+    """From a target to the units that a head tells."""
+    if task is LETTERS:
+        return list
+    return str.split if task.is_sequence else lambda label: [label]
+
+
+def _scored(task: Task) -> list[Callable[[str], list[str]]]:
+    """From a target to what errors are counted among, for each measure."""
+    return [_units_of(task), str.split] if task is LETTERS else [_units_of(task)]
+
+
+def _fit_sequences(data: TaskData, features: Features, seed: int) -> tuple[list[float], list[str]]:
+    """The layer weights and what the head says of each test recording."""
+    units_of = _units_of(data.task)
+    standard = Standard.of(torch.cat([features[e.recording] for e in data.train], -1))
+    names = ["", *sorted({unit for example in data.train for unit in units_of(example.target)})]
+    number = {name: index for index, name in enumerate(names)}
+    batches = []
+    for examples in _bucketed(data.train, features):
+        rows = [standard(features[example.recording]) for example in examples]
+        targets = [[number[unit] for unit in units_of(example.target)] for example in examples]
+        batches.append((*padded(rows), targets))
+    head = Head(standard.mean.shape[:2], len(names), seed, is_sequence=True)
+    head.to(standard.mean.device)
+    train(head, (_ctc(head, *batches[index]) for index in drawn(len(batches), seed)))
+    joint = " " if units_of is str.split else ""
+    answers = []
+    with torch.no_grad():
+        for example in data.test:
+            states = standard(features[example.recording])[None]
+            best = head(states)[:, 0].argmax(-1).tolist()
+            answers.append(joint.join(names[unit] for unit, _ in groupby(best) if unit != BLANK))
+    return head.layer_weights.tolist(), answers
+
+
+def _ctc(head: Head, states: Tensor, frames: Tensor, targets: list[list[int]]) -> Tensor:
+    """CTC's loss for a unit; a target that is too long for its frames counts nothing."""
+    sizes = torch.tensor([len(target) for target in targets])
+    joined = torch.tensor([unit for target in targets for unit in target])
+    loss = F.ctc_loss(
+        head(states), joined.to(states.device), frames, sizes, BLANK, "sum", zero_infinity=True
+    )
+    return loss / len(joined)
+
+
+def _bucketed(examples: Sequence[Example], features: Features) -> list[list[Example]]:
+    """Batches of recordings of about one length."""
+    batches: list[list[Example]] = []
+    for example in sorted(examples, key=lambda e: features[e.recording].shape[-1]):
+        frames = features[example.recording].shape[-1]
+        if not batches or (len(batches[-1]) + 1) * frames > _BATCH_FRAMES:
+            batches.append([])
+        batches[-1].append(example)
+    return batches
+
+
+def _fit_labels(data: TaskData, features: Features, seed: int) -> tuple[list[float], list[str]]:
+    """The layer weights and the label that the head gives to each test recording."""
+    known, unseen = (
+        torch.stack([features[example.recording].mean(-1) for example in examples], -1)
+        for examples in (data.train, data.test)
+    )
+    names = sorted({example.target for example in data.train})
+    labels = torch.tensor([names.index(example.target) for example in data.train])
+    standard = Standard.of(known)
+    states = standard(known).movedim(-1, 0)
+    labels = labels.to(states.device)
+    head = Head(known.shape[:2], len(names), seed, is_sequence=False).to(states.device)
+    order = np.random.default_rng(seed).permutation(len(states))
+    batches = np.array_split(order, -(-len(order) // _BATCH_LABELS))
+    train(
+        head,
+        (
+            F.nll_loss(head(states[batches[index]]), labels[batches[index]])
+            for index in drawn(len(batches), seed)
+        ),
+    )
+    with torch.no_grad():
+        best = head(standard(unseen).movedim(-1, 0)).argmax(-1).tolist()
+    return head.layer_weights.tolist(), [names[label] for label in best]
