@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from fairseq_lowbit.cli import main
 from fairseq_lowbit.configurations import config_dir
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.runs.superb.preparation import Order, configure, prepare
 from fairseq_lowbit.runs.superb.tasks import TASKS, Task
 from tests.runs import superb_corpora as corpora
 
@@ -197,6 +198,21 @@ def test_words_phones_and_letters_are_checked(
     transcript.write_text(said.partition("\n")[2])
     printed = refused(capsys, "asr", "model.pt")
     assert "13-7.trans.txt: there is no line for 13-7-0000" in printed
+
+
+def test_other_phones_are_other_inputs(folder: Path) -> None:
+    """Whose figures do not stand in one column."""
+    corpora.write_librispeech(folder / "data")
+    lexicon, template = folder / "lexicon.txt", config_dir() / "superb/pr.yaml"
+    order = Order(
+        TASKS["pr"], "model.pt", "w2a2", folder / "data", folder / "out", (), str(lexicon), 0, "cpu"
+    )
+    digests = []
+    for text in (corpora.LEXICON, corpora.LEXICON.replace("UW", "OO"), corpora.LEXICON):
+        lexicon.write_text(text)
+        config, _ = configure(order, template)
+        digests.append(prepare(order, config, folder))
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_a_folder_keeps_its_settings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

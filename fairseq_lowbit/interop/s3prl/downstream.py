@@ -47,13 +47,13 @@ def run_downstream(arguments: Sequence[str], lists: Path | None = None) -> None:
     with stand_ins(), missing_modules_named():
         from s3prl.run_downstream import main
 
-        _keep_workers()
+        keep_workers()
         if lists is not None:
             _keep_lists(lists)
         main()
 
 
-def _keep_workers() -> None:
+def keep_workers() -> None:
     """Of the task ``ctc``: its first loader takes the number of workers out of the configuration,
     and the others would start 12 each."""
     data = importlib.import_module("s3prl.downstream.ctc.data")
