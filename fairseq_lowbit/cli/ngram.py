@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from fairseq_lowbit.data.transcripts import read_lines
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.ngram import estimate
 from fairseq_lowbit.files import check_writable
@@ -21,8 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if not args.text.is_file():
         raise LowbitError(f"there is no text {args.text}: it needs one sentence a line")
+    if args.out.suffix != ".arpa":
+        raise LowbitError(f"{args.out}: name the file .arpa, as fairseq-lowbit wer --lm wants it")
     check_writable(args.out)
-    sentences = args.text.read_text(encoding="utf-8").split("\n")
+    sentences = read_lines(args.text)
     estimate(sentences, args.order, args.out)
     print(f"wrote {args.out}, of {sum(bool(line.strip()) for line in sentences)} sentences")
     return 0

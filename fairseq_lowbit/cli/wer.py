@@ -11,7 +11,12 @@ from tqdm import tqdm
 
 from fairseq_lowbit.data.manifest import Manifest, read_manifest
 from fairseq_lowbit.data.progress import tqdm_options
-from fairseq_lowbit.data.transcripts import read_speakers, read_transcripts, transcript_path
+from fairseq_lowbit.data.transcripts import (
+    read_lines,
+    read_speakers,
+    read_transcripts,
+    transcript_path,
+)
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.ngram import NgramDecoder
 from fairseq_lowbit.evaluation.recognition import (
@@ -110,7 +115,7 @@ def _compare_texts(args: argparse.Namespace) -> Recognition:
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise LowbitError(f"there is no file of transcripts {path}")
-    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    return read_lines(path)
 
 
 def _compare_models(args: argparse.Namespace) -> Recognition:
@@ -123,12 +128,13 @@ def _compare_models(args: argparse.Namespace) -> Recognition:
     for loaded in models.values():
         require_units(loaded)
         _check_letters(loaded, references, transcript_path(manifest))
+    # One for all models of the same units, as it takes long to read a language model.
     decoders = {
-        name: NgramDecoder(args.lm, loaded.units) if args.lm else greedy
-        for name, loaded in models.items()
+        units: NgramDecoder(args.lm, units) if args.lm else greedy
+        for units in {loaded.units for loaded in models.values()}
     }
     heard = {
-        name: _transcribed(name, loaded, manifest, decoders[name])
+        name: _transcribed(name, loaded, manifest, decoders[loaded.units])
         for name, loaded in models.items()
     }
     # Files that cannot be read are missing in all of them.

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from fairseq_lowbit.data.audio import SAMPLE_RATE, UnusableAudio, audio_info, convert_audio
 from fairseq_lowbit.data.manifest import write_manifest
 from fairseq_lowbit.data.progress import tqdm_options
-from fairseq_lowbit.data.transcripts import write_transcripts
+from fairseq_lowbit.data.transcripts import read_lines, write_transcripts
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import atomic_write
 
@@ -245,7 +245,7 @@ def _texts(source: Path, results: list[_Result]) -> dict[str, str]:
     for result in results:
         path = (source / result.source).with_suffix(".txt")
         if len(result.pieces) == 1 and path.is_file():
-            texts[result.pieces[0][0]] = " ".join(path.read_text(encoding="utf-8").split())
+            texts[result.pieces[0][0]] = " ".join(" ".join(read_lines(path)).split())
     return texts
 
 

@@ -22,8 +22,8 @@ def read_transcripts(manifest: Manifest, extension: str = "wrd") -> list[str]:
         extension: of the file beside the manifest: ``wrd`` for words, ``phn`` for phones.
 
     Raises:
-        LowbitError: there is no such file, it has another number of lines than the manifest has
-            files, or it is empty.
+        LowbitError: there is no such file, it is no text, it has another number of lines than the
+            manifest has files, or it is empty.
     """
     path = transcript_path(manifest, extension)
     if not path.is_file():
@@ -31,7 +31,7 @@ def read_transcripts(manifest: Manifest, extension: str = "wrd") -> list[str]:
             f"there are no transcripts {path}: it needs one line for each of the {len(manifest)} "
             f"files of {manifest.path}"
         )
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    lines = read_lines(path)
     if len(lines) != len(manifest):
         raise LowbitError(
             f"{path} has {len(lines)} lines and {manifest.path} has {len(manifest)} files: they do "
@@ -41,6 +41,16 @@ def read_transcripts(manifest: Manifest, extension: str = "wrd") -> list[str]:
     if not any(texts):
         raise LowbitError(f"{path} holds no word")
     return texts
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text in UTF-8; raises LowbitError for another encoding."""
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise LowbitError(
+            f"{path} is no text in UTF-8: convert it, for example by iconv"
+        ) from error
 
 
 def write_transcripts(manifest: Path, names: Sequence[str], texts: Mapping[str, str]) -> None:

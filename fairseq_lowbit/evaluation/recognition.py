@@ -126,10 +126,11 @@ class Recognition:
         for row in others:
             gap, pairs = row.difference, row.pairs
             verdict = "beyond" if gap.excludes_zero else "NOT beyond"
+            caution = ", too few for more than a rough p" if pairs.is_rough else ""
             notes.append(
                 f"{row.name}: {100 * gap.value:+.1f} points to {first.name} "
                 f"({gap.level:.0%}: {100 * gap.low:+.1f} to {100 * gap.high:+.1f}), {verdict} "
-                f"chance; MAPSSWE p {pairs.p_text} in {pairs.segments} segments."
+                f"chance; MAPSSWE p {pairs.p_text} in {pairs.segments} segments{caution}."
             )
         return notes
 

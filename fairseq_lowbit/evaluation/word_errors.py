@@ -12,6 +12,8 @@ from fairseq_lowbit.evaluation.intervals import Interval, difference_interval, r
 # Words that both systems get right in a row, between segments of the matched-pairs test.
 _BUFFER = 2
 _LEAST_P = 0.001
+# Segments from which the normal approximation of that test is a good one.
+_ENOUGH_SEGMENTS = 50
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class MatchedPairs:
     segments: int
     mean: float
     p: float
+
+    @property
+    def is_rough(self) -> bool:
+        """Whether there are too few segments for the normal approximation."""
+        return self.segments < _ENOUGH_SEGMENTS
 
     @property
     def p_text(self) -> str:

@@ -25,6 +25,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 import fairseq_lowbit
 from fairseq_lowbit.configurations import fold_rules
+from fairseq_lowbit.data.units import LETTERS
 from fairseq_lowbit.errors import LowbitError, describe_config_error
 from fairseq_lowbit.files import writing
 from fairseq_lowbit.interop import read_checkpoint, updates_of
@@ -33,6 +34,7 @@ from fairseq_lowbit.plugin import register
 from fairseq_lowbit.plugin.continuing import (
     MODELS,
     PATHS,
+    UNITS,
     OtherRun,
     adopt_stored_form,
     refuse_other_run,
@@ -263,7 +265,11 @@ def _make_paths_absolute(config: DictConfig, start: str) -> None:
     with read_write(config), open_dict(config):
         for key in (USER_DIR, *PATHS):
             value = OmegaConf.select(config, key)
-            if value and not (key in MODELS and is_hub_id(value, start)):
+            is_name = (key in MODELS and is_hub_id(value, start)) or (key, value) == (
+                UNITS,
+                LETTERS,
+            )
+            if value and not is_name:
                 OmegaConf.update(config, key, _absolute(key, value, start))
 
 

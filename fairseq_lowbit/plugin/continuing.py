@@ -21,7 +21,8 @@ from fairseq_lowbit.plugin.stages import OWN_DIR, Schedule, read_stages, stage_c
 from fairseq_lowbit.runs.folder import LAST_CHECKPOINT, has_finished
 
 MODELS = ("task.teacher", "task.init_from")  # paths, or ids of Hugging Face's hub
-PATHS = ("task.data", "task.label_dir", *MODELS)
+UNITS = "task.units"  # a path, or letters
+PATHS = ("task.data", "task.label_dir", UNITS, *MODELS)
 # What a run is: with another value it is another run, however far it has come.
 _MODEL = ("model",)
 _IDENTITY = (*_MODEL, "criterion", "task")

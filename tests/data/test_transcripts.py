@@ -27,6 +27,9 @@ def test_transcripts_that_are_missing_or_of_other_files_are_refused(manifest):
     words.write_text("in\nthe\nbeginning\n")
     with pytest.raises(LowbitError, match="3 lines and .* 2 files"):
         read_transcripts(manifest)
+    words.write_bytes("schön\nwar's\n".encode("latin-1"))
+    with pytest.raises(LowbitError, match="test.wrd is no text in UTF-8"):
+        read_transcripts(manifest)
     words.write_text("\n \n")
     with pytest.raises(LowbitError, match="no word"):
         read_transcripts(manifest)

@@ -86,6 +86,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["ngram", str(tmp_path / "train.wrd"), str(out), "--order", "2"]) == 0
     assert "of 4 sentences" in capsys.readouterr().out
     assert "\\2-grams:" in out.read_text()
+    assert main(["ngram", str(tmp_path / "train.wrd"), str(tmp_path / "lm")]) == 2
+    assert "name the file .arpa" in capsys.readouterr().err
     assert "\\3-grams:" not in out.read_text()
     assert main(["ngram", str(tmp_path / "train.wrd"), str(out), "--order", "1"]) == 2
     assert "--order 1: give a whole number from 2" in capsys.readouterr().err

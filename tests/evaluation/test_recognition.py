@@ -160,7 +160,10 @@ def test_findings_say_what_differs():
     )
     first, second = rows.findings()
     assert "w1: +8.3 points to fp" in first
-    assert ", beyond chance; MAPSSWE p <0.001 in 30 segments" in first
+    assert (
+        ", beyond chance; MAPSSWE p <0.001 in 30 segments, too few for more than a rough p."
+        in first
+    )
     assert "w2: +0.0 points" in second
     assert "NOT beyond chance; MAPSSWE p 1 in 0 segments" in second
     with pytest.raises(LowbitError, match="1 transcripts for 60"):

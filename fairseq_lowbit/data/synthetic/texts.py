@@ -7,6 +7,7 @@ import re
 import unicodedata
 from pathlib import Path
 
+from fairseq_lowbit.data.transcripts import read_lines
 from fairseq_lowbit.errors import LowbitError
 
 # Words of a sentence of the Bible: shorter ones are mostly names, longer ones make training slow.
@@ -65,7 +66,7 @@ def read_sentences(path: str | Path) -> list[list[str]]:
     if not path.is_file():
         raise LowbitError(f"there is no text file {path}: it needs one sentence a line")
     passages = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         try:
             words = spell(line)
         except LowbitError as error:
