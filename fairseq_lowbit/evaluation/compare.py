@@ -57,7 +57,9 @@ class Comparison:
                 probes.get(measure.key) for probes in (self.teacher.probes, self.untrained_probes)
             )
             if own is not None and other is not None:
-                verdict = "beats" if own.less(other).high < 0 else "does NOT beat"
+                difference = own.less(other)
+                is_better = difference.is_beyond_chance and difference.interval.value < 0
+                verdict = "beats" if is_better else "does NOT beat"
                 notes.append(
                     f"Teacher: its {measure.name} ({own.rate.value:.1%}) {verdict} an untrained "
                     f"network's ({other.rate.value:.1%})."
@@ -126,7 +128,7 @@ def _probe_findings(rows: Sequence[Quality]) -> list[str]:
         alike = [
             f"{first.name} from {second.name}"
             for first, second in combinations(known, 2)
-            if not first.probes[measure.key].less(second.probes[measure.key]).excludes_zero
+            if not first.probes[measure.key].less(second.probes[measure.key]).is_beyond_chance
         ]
         if alike:
             notes.append(f"The {measure.name} does not separate {'; '.join(alike)}.")

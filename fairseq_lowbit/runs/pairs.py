@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fairseq_lowbit.evaluation.intervals import Interval, difference_interval, rate_interval
+from fairseq_lowbit.evaluation.probing.result import Difference
 from fairseq_lowbit.profiling.paper import SOURCE, paper_wer
 from fairseq_lowbit.runs.collection import Entry
 from fairseq_lowbit.runs.columns import PHONE_ERROR, UNKNOWN, WORD_ERROR, Column
@@ -32,8 +33,7 @@ class Pair:
         other: the other way.
         column: of the error rate.
         rates: of both, means over the seeds.
-        difference: the first less the second, on the same recordings.
-        by_seed: the difference of each seed.
+        difference: the first less the second, and that of each seed of training.
         paper: word error rates of both in %; None where the paper has none.
     """
 
@@ -41,19 +41,12 @@ class Pair:
     other: str
     column: Column
     rates: tuple[Interval, Interval]
-    difference: Interval
-    by_seed: tuple[float, ...]
+    difference: Difference
     paper: tuple[float | None, float | None]
-
-    @property
-    def is_beyond_chance(self) -> bool:
-        """The interval, which is about the choice of recordings, excludes zero, and no seed of
-        training says the opposite."""
-        return self.difference.excludes_zero and len(set(np.sign(self.by_seed))) == 1
 
     def cells(self) -> dict[str, str]:
         """By the heads of a table."""
-        first, second, difference = map(self._text, (*self.rates, self.difference))
+        first, second, difference = map(self._text, (*self.rates, self.difference.interval))
         return {
             "precision": self.precision,
             "other way": self.other,
@@ -61,8 +54,10 @@ class Pair:
             "distillation": first,
             "other": second,
             "difference": difference,
-            "by seed": " ".join(f"{self.column.factor * value:+.1f}" for value in self.by_seed),
-            "beyond chance": "yes" if self.is_beyond_chance else "no",
+            "by seed": " ".join(
+                f"{self.column.factor * value:+.1f}" for value in self.difference.by_seed
+            ),
+            "beyond chance": "yes" if self.difference.is_beyond_chance else "no",
             "paper WER": " ".join(
                 UNKNOWN if cell is None else f"{cell:.2f}" for cell in self.paper
             ),
@@ -120,8 +115,10 @@ def _pairs(shared: Sequence[tuple[Entry, Entry]]) -> Iterator[Pair]:
             other=", ".join(part for part in (runs[1].loss, way_of(runs[1])) if part not in _USUAL),
             column=column,
             rates=tuple(rate_interval(each, like.sizes, like.groups) for each in errors),
-            difference=difference_interval(*errors, like.sizes, like.groups),
-            by_seed=tuple(first.less(second).value for first, second in probes),
+            difference=Difference(
+                difference_interval(*errors, like.sizes, like.groups),
+                tuple(first.less(second).interval.value for first, second in probes),
+            ),
             paper=tuple(map(_paper, runs)),
         )
 

@@ -31,8 +31,8 @@ def test_what_is_the_same_in_every_recording_is_beyond_chance() -> None:
     (pair,) = find_pairs(runs[::-1])
     assert (pair.precision, pair.other, pair.paper) == ("bitla_w1a1", "hubert", (15.96, 18.93))
     assert [rate.value for rate in pair.rates] == pytest.approx([0.4, 0.5])
-    assert pair.difference.value == pytest.approx(-0.1)
-    assert pair.is_beyond_chance
+    assert pair.difference.interval.value == pytest.approx(-0.1)
+    assert pair.difference.is_beyond_chance
     # The speakers differ, and the bootstrap knows; what both models have in common cancels.
     rates = "40.0 (36.2 to 43.8) | 50.0 (46.2 to 53.8) | -10.0 (-10.0 to -10.0) | -10.0"
     line = f"| bitla_w1a1 | hubert | phone error % | {rates} | yes | 15.96 18.93 |"
@@ -44,8 +44,8 @@ def test_what_depends_on_the_recording_is_not() -> None:
     errors = [8.0 if index % 8 == 0 else 4.0 for index in range(RECORDINGS)]  # one speaker's
     other.quality.own.probes = {"phone_error": probe(errors)}
     (pair,) = find_pairs([usual, other])
-    assert pair.difference.value < 0
-    assert not pair.is_beyond_chance
+    assert pair.difference.interval.value < 0
+    assert not pair.difference.is_beyond_chance
 
 
 def test_seeds_that_contradict_each_other() -> None:
@@ -53,12 +53,12 @@ def test_seeds_that_contradict_each_other() -> None:
     means = {("distillation", 1): 4.0, ("hubert", 1): 6.0, ("distillation", 2): 5.0}
     runs = [measured(mean, *which) for which, mean in means.items()]
     (pair,) = find_pairs(runs)
-    assert pair.by_seed == pytest.approx([-0.2])  # only one seed has both
+    assert pair.difference.by_seed == pytest.approx([-0.2])  # only one seed has both
     (pair,) = find_pairs([*runs, measured(4.0, "hubert", 2)])
-    assert pair.by_seed == pytest.approx([-0.2, 0.1])
-    assert pair.difference.value == pytest.approx(-0.05)
-    assert pair.difference.excludes_zero
-    assert not pair.is_beyond_chance
+    assert pair.difference.by_seed == pytest.approx([-0.2, 0.1])
+    assert pair.difference.interval.value == pytest.approx(-0.05)
+    assert pair.difference.interval.excludes_zero
+    assert not pair.difference.is_beyond_chance
 
 
 def test_schedules_of_as_many_updates() -> None:

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from fairseq_lowbit.data.audio import SAMPLE_RATE, UnusableAudio, convert_audio
 from fairseq_lowbit.data.manifest import Manifest, read_manifest
 from fairseq_lowbit.data.prepare import MAX_SECONDS, find_audio
-from fairseq_lowbit.data.transcripts import read_transcripts, transcript_path
+from fairseq_lowbit.data.transcripts import read_speakers, read_transcripts
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.probing.tasks import LABELS, LETTERS, SPEAKERS, WORDS, Task
+from fairseq_lowbit.evaluation.probing.tasks import LABELS, LETTERS, WORDS, Task
 from fairseq_lowbit.evaluation.utterances import Utterances, batched, chosen_lines
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ class _DataFolder:
         for name, seconds in self._manifests(split, task):
             manifest = read_manifest(self.data / f"{name}.tsv")
             targets = read_transcripts(manifest, task.extension)
-            speakers = self._speakers(manifest)
+            speakers = read_speakers(manifest)
             lines = [line for line in range(len(manifest)) if targets[line]]
             if name == split:
                 lines = self._without_words(split, manifest, lines)
@@ -201,11 +201,6 @@ class _DataFolder:
         path = self.data / f"words_{split}.tsv"
         words = set(read_manifest(path).names) if path.is_file() else set()
         return [line for line in lines if manifest.names[line] not in words] or lines
-
-    def _speakers(self, manifest: Manifest) -> list[str]:
-        if transcript_path(manifest, SPEAKERS.extension).is_file():
-            return read_transcripts(manifest, SPEAKERS.extension)
-        return manifest.names
 
 
 def read_labelled_folder(source: Path, normalize: bool = False) -> ProbeData:

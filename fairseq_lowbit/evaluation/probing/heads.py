@@ -16,6 +16,8 @@ BLANK = 0
 _CONTEXT = 3
 # Adam's first learning rate, which falls to zero linearly.
 _LEARNING_RATE = {True: 2e-2, False: 1e-2}
+# A head for sequences has many weights and little to learn from: without decay it learns voices.
+_WEIGHT_DECAY = {True: 1.0, False: 0.0}
 _UPDATES = 250
 
 
@@ -57,7 +59,11 @@ class Head(nn.Module):
 
 def train(head: Head, losses: Iterator[Tensor]) -> None:
     """Takes one step of Adam for each of the losses, which are computed as they are asked for."""
-    optimizer = torch.optim.Adam(head.parameters(), _LEARNING_RATE[head.is_sequence])
+    parameters = [
+        {"params": [head.layer_logits, head.bias], "weight_decay": 0.0},
+        {"params": [head.weight], "weight_decay": _WEIGHT_DECAY[head.is_sequence]},
+    ]
+    optimizer = torch.optim.AdamW(parameters, _LEARNING_RATE[head.is_sequence])
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, _UPDATES)
     for loss in losses:
         optimizer.zero_grad()
@@ -66,9 +72,14 @@ def train(head: Head, losses: Iterator[Tensor]) -> None:
         schedule.step()
 
 
-def drawn(batches: int, seed: int) -> Iterator[int]:
-    """The number of the batch of each update: every one of them once, in a random order, then all
-    again in another."""
+def drawn(examples: int, batch: int, seed: int) -> Iterator[np.ndarray]:
+    """The numbers of the examples of each update, [batch] or fewer: every one of them once, in a
+    random order, then all again in another."""
     rng = np.random.default_rng(seed)
-    epochs = -(-_UPDATES // batches)
-    yield from np.concatenate([rng.permutation(batches) for _ in range(epochs)])[:_UPDATES].tolist()
+    order = np.array([], int)
+    batch = min(batch, examples)
+    for _ in range(_UPDATES):
+        if len(order) < batch:
+            order = np.concatenate([order, rng.permutation(examples)])
+        yield order[:batch]
+        order = order[batch:]

@@ -1,6 +1,6 @@
 """Training heads on the frozen features of one model, and counting their errors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from itertools import groupby
 
 import numpy as np
@@ -9,7 +9,7 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 from torch.nn import functional as F
 
-from fairseq_lowbit.evaluation.probing.data import Example, ProbeData, TaskData
+from fairseq_lowbit.evaluation.probing.data import ProbeData, TaskData
 from fairseq_lowbit.evaluation.probing.features import (
     Features,
     Standard,
@@ -22,8 +22,11 @@ from fairseq_lowbit.evaluation.probing.result import Probe
 from fairseq_lowbit.evaluation.probing.tasks import LETTERS, Task
 
 SEEDS = 3
-# Frames in a batch of sequences, padding counted, and recordings in one of labels.
-_BATCH_FRAMES, _BATCH_LABELS = 1000, 64
+# Recordings in a batch.
+_BATCH_SEQUENCES, _BATCH_LABELS = 16, 64
+# Updates before CTC, and frames at either end that are silent in them, 0.1 s.
+_EVEN_UPDATES, _SILENT_FRAMES = 50, 2
+_IGNORED = -100
 
 
 def measure_probes(model: Upstream, data: ProbeData, seeds: int = SEEDS) -> dict[str, Probe]:
@@ -88,14 +91,20 @@ def _fit_sequences(data: TaskData, features: Features, seed: int) -> tuple[list[
     standard = Standard.of(torch.cat([features[e.recording] for e in data.train], -1))
     names = ["", *sorted({unit for example in data.train for unit in units_of(example.target)})]
     number = {name: index for index, name in enumerate(names)}
-    batches = []
-    for examples in _bucketed(data.train, features):
-        rows = [standard(features[example.recording]) for example in examples]
-        targets = [[number[unit] for unit in units_of(example.target)] for example in examples]
-        batches.append((*padded(rows), targets))
+    rows = [standard(features[example.recording]) for example in data.train]
+    targets = [
+        torch.tensor([number[unit] for unit in units_of(example.target)]) for example in data.train
+    ]
     head = Head(standard.mean.shape[:2], len(names), seed, is_sequence=True)
     head.to(standard.mean.device)
-    train(head, (_ctc(head, *batches[index]) for index in drawn(len(batches), seed)))
+
+    def losses() -> Iterator[Tensor]:
+        for update, chosen in enumerate(drawn(len(rows), _BATCH_SEQUENCES, seed)):
+            loss = _even_loss if update < _EVEN_UPDATES else _ctc_loss
+            states, frames = padded([rows[index] for index in chosen])
+            yield loss(head(states), frames, [targets[index] for index in chosen])
+
+    train(head, losses())
     joint = " " if units_of is str.split else ""
     answers = []
     with torch.no_grad():
@@ -106,25 +115,28 @@ def _fit_sequences(data: TaskData, features: Features, seed: int) -> tuple[list[
     return head.layer_weights.tolist(), answers
 
 
-def _ctc(head: Head, states: Tensor, frames: Tensor, targets: list[list[int]]) -> Tensor:
+def _even_loss(scores: Tensor, frames: Tensor, targets: list[Tensor]) -> Tensor:
+    """Cross entropy of a frame if the units of a recording took equal shares of it, with silence at
+    either end.
+
+    CTC from a random start ends in another local optimum with every seed; behind this, it does not.
+    """
+    labels = torch.full(scores.shape[:2], _IGNORED)
+    for column, count, target in zip(labels.T, frames.tolist(), targets, strict=True):
+        edge = min(_SILENT_FRAMES, max(0, count - len(target)) // 2)
+        shares = torch.arange(count - 2 * edge) * len(target) // (count - 2 * edge)
+        column[:count] = F.pad(target[shares], (edge, edge), value=BLANK)
+    return F.nll_loss(
+        scores.flatten(0, 1), labels.flatten().to(scores.device), ignore_index=_IGNORED
+    )
+
+
+def _ctc_loss(scores: Tensor, frames: Tensor, targets: list[Tensor]) -> Tensor:
     """CTC's loss for a unit; a target that is too long for its frames counts nothing."""
     sizes = torch.tensor([len(target) for target in targets])
-    joined = torch.tensor([unit for target in targets for unit in target])
-    loss = F.ctc_loss(
-        head(states), joined.to(states.device), frames, sizes, BLANK, "sum", zero_infinity=True
-    )
+    joined = torch.cat(targets).to(scores.device)
+    loss = F.ctc_loss(scores, joined, frames, sizes, BLANK, "sum", zero_infinity=True)
     return loss / len(joined)
-
-
-def _bucketed(examples: Sequence[Example], features: Features) -> list[list[Example]]:
-    """Batches of recordings of about one length."""
-    batches: list[list[Example]] = []
-    for example in sorted(examples, key=lambda e: features[e.recording].shape[-1]):
-        frames = features[example.recording].shape[-1]
-        if not batches or (len(batches[-1]) + 1) * frames > _BATCH_FRAMES:
-            batches.append([])
-        batches[-1].append(example)
-    return batches
 
 
 def _fit_labels(data: TaskData, features: Features, seed: int) -> tuple[list[float], list[str]]:
@@ -139,13 +151,11 @@ def _fit_labels(data: TaskData, features: Features, seed: int) -> tuple[list[flo
     states = standard(known).movedim(-1, 0)
     labels = labels.to(states.device)
     head = Head(known.shape[:2], len(names), seed, is_sequence=False).to(states.device)
-    order = np.random.default_rng(seed).permutation(len(states))
-    batches = np.array_split(order, -(-len(order) // _BATCH_LABELS))
     train(
         head,
         (
-            F.nll_loss(head(states[batches[index]]), labels[batches[index]])
-            for index in drawn(len(batches), seed)
+            F.nll_loss(head(states[chosen]), labels[chosen])
+            for chosen in drawn(len(states), _BATCH_LABELS, seed)
         ),
     )
     with torch.no_grad():

@@ -11,6 +11,24 @@ from fairseq_lowbit.evaluation.intervals import Interval, difference_interval, r
 
 
 @dataclass(frozen=True)
+class Difference:
+    """An error rate less another one, on the same recordings.
+
+    Attributes:
+        interval: about the choice of recordings, by a paired bootstrap.
+        by_seed: of each seed, which stands for what is random in training.
+    """
+
+    interval: Interval
+    by_seed: tuple[float, ...]
+
+    @property
+    def is_beyond_chance(self) -> bool:
+        """The interval excludes zero, and no seed says the opposite."""
+        return self.interval.excludes_zero and len(set(np.sign(self.by_seed))) == 1
+
+
+@dataclass(frozen=True)
 class Probe:
     """An error rate on unseen recordings, with what it takes to compare it with another model's.
 
@@ -40,15 +58,19 @@ class Probe:
         """Standard deviation of the rate over the seeds: what the heads' start and order do."""
         return float(np.std(self.seed_rates))
 
-    def less(self, other: "Probe") -> Interval:
-        """This error rate less the other's, recording by recording.
+    def less(self, other: "Probe") -> Difference:
+        """This error rate less the other's, recording by recording and seed by seed.
 
         Raises:
-            LowbitError: they were measured on other recordings.
+            LowbitError: they were measured on other recordings, or by another number of heads.
         """
         if (self.sizes, self.groups) != (other.sizes, other.groups):
             raise LowbitError("two probes of different recordings cannot be compared")
-        return difference_interval(self.errors, other.errors, self.sizes, self.groups)
+        if len(self.seed_rates) != len(other.seed_rates):
+            raise LowbitError("two probes with different numbers of seeds cannot be compared")
+        interval = difference_interval(self.errors, other.errors, self.sizes, self.groups)
+        by_seed = np.subtract(self.seed_rates, other.seed_rates)
+        return Difference(interval, tuple(by_seed.tolist()))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Probe":

@@ -6,7 +6,7 @@ from fairseq_lowbit.errors import LowbitError
 
 # Of everything that a rate depends on beside model and data: with another id, rates are not
 # comparable. Raise it with every change to the heads, their training or the choice of recordings.
-PROTOCOL = "probes 1"
+PROTOCOL = "probes 2"
 
 
 @dataclass(frozen=True)
