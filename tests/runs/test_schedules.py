@@ -154,10 +154,10 @@ def test_nothing_to_draw() -> None:
 
 def test_the_spread_of_a_table_is_that_of_seeds() -> None:
     """The teacher has none, though its figure has an interval over recordings."""
-    runs = whole()
+    runs = whole([1])
     for run in runs:
         run.quality.teacher = quality(phone_error=0.3, phone_error_margin=0.05)
-    runs[0].quality.own = quality(phone_error=0.4, phone_error_margin=0.05)
+        run.quality.own = quality(phone_error=0.4, phone_error_margin=0.05)
     *_, figures = schedule_table(read_schedules(runs), [PHONE_ERROR]).columns
     assert [*figures.cells][:2] == ["30.0", "40.0"]
 

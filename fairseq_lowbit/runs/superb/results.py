@@ -53,6 +53,16 @@ class Settings:
         chosen for each model."""
         return " ".join(c for c in self.changed if not c.startswith("optimizer.lr="))
 
+    @property
+    def training(self) -> str:
+        """In words."""
+        if self.updates is None:
+            return "nothing is trained"
+        return (
+            f"learning rate {self.learning_rate:g}, {self.updates} updates of {self.accumulated} x "
+            f"{self.batch_size} utterances"
+        )
+
 
 @dataclass(frozen=True)
 class Result:

@@ -60,7 +60,7 @@ def run_task(order: Order, template: Path, reference: Profile) -> Result:
         return result
     settings = replace(settings, inputs=prepare(order, config, folder))
     begin(order.out, settings)
-    _announce(settings, order.out)
+    print(f"{settings.task}: {settings.training}; kept in {order.out}", flush=True)
     metrics = _Session(order, config, model).metrics()
     cost = profile(model, order.name)
     result = Result(
@@ -89,18 +89,6 @@ def _settings(order: Order, config: DictConfig, changed: tuple[str, ...], versio
         lexicon=order.lexicon,
         s3prl=version,
         inputs="",
-    )
-
-
-def _announce(settings: Settings, out: Path) -> None:
-    if settings.updates is None:
-        print(f"{settings.task}: trains nothing; results in {out}")
-        return
-    print(
-        f"{settings.task}: learning rate {settings.learning_rate:g}, {settings.updates} updates of "
-        f"{settings.accumulated} x {settings.batch_size} utterances; configuration and results in "
-        f"{out}",
-        flush=True,
     )
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from fairseq_lowbit.profiling.paper import SOURCE, SUPERB_FIGURES, SUPERB_SOURCE, TABLE
 from fairseq_lowbit.runs.columns import RUNTIME, STORAGE, UNKNOWN, Column
-from fairseq_lowbit.runs.superb.results import Result, Settings
+from fairseq_lowbit.runs.superb.results import Result
 from fairseq_lowbit.runs.superb.tasks import TASKS
 
 _COSTS = (
@@ -93,22 +93,15 @@ def _notes(results: Sequence[Result]) -> list[str]:
     """How the figures were made, and where the published ones are from."""
     models_of: dict[str, list[str]] = {}
     for result in results:
-        models_of.setdefault(_made(result.settings), []).append(result.name)
+        settings = result.settings
+        made = f"{settings.task}: s3prl {settings.s3prl}, {settings.training}"
+        models_of.setdefault(made, []).append(result.name)
     notes = [f"{made} ({', '.join(names)})." for made, names in models_of.items()]
     if any(result.settings.differences for result in results):
         notes.append(
             f"{_MARK} made with other settings than SUPERB's: published rows are no comparison."
         )
     return [*notes, f"Published: {SOURCE}; {SUPERB_SOURCE}."]
-
-
-def _made(settings: Settings) -> str:
-    if settings.updates is None:
-        return f"{settings.task}: s3prl {settings.s3prl}, nothing is trained"
-    return (
-        f"{settings.task}: s3prl {settings.s3prl}, learning rate {settings.learning_rate:g}, "
-        f"{settings.updates} updates of {settings.accumulated} x {settings.batch_size} utterances"
-    )
 
 
 def text(table: SuperbTable) -> Table:
