@@ -119,10 +119,15 @@ def _fit_sequences(data: TaskData, features: Features, seed: int) -> tuple[list[
 
 
 def _even_loss(scores: Tensor, frames: list[int], targets: list[Tensor]) -> Tensor:
-    """Cross entropy of a frame, [frames, recordings, units] to a number, if the units of a recording took equal shares of it, with silence at
-    either end.
+    """Cross entropy of a frame, if the units of a recording took equal shares of it, with silence
+    at either end.
 
-    CTC from a random start ends in another local optimum with every seed; behind this, it does not.
+    CTC from a random start ends in another local optimum with every seed; behind this, they differ
+    less.
+
+    Args:
+        scores: log probabilities, [frames, recordings, units].
+        frames: valid ones of each recording.
     """
     labels = torch.full(scores.shape[:2], _IGNORED)
     for column, count, target in zip(labels.T, frames, targets, strict=True):
