@@ -8,7 +8,17 @@ from rich.table import Table
 _LOG_WIDTH = 150
 
 
-def print_table(table: Table) -> None:
-    """As wide as the terminal; in a log wide enough that nothing is cut."""
+def print_table(table: Table, wide: bool = False) -> None:
+    """As wide as the terminal; in a log wide enough that nothing is cut.
+
+    Args:
+        wide: at least as wide as in a log. A narrower terminal breaks the lines, where names and
+            digits would be cut off otherwise.
+    """
     # Names and patterns have brackets of their own, which are no markup.
-    Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, markup=False).print(table)
+    console = Console(markup=False)
+    if not sys.stdout.isatty():
+        console.width = _LOG_WIDTH
+    elif wide:
+        console.width = max(console.width, _LOG_WIDTH)
+    console.print(table)

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# Word errors at toy scale: a float recognizer, trained with CTC on a text read aloud, and the same
-# recognizer at 4, 2 and 1 bits, trained on from it. `recipes/demo.sh --asr` is this recipe.
+# Word errors at toy scale: a float recognizer is trained with CTC on a text read aloud. From it, one
+# each in float, at 4, 2 and 1 bits trains on, all alike for as many updates: these are compared.
+# `recipes/demo.sh --asr` is this recipe.
 #
 #   bash recipes/asr.sh                     30 minutes after installation, on 2 CPU cores
 #   bash recipes/asr.sh --minutes 120       longer training on more speech, better models
 #   bash recipes/asr.sh --text FILE         your own sentences, one a line, instead of the King
-#                                           James Bible (kjv)
+#                                           James Bible (kjv); no training hears one longer than
+#                                           7.5 s
+#   bash recipes/asr.sh --teacher CKPT      the float recognizer starts from this pre-trained model
+#                                           instead of random weights
 #   bash recipes/asr.sh --work DIR          where everything goes (default exp/asr_<minutes>min)
 #
 # Voices and sentences of the test are heard by no training. Interrupted, the same command goes on
@@ -15,18 +19,21 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 minutes=30 text=kjv work="" audio="" teacher="" data=""
-options "minutes text work" "$@"
+options "minutes text work teacher" "$@"
 : "${work:=$repo/exp/asr_${minutes}min}"
 [[ "$text" == kjv || -f "$text" ]] || die "--text $text: give kjv, or a file with one sentence a line"
 [[ "$text" == kjv ]] || text="$(absolute "$text")"
+[[ -z "$teacher" || -f "$teacher" ]] || die "--teacher $teacher: there is no such checkpoint"
+origin=(model=fastconv_tiny task.init_from=null)
+[[ -z "$teacher" ]] || origin=("task.init_from=$(absolute "$teacher")")
 # shellcheck source=recipes/toy.sh
 source "$repo/recipes/toy.sh"
-precisions=(w4a4 w2a2 w1a1)
+rows=(fp w4a4 w2a2 w1a1)
 
 # Two processes, each with half of run=demo_asr's batch, for the reason that toy.sh has for teachers.
-processes=()
+half_batch=120000 processes=()
 ((${#teachers[@]} == 0)) ||
-    processes=(distributed_training.distributed_world_size=2 dataset.max_tokens=320000)
+    processes=(distributed_training.distributed_world_size=2 "dataset.max_tokens=$half_batch")
 
 # Twice as much speech as time: so every sentence is heard several times.
 read_text() { fairseq-lowbit synthesize "$data" --text "$text" --minutes "$((2 * minutes))"; }
@@ -36,62 +43,62 @@ recognize() {
     local name="$1" run="$2"
     shift 2
     OMP_NUM_THREADS="$half" train "$name" "$work/$name.log" "$run" --config-name asr_ctc \
-        run=demo_asr "task.data=$data" "$@"
+        run=demo_asr "task.data=$data" task.freeze=none "task.max_sample_size=$half_batch" "$@"
 }
 
-# float RUN OVERRIDES...: from random weights.
-float() {
+# start RUN OVERRIDES...: what all rows of the table train on from.
+start() {
     local run="$1"
     shift
-    recognize fp "$run" model=fastconv_tiny quant=float task.init_from=null task.freeze=none \
-        "${processes[@]}" "$@"
+    recognize start "$run" quant=float "${origin[@]}" "${processes[@]}" "$@"
 }
 
-speed_of_float() {
+speed_of_start() {
     local begin="$SECONDS"
-    float "$work/speed/fp" "${trial[@]}" >/dev/null
+    start "$work/speed/start" "${trial[@]}" >/dev/null
     trial_seconds="$((SECONDS - begin))"
     echo "$trial_seconds" >"$work/trial.seconds"
-    plan_updates fp "$1"
+    plan_updates start "$1"
 }
 
 # shellcheck disable=SC2046 # settings, one a word
-learn_float() { float "$work/fp" $(<"$work/fp.plan"); }
+learn_start() { start "$work/start" $(<"$work/start.plan"); }
 
-# quantized PRECISION RUN OVERRIDES...: from the float recognizer.
-quantized() {
-    local precision="$1" run="$2"
+# train_on ROW RUN OVERRIDES...: with masks, as what is heard again and again is learned by heart.
+train_on() {
+    local row="$1" run="$2" quant="bitla_$1"
     shift 2
-    recognize "$precision" "$run" "quant=bitla_$precision" \
-        "task.init_from=$work/fp/checkpoints/checkpoint_last.pt" "$@"
+    [[ "$row" != fp ]] || quant=float
+    recognize "$row" "$run" "quant=$quant" model.mask_prob=0.25 model.mask_length=5 \
+        "task.init_from=$work/start/checkpoints/checkpoint_last.pt" "$@"
 }
 
 all_at_once() {
-    at_once "${#precisions[@]}" "$1" "${precisions[@]}"
+    at_once "${#rows[@]}" "$1" "${rows[@]}"
     ((${#failed[@]} == 0)) || die "a training failed, see above"
 }
 
-speed_of() { quantized "$1" "$work/speed/$1" "${trial[@]}" >/dev/null; }
+speed_of() { train_on "$1" "$work/speed/$1" "${trial[@]}" >/dev/null; }
 
 # All at once, as they will train; then each makes as many updates as the slowest can, however long
 # that takes in the end: they are to be compared.
-speed_of_quantized() {
+speed_of_rows() {
     all_at_once speed_of
-    local precision
-    for precision in "${precisions[@]}"; do plan_updates "$precision" "$1"; done
-    for precision in "${precisions[@]}"; do cat "$work/$precision.plan"; done |
-        cut -d " " -f 1 | sort -t = -k 2 -n | head -n 1 >"$work/quantized.plan"
-    log "every quantized recognizer: $(<"$work/quantized.plan")"
+    local row
+    for row in "${rows[@]}"; do plan_updates "$row" "$1"; done
+    for row in "${rows[@]}"; do cat "$work/$row.plan"; done |
+        cut -d " " -f 1 | sort -t = -k 2 -n | head -n 1 >"$work/rows.plan"
+    log "every row: $(<"$work/rows.plan")"
 }
 
 # shellcheck disable=SC2046 # settings, one a word
-learn() { quantized "$1" "$work/$1" $(<"$work/quantized.plan"); }
+learn() { train_on "$1" "$work/$1" $(<"$work/rows.plan"); }
 
 # compare FOLDER OPTIONS...
 compare() {
-    local precision models=("FP=$work/fp/checkpoints/checkpoint_last.pt")
-    for precision in "${precisions[@]}"; do
-        models+=("${precision^^}=$work/$precision/checkpoints/checkpoint_last.pt")
+    local row models=()
+    for row in "${rows[@]}"; do
+        models+=("${row^^}=$work/$row/checkpoints/checkpoint_last.pt")
     done
     OMP_NUM_THREADS="$cores" fairseq-lowbit wer "${models[@]}" --data "$data" --out "$@"
 }
@@ -101,17 +108,17 @@ compare_with_lm() {
     compare "$work/lm" --lm "$work/lm.arpa"
 }
 
-# What does not train takes, in units of the float trial: 3 the trial of the quantized ones, 1 each
-# start of a training (theirs at once), 2 each comparison.
+# What does not train takes, in units of the start's trial: 4 the trial of the rows, 2 each start of a
+# training (of four at once), 2 each comparison.
 left="minutes * 60 - SECONDS"
 
 log "recognition in $minutes minutes on $cores cores in $work; a rehearsal at toy scale"
 stage corpus read_text
-stage float_speed speed_of_float "($left - 9 * trial_seconds) * 6 / 10"
+stage start_speed speed_of_start "($left - 11 * trial_seconds) * 6 / 10"
 trial_seconds="$(<"$work/trial.seconds")"
-stage float learn_float
-stage quantized_speed speed_of_quantized "$left - 5 * trial_seconds"
-stage quantized all_at_once learn
+stage start learn_start
+stage rows_speed speed_of_rows "$left - 6 * trial_seconds"
+stage rows all_at_once learn
 log "compare on held-out voices and sentences"
 compare "$work"
 log "the same, decoded with a language model of the training sentences"

@@ -187,10 +187,11 @@ make_row() { if ((stages_of[$1])); then train_row "$1"; else calibrate_row "$1";
 finish_row() { stage "row_$1" make_row "$1"; }
 
 # What does not train, in seconds: corpus, labels and measuring speed; of every row and every stage
-# on one core start, calibration and validation, and the measurement, which takes all cores.
+# on one core start, calibration and validation, and the measurement, one after the other, which
+# mostly trains probes.
 models=0
 for name in "${names[@]}"; do models="$((models + (stages_of[$name] ? stages_of[$name] : 1)))"; done
-overhead="$((90 + models * 15 / nj + models * 10))"
+overhead="$((90 + models * 15 / nj + models * 25))"
 training_seconds="$((minutes * 60 > overhead ? minutes * 60 - overhead : 0))"
 teacher_seconds="$((training_seconds * 3 / 10))"
 [[ -z "$is_given" ]] || teacher_seconds=0

@@ -494,6 +494,7 @@ def test_librispeech_at_tiny_size_from_a_hubert(archives: Path, tmp_path: Path) 
     ("recipe", "arguments", "message"),
     [
         ("asr.sh", ["--text", "nowhere"], "--text nowhere: give kjv, or a file with one sentence"),
+        ("asr.sh", ["--teacher", "gone.pt"], "--teacher gone.pt: there is no such checkpoint"),
         ("asr.sh", ["--minutes", "two"], "--minutes two: give a whole number from 3"),
         ("demo.sh", ["--asr", "--minutes", "2"], "--minutes 2: give a whole number from 3"),
         ("demo.sh", ["--asr", "--audio", "."], "--asr reads a text aloud and takes no --audio"),

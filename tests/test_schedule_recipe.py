@@ -77,13 +77,13 @@ def test_a_figure_with_a_gap_that_is_filled(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stdout + again.stderr
     assert {path: path.stat().st_mtime_ns for path in trained} == trained
     found = points(work)
+    del found["teacher", "float"]  # which is not compared with itself
     assert all(point["mean"] for point in found.values())
     updates = {way: [] for way, _ in found}
     for (way, _), point in found.items():
         updates[way].append(point["updates"])
     path = "w8a8 > w4a4 > w2a2 > w1a1"
     assert updates == {
-        "teacher": [""],
         "one step": ["8"] * 4,
         f"{path} (original)": ["2", "4", "6", "8"],
         f"{path} (previous)": ["2", "4", "6", "8"],

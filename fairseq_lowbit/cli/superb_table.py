@@ -12,7 +12,7 @@ HELP = "results of SUPERB's tasks as a table, with storage, runtime and publishe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "Results of a task that were made with other batches or updates are refused."
+    parser.epilog = "Results of a task by different settings or vocabularies are refused."
     parser.add_argument(
         "places", nargs="+", metavar="DIR", type=Path, help="of results of superb, or above them"
     )

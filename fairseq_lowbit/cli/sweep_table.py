@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         was_interrupted = True
     groups, columns = model_records(entries, args.sort), run_columns(args.paper)
-    print_table(run_table(groups, columns))
+    print_table(run_table(groups, columns), wide=True)
     print(legend(columns))
     pairs = find_pairs(entries)
     if pairs:

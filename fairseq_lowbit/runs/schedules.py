@@ -242,19 +242,19 @@ def schedule_table(schedules: Schedules, columns: Sequence[Column]) -> Table:
     for head in ("curve", "precision", "updates", "seeds", *(column.head for column in columns)):
         justify = "left" if head in ("curve", "precision") else "right"
         table.add_column(head, justify=justify, overflow="fold")
-    teacher = (column.text(schedules.teacher) for column in columns)
+    # Without the interval of its recordings: the spreads here are those of seeds.
+    teacher = (_text(column.value(schedules.teacher), None, column) for column in columns)
     table.add_row("teacher", "float", UNKNOWN, UNKNOWN, *teacher)
     for curve in schedules.curves:
         table.add_section()
         for point in curve.points:
             updates = UNKNOWN if point.updates is None else str(point.updates)
-            cells = (_text(point, column) for column in columns)
+            cells = (_text(point.mean(column), point.spread(column), column) for column in columns)
             table.add_row(curve.name, point.bits, updates, str(len(point.measured)), *cells)
     return table
 
 
-def _text(point: Point, column: Column) -> str:
-    value, spread = point.mean(column), point.spread(column)
+def _text(value: float | None, spread: float | None, column: Column) -> str:
     if value is None:
         return UNKNOWN
     text = f"{value:.{column.digits}f}"

@@ -1,5 +1,6 @@
 """Our upstream in s3prl: what s3prl itself checks of one, and that the model stays what it is."""
 
+import importlib
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -257,6 +258,21 @@ def test_what_a_missing_torchaudio_had_is_refused_when_it_is_called(
             LowbitError, match=r"torchaudio\.compliance\.kaldi\.fbank, which is not"
         ):
             kaldi.fbank(waveform)
+
+
+def test_every_loader_of_the_task_ctc_has_the_workers_that_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first one takes the number out of the configuration, and s3prl's default is 12."""
+    from fairseq_lowbit.interop.s3prl.downstream import keep_workers
+
+    with compat.stand_ins():
+        data = importlib.import_module("s3prl.downstream.ctc.data")
+    monkeypatch.setattr(data, "create_dataset", lambda *args, **corpus: ([0], 1))
+    monkeypatch.setattr(data, "load_dataset", data.load_dataset)
+    keep_workers()
+    corpus = {"num_workers": 2}
+    assert [data.load_dataset("dev", None, corpus).num_workers for _ in "ab"] == [2, 2]
 
 
 def test_a_missing_module_of_a_task_is_named() -> None:

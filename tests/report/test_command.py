@@ -94,17 +94,20 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_results_of_superb_are_a_table_of_the_page(
     report: Callable, save: Callable, tmp_path: Path
 ) -> None:
-    settings = Settings("ks", "/w2a2.pt", "/ks", 1e-4, 200000, 32, 1, (), "0.4.18")
+    settings = Settings("ks", "/w2a2.pt", "/ks", 1e-4, 200000, 32, 1, (), None, "0.4.18", "")
     folder = tmp_path / "superb/w2a2/ks"
     folder.mkdir(parents=True)
-    write_result(Result("w2a2", settings, {"ks_accuracy": 0.95}, 35.8, 0.15, 60, folder))
+    write_result(Result("w2a2", settings, {"ks_accuracy": 0.95}, 35.8, 0.15, folder))
     model = save("student", calibrated("bitla_w2a2"))
     page = report(model, "--superb", tmp_path / "superb", *QUICK).page
     heads, *rows = page.tables[1]
     assert heads == ["model", "storage MB", "runtime est.", "KS acc. %"]
     assert rows[0] == ["w2a2", "35.80", "0.150", "95.00"]
     assert ["DPHuBERT (published)", "47.18", "–", "96.36"] in rows
-    assert "ks: learning rate 0.0001, 200000 updates of 1 x 32 utterances (w2a2)." in page.text
+    assert (
+        "ks: s3prl 0.4.18, learning rate 0.0001, 200000 updates of 1 x 32 utterances (w2a2)."
+        in page.text
+    )
 
 
 def test_sources_that_are_not_well(

@@ -11,9 +11,9 @@ from fairseq_lowbit.cli.main import main
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import Hubert, LoadedModel
 from fairseq_lowbit.runs.collection import Entry
-from fairseq_lowbit.runs.columns import SNR
+from fairseq_lowbit.runs.columns import PHONE_ERROR, SNR
 from fairseq_lowbit.runs.run import PlannedStage, Run, read_run
-from fairseq_lowbit.runs.schedules import check_comparable, read_schedules
+from fairseq_lowbit.runs.schedules import check_comparable, read_schedules, schedule_table
 from tests.evaluation.conftest import calibrated
 
 BITS = ("w8a8", "w2a2", "w1a1")
@@ -150,6 +150,16 @@ def test_nothing_to_draw() -> None:
         check_comparable([Entry("gone", problem="none")])
     with pytest.raises(LowbitError, match="w1a1_1_of_0: no checkpoint, 0 of 60 updates"):
         read_schedules([entry("w1a1", None, updates=None, is_finished=False)])
+
+
+def test_the_spread_of_a_table_is_that_of_seeds() -> None:
+    """The teacher has none, though its figure has an interval over recordings."""
+    runs = whole()
+    for run in runs:
+        run.quality.teacher = quality(phone_error=0.3, phone_error_margin=0.05)
+    runs[0].quality.own = quality(phone_error=0.4, phone_error_margin=0.05)
+    *_, figures = schedule_table(read_schedules(runs), [PHONE_ERROR]).columns
+    assert [*figures.cells][:2] == ["30.0", "40.0"]
 
 
 def test_a_stage_is_compared_with_the_teacher_of_its_run(

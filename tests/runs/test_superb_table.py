@@ -17,7 +17,7 @@ from fairseq_lowbit.runs.superb.results import (
     write_result,
 )
 
-KS = Settings("ks", "/w1a1.pt", "/ks", 0.0001, 200000, 32, 1, (), "0.4.18")
+KS = Settings("ks", "/w1a1.pt", "/ks", 0.0001, 200000, 32, 1, (), None, "0.4.18", "")
 ASR = replace(KS, task="asr", data="/ls")
 
 
@@ -27,7 +27,7 @@ def put(
     key = {"ks": "ks_accuracy", "asr": "asr_wer"}[settings.task]
     place = folder / name / settings.task
     place.mkdir(parents=True)
-    result = Result(name, settings, {key: figure}, storage, 0.123, 60.0, place)
+    result = Result(name, settings, {key: figure}, storage, 0.123, place)
     write_result(result)
     return result
 
@@ -54,7 +54,10 @@ def test_models_stand_beside_published_ones(
     places = [str(tmp_path), "--csv", str(tmp_path / "t.csv"), "--markdown", str(tmp_path / "t.md")]
     assert main.main(["superb-table", *places]) == 0
     printed = capsys.readouterr().out
-    assert "ks: learning rate 0.001, 200000 updates of 1 x 32 utterances (fp)." in printed
+    assert (
+        "ks: s3prl 0.4.18, learning rate 0.001, 200000 updates of 1 x 32 utterances (fp)."
+        in printed
+    )
     written = lines_of((tmp_path / "t.md").read_text())
     assert written["model"] == ["storage MB", "runtime est.", "ASR WER %", "KS acc. %"]
     assert written["fp"] == ["184.00", "0.123", "–", "96.00"]
@@ -80,9 +83,20 @@ def test_rehearsals_are_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_results_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     first = put(tmp_path, "fp")
     second = put(tmp_path, "w1a1", replace(KS, updates=20, changed=("runner.total_steps=20",)))
-    expected = "are of different protocols: ks with updates 20 and with 200000 cannot stand in one"
+    expected = (
+        "are of different protocols: ks with runner.total_steps=20 and with SUPERB's own settings "
+        "cannot stand in one table"
+    )
     with pytest.raises(LowbitError, match=expected):
         collect_results([first.folder, second.folder])
+    other = put(tmp_path, "w2a2", replace(KS, inputs="0a1b"))
+    with pytest.raises(
+        LowbitError, match=r"ks with vocabularies or lists of /ks \(0a1b\) and with"
+    ):
+        collect_results([first.folder, other.folder])
+    renamed = put(tmp_path / "other", "fp", replace(ASR, model="/w2a2.pt"), 16.5)
+    with pytest.raises(LowbitError, match="are of different models that are both named fp: /w1a1"):
+        collect_results([first.folder, renamed.folder])
     put(tmp_path / "again", "fp")
     with pytest.raises(LowbitError, match="are both ks of fp: name one"):
         collect_results([tmp_path / "fp", tmp_path / "again"])

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from omegaconf import OmegaConf
 
 from fairseq_lowbit.cli import main
 from fairseq_lowbit.configurations import config_dir
+from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.runs.superb.preparation import Order, configure, prepare
 from fairseq_lowbit.runs.superb.tasks import TASKS, Task
 from tests.runs import superb_corpora as corpora
 
@@ -23,23 +26,34 @@ SMALL = (
 RECIPE = Path(__file__).parents[2] / "recipes" / "superb.sh"
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    corpora.write_checkpoint(path)
+    return path
+
+
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("S3PRL_ROOT", raising=False)
-    corpora.write_checkpoint(tmp_path / "model.pt")
+    shutil.copy(checkpoint, tmp_path / "model.pt")
     return tmp_path
 
 
 def superb(folder: Path, task: str, *options: str, updates: int = 4) -> dict:
     """The result of a task, which a process of its own runs: s3prl changes it for good."""
-    command = [sys.executable, "-m", "fairseq_lowbit.cli.main", "superb", task, "model.pt"]
-    command += ["--data", "data", "--out", task, "--workers", "0", "--device", "cpu", *options]
+    command = [sys.executable, "-m", "fairseq_lowbit.cli.main", *arguments(task, *options)]
     if task != "qbe":
         command += ["--updates", str(updates), "--batch", "2"]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads((folder / task / "result.json").read_text())
+
+
+def arguments(task: str, *options: str) -> list[str]:
+    where = ["superb", task, "model.pt", "--data", "data", "--out", task]
+    return [*where, "--workers", "0", "--device", "cpu", *options]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -61,25 +75,33 @@ def test_every_task_has_its_configuration(task: Task) -> None:
     assert (OmegaConf.select(config, "optimizer.lr") is not None) == task.is_trained
 
 
-def test_keyword_spotting_by_the_command_of_the_recipe(folder: Path) -> None:
+def test_keyword_spotting_by_the_command_of_the_recipe(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("s3prl")
     corpora.write_commands(folder / "data")
-    result = superb(folder, "ks", "--lr", "0.03", "--name", "w2a2", updates=20)
+    options = ("--lr", "0.03", "--name", "w2a2")
+    result = superb(folder, "ks", *options, updates=20)
     assert result["metrics"]["ks_accuracy"] > 0.7
     assert result["settings"]["learning_rate"] == 0.03
     kept = OmegaConf.load(folder / "ks/config.yaml")
     assert kept.optimizer.lr == 0.03
     assert kept.runner.total_steps == 20
     # Finished, it is not run again.
+    again = arguments("ks", *options, "--updates", "20", "--batch", "2")
     (folder / "ks/log.txt").unlink()
-    assert superb(folder, "ks", "--lr", "0.03", "--name", "w2a2", updates=20) == result
+    assert main.main(again) == 0
+    assert "w2a2: KS " in capsys.readouterr().out
     assert not (folder / "ks/log.txt").exists()
+    assert main.main([*again, "--set=runner.eval_step=4"]) == 2
+    printed = capsys.readouterr().err
+    assert "ks was begun with changed ('downstream_expert.datarc.batch_size=2'," in printed
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("task", ["pr", "asr", "ks"])
 def test_a_task_goes_on_where_it_stopped(task: str, folder: Path) -> None:
-    """After half of the updates and an interrupted write, it ends as it does without a stop."""
+    """Whose last checkpoint is cut off: it trains on from the one before and is tested."""
     if task == "ks":
         corpora.write_commands(folder / "data")
     else:
@@ -178,6 +200,21 @@ def test_words_phones_and_letters_are_checked(
     assert "13-7.trans.txt: there is no line for 13-7-0000" in printed
 
 
+def test_other_phones_are_other_inputs(folder: Path) -> None:
+    """Whose figures do not stand in one column."""
+    corpora.write_librispeech(folder / "data")
+    lexicon, template = folder / "lexicon.txt", config_dir() / "superb/pr.yaml"
+    order = Order(
+        TASKS["pr"], "model.pt", "w2a2", folder / "data", folder / "out", (), str(lexicon), 0, "cpu"
+    )
+    digests = []
+    for text in (corpora.LEXICON, corpora.LEXICON.replace("UW", "OO"), corpora.LEXICON):
+        lexicon.write_text(text)
+        config, _ = configure(order, template)
+        digests.append(prepare(order, config, folder))
+    assert digests[0] == digests[2] != digests[1]
+
+
 def test_a_folder_keeps_its_settings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("s3prl")
     corpora.write_commands(folder / "data")
@@ -190,7 +227,9 @@ def test_a_folder_keeps_its_settings(folder: Path, capsys: pytest.CaptureFixture
         "batch_size": 32,
         "accumulated": 1,
         "changed": [],
+        "lexicon": None,
         "s3prl": "0.4.18",
+        "inputs": "",
     }
     (folder / "out").mkdir()
     (folder / "out/begun.json").write_text(json.dumps(begun))
@@ -208,20 +247,24 @@ def test_a_root_of_s3prl_has_to_be_one(
     assert f"S3PRL_ROOT={folder} is not the repository of s3prl" in printed
 
 
-def test_an_unknown_version_of_s3prl_is_refused(folder: Path) -> None:
+def test_an_unknown_version_of_s3prl_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("s3prl")
+    from fairseq_lowbit.interop.s3prl.compat import find_s3prl
+
     package = folder / "s3prl"
     package.mkdir()
     for name in ("__init__.py", "hub.py"):
         (package / name).touch()
     (package / "version.txt").write_text("0.5.0\n")
-    command = [sys.executable, "-m", "fairseq_lowbit.cli.main", "superb", "ks", "model.pt"]
-    environment = {**os.environ, "S3PRL_ROOT": str(folder)}
-    run = subprocess.run(
-        [*command, "--data", ".", "--out", "out"],
-        cwd=folder, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 2
-    assert "is s3prl 0.5.0, which is not known to work: pip install" in run.stderr
+    monkeypatch.setenv("S3PRL_ROOT", str(folder))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "s3prl", raising=False)
+    with pytest.raises(
+        LowbitError, match=r"is s3prl 0\.5\.0, which is not known to work: pip inst"
+    ):
+        find_s3prl()
 
 
 def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:

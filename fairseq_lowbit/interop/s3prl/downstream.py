@@ -47,9 +47,18 @@ def run_downstream(arguments: Sequence[str], lists: Path | None = None) -> None:
     with stand_ins(), missing_modules_named():
         from s3prl.run_downstream import main
 
+        keep_workers()
         if lists is not None:
             _keep_lists(lists)
         main()
+
+
+def keep_workers() -> None:
+    """Of the task ``ctc``: its first loader takes the number of workers out of the configuration,
+    and the others would start 12 each."""
+    data = importlib.import_module("s3prl.downstream.ctc.data")
+    load = data.load_dataset
+    data.load_dataset = lambda split, tokenizer, corpus: load(split, tokenizer, dict(corpus))
 
 
 def _keep_lists(folder: Path) -> None:

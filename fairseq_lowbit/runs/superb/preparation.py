@@ -1,10 +1,12 @@
 """Before hours are spent: what a task needs is there, and what it reads is written."""
 
+import hashlib
 import importlib.util
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -87,36 +89,67 @@ def _check_verification() -> None:
         raise LowbitError("task asv needs a GPU: s3prl's code for it runs nowhere else")
 
 
-def configure(order: Order, template: Path, s3prl: Path) -> DictConfig:
-    """The configuration of a task, with all that it names written below ``order.out``.
+def configure(order: Order, template: Path) -> tuple[DictConfig, tuple[str, ...]]:
+    """The configuration of a task, and what of it is not SUPERB's, as KEY=VALUE in order.
 
     Args:
         template: of ``config/superb``.
-        s3prl: folder of its package.
 
     Raises:
-        LowbitError: a change of a key that is not there; a corpus of another layout; something that
-            only s3prl's repository has, without it.
+        LowbitError: a change of a key that is not there; a corpus of another layout.
     """
-    config = OmegaConf.load(template)
+    config, usual = OmegaConf.load(template), OmegaConf.load(template)
+    changed = {}
     for change in order.changes:
-        _change(config, change)
+        key = _change(config, change)
+        value = OmegaConf.select(config, key)
+        changed[key] = None if value == OmegaConf.select(usual, key) else f"{key}={value}"
     _fit_intervals(config)
     OmegaConf.update(config, order.task.workers, order.workers)
     for path in order.task.paths:
         OmegaConf.update(config, path.key, str(_find(path, order)))
+    return config, tuple(sorted(filter(None, changed.values())))
+
+
+def prepare(order: Order, config: DictConfig, s3prl: Path) -> str:
+    """Writes what a task reads beside its corpus below ``order.out``, and names it in ``config``.
+
+    Args:
+        s3prl: folder of its package.
+
+    Returns:
+        A digest of all files that ``config`` names, such as vocabularies and lexica.
+
+    Raises:
+        LowbitError: a corpus that does not fit; something that only s3prl's repository has, without
+            it.
+    """
     if order.task.name in _PREPARATIONS:
         order.out.mkdir(parents=True, exist_ok=True)
         _PREPARATIONS[order.task.name](order, config, s3prl)
-    return config
+    digest = hashlib.sha256()
+    for file in _named_files(OmegaConf.to_container(config)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
-def _change(config: DictConfig, change: str) -> None:
+def _named_files(value: Any) -> Iterator[Path]:
+    """Files whose absolute paths are anywhere in a configuration."""
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _named_files(part)
+    elif isinstance(value, str) and Path(value).is_absolute() and Path(value).is_file():
+        yield Path(value)
+
+
+def _change(config: DictConfig, change: str) -> str:
+    """Changes a value, and returns its key."""
     key, separator, value = change.partition("=")
     missing = object()
     if not separator or OmegaConf.select(config, key, default=missing) is missing:
         raise LowbitError(f"{change}: the task's configuration has no such KEY=VALUE to change")
     OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={value}"]).value)
+    return key
 
 
 def _fit_intervals(config: DictConfig) -> None:

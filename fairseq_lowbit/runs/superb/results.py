@@ -17,8 +17,7 @@ PROTOCOL = "SUPERB by config/superb, 1"
 
 @dataclass(frozen=True)
 class Settings:
-    """What a result depends on besides the model. Results of a task can be compared if their
-    batches and updates are the same: SUPERB lets the learning rate be chosen for each model.
+    """What a result depends on besides the model.
 
     Attributes:
         task: its short name.
@@ -27,8 +26,11 @@ class Settings:
         learning_rate, updates: None for a task that trains nothing.
         batch_size: utterances.
         accumulated: batches to an update.
-        changed: settings of ``config/superb`` that were given other values, as KEY=VALUE.
+        changed: settings of ``config/superb`` that were given other values, as KEY=VALUE in order.
+        lexicon: as it was asked for.
         s3prl: its version.
+        inputs: a digest of the files that the configuration names, such as vocabularies and lexica.
+            "" before they are written.
         protocol: see :data:`PROTOCOL`.
     """
 
@@ -40,17 +42,16 @@ class Settings:
     batch_size: int
     accumulated: int
     changed: tuple[str, ...]
+    lexicon: str | None
     s3prl: str
+    inputs: str
     protocol: str = PROTOCOL
 
     @property
-    def comparable(self) -> dict[str, Any]:
-        """What has to be equal for figures to stand in one column."""
-        length = {"updates": self.updates, "batch_size": self.batch_size * self.accumulated}
-        others = [
-            change for change in self.changed if not change.startswith(("optimizer.lr=", "runner."))
-        ]
-        return {"protocol": self.protocol, **length, "changed": tuple(sorted(others))}
+    def differences(self) -> str:
+        """From SUPERB's settings: "" for none, or for the learning rate alone, which SUPERB lets be
+        chosen for each model."""
+        return " ".join(c for c in self.changed if not c.startswith("optimizer.lr="))
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,6 @@ class Result:
         metrics: key of a metric's column -> figure as s3prl prints it.
         storage_mb: of the model, 1e6 bytes.
         runtime: estimated, relative to float HuBERT-FastConv.
-        seconds: that the task took, without what an interrupted start took.
         folder: where it was read from.
     """
 
@@ -72,7 +72,6 @@ class Result:
     metrics: dict[str, float]
     storage_mb: float
     runtime: float
-    seconds: float
     folder: Path
 
 
@@ -107,11 +106,22 @@ def read_settings(content: dict[str, Any]) -> Settings:
     return Settings(**{**content, "changed": tuple(content["changed"])})
 
 
-def check_same_settings(folder: Path, settings: Settings) -> None:
-    """Keeps the settings that a folder was begun with, which later starts have to have as well.
+def check_same_settings(folder: Path, before: Settings, now: Settings) -> None:
+    """Raises LowbitError for the first that differs from those that ``folder`` was begun with."""
+    for field in fields(Settings):
+        was, wanted = getattr(before, field.name), getattr(now, field.name)
+        if was != wanted:
+            raise LowbitError(
+                f"{folder} was begun with {field.name} {was}, not {wanted}: take another --out, or "
+                "remove it"
+            )
+
+
+def begin(folder: Path, settings: Settings) -> None:
+    """Keeps the settings that a folder is begun with, which later starts have to have as well.
 
     Raises:
-        LowbitError: the first that differs.
+        LowbitError: see :func:`check_same_settings`; they are damaged.
     """
     path = folder / BEGUN
     if path.exists():
@@ -119,13 +129,7 @@ def check_same_settings(folder: Path, settings: Settings) -> None:
             before = read_settings(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError, KeyError) as error:
             raise LowbitError(f"{path} is damaged ({error}): remove {folder}") from error
-        for field in fields(Settings):
-            was, wanted = getattr(before, field.name), getattr(settings, field.name)
-            if was != wanted:
-                raise LowbitError(
-                    f"{folder} was begun with {field.name} {was}, not {wanted}: take another "
-                    "--out, or remove it"
-                )
+        check_same_settings(folder, before, settings)
     check_writable(path)
     with atomic_write(path) as file:
         json.dump(asdict(settings), file, indent=1)
@@ -150,20 +154,35 @@ def collect_results(places: Iterable[Path]) -> list[Result]:
 
 def _check_comparable(results: Sequence[Result]) -> None:
     first_of: dict[str, Result] = {}
+    models: dict[str, Result] = {}
     known: dict[tuple[str, str], Result] = {}
     for result in results:
-        task = result.settings.task
-        other = known.setdefault((task, result.name), result)
+        settings = result.settings
+        other = known.setdefault((settings.task, result.name), result)
         if other is not result:
             raise LowbitError(
-                f"{other.folder} and {result.folder} are both {task} of {result.name}: name "
-                "one, or give the models other names"
+                f"{other.folder} and {result.folder} are both {settings.task} of {result.name}: "
+                "name one, or give the models other names"
             )
-        first = first_of.setdefault(task, result)
-        for key, value in first.settings.comparable.items():
-            found = result.settings.comparable[key]
-            if found != value:
-                raise LowbitError(
-                    f"{result.folder} and {first.folder} are of different protocols: {task} with "
-                    f"{key} {found} and with {value} cannot stand in one table"
-                )
+        other = models.setdefault(result.name, result)
+        if other.settings.model != settings.model:
+            raise LowbitError(
+                f"{other.folder} and {result.folder} are of different models that are both named "
+                f"{result.name}: {other.settings.model} and {settings.model}"
+            )
+        _check_same_task(first_of.setdefault(settings.task, result), result)
+
+
+def _check_same_task(first: Result, other: Result) -> None:
+    """Their figures stand in one column."""
+    one, two = first.settings, other.settings
+    if one.differences != two.differences:
+        found, wanted = (s.differences or "SUPERB's own settings" for s in (two, one))
+    elif one.inputs != two.inputs:
+        found, wanted = (f"vocabularies or lists of {s.data} ({s.inputs})" for s in (two, one))
+    else:
+        return
+    raise LowbitError(
+        f"{other.folder} and {first.folder} are of different protocols: {one.task} with {found} "
+        f"and with {wanted} cannot stand in one table"
+    )

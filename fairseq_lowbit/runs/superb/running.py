@@ -4,11 +4,10 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import TextIO
@@ -22,11 +21,12 @@ from fairseq_lowbit.interop.s3prl.compat import find_s3prl
 from fairseq_lowbit.interop.s3prl.downstream import run_downstream
 from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.profiling import Profile, profile
-from fairseq_lowbit.runs.superb.preparation import Order, check_machine, configure
+from fairseq_lowbit.runs.superb.preparation import Order, check_machine, configure, prepare
 from fairseq_lowbit.runs.superb.results import (
     RESULT,
     Result,
     Settings,
+    begin,
     check_same_settings,
     read_result,
     write_result,
@@ -51,13 +51,16 @@ def run_task(order: Order, template: Path, reference: Profile) -> Result:
     folder, version = find_s3prl()
     check_machine(order.task, folder)
     model = open_without_weights(order.model)
-    config = configure(order, template, folder)
-    settings = _settings(order, config, version)
-    check_same_settings(order.out, settings)
+    config, changed = configure(order, template)
+    settings = _settings(order, config, changed, version)
     if (order.out / RESULT).exists():
-        return read_result(order.out)
+        result = read_result(order.out)
+        known = replace(settings, inputs=result.settings.inputs)
+        check_same_settings(order.out, result.settings, known)
+        return result
+    settings = replace(settings, inputs=prepare(order, config, folder))
+    begin(order.out, settings)
     _announce(settings, order.out)
-    begin = time.monotonic()
     metrics = _Session(order, config, model).metrics()
     cost = profile(model, order.name)
     result = Result(
@@ -66,14 +69,14 @@ def run_task(order: Order, template: Path, reference: Profile) -> Result:
         metrics=metrics,
         storage_mb=cost.storage_bytes / 1e6,
         runtime=cost.runtime(reference),
-        seconds=time.monotonic() - begin,
         folder=order.out,
     )
     write_result(result)
     return result
 
 
-def _settings(order: Order, config: DictConfig, version: str) -> Settings:
+def _settings(order: Order, config: DictConfig, changed: tuple[str, ...], version: str) -> Settings:
+    """Without the digest of inputs."""
     return Settings(
         task=order.task.name,
         model=order.model,
@@ -82,8 +85,10 @@ def _settings(order: Order, config: DictConfig, version: str) -> Settings:
         updates=config.runner.get("total_steps"),
         batch_size=OmegaConf.select(config, order.task.batch),
         accumulated=config.runner.get("gradient_accumulate_steps", 1),
-        changed=order.changes,
+        changed=changed,
+        lexicon=order.lexicon,
         s3prl=version,
+        inputs="",
     )
 
 

@@ -74,14 +74,9 @@ def _own(results: Sequence[Result], columns: Iterable[Column]) -> list[Row]:
         costs = {"storage_mb": result.storage_mb, "runtime": result.runtime}
         row = rows.setdefault(result.name, Row(result.name, costs))
         found = {key: factors[key] * value for key, value in result.metrics.items()}
-        marked = frozenset(found) if _is_other_task(result.settings) else frozenset()
+        marked = frozenset(found) if result.settings.differences else frozenset()
         rows[result.name] = Row(row.name, row.figures | found, row.marked | marked)
     return list(rows.values())
-
-
-def _is_other_task(settings: Settings) -> bool:
-    """SUPERB leaves only the learning rate open."""
-    return any(not change.startswith("optimizer.lr=") for change in settings.changed)
 
 
 def _published() -> list[Row]:
@@ -100,7 +95,7 @@ def _notes(results: Sequence[Result]) -> list[str]:
     for result in results:
         models_of.setdefault(_made(result.settings), []).append(result.name)
     notes = [f"{made} ({', '.join(names)})." for made, names in models_of.items()]
-    if any(_is_other_task(result.settings) for result in results):
+    if any(result.settings.differences for result in results):
         notes.append(
             f"{_MARK} made with other settings than SUPERB's: published rows are no comparison."
         )
@@ -109,10 +104,10 @@ def _notes(results: Sequence[Result]) -> list[str]:
 
 def _made(settings: Settings) -> str:
     if settings.updates is None:
-        return f"{settings.task}: nothing is trained"
+        return f"{settings.task}: s3prl {settings.s3prl}, nothing is trained"
     return (
-        f"{settings.task}: learning rate {settings.learning_rate:g}, {settings.updates} updates of "
-        f"{settings.accumulated} x {settings.batch_size} utterances"
+        f"{settings.task}: s3prl {settings.s3prl}, learning rate {settings.learning_rate:g}, "
+        f"{settings.updates} updates of {settings.accumulated} x {settings.batch_size} utterances"
     )
 
 
