@@ -68,6 +68,7 @@ def test_all_tasks_of_a_data_folder(
     ]
     assert all(list(row["probes"]) == measures for row in rows.values())
     assert rows["fp"]["probes"]["keyword_error"]["layer_weights"] != []
+    assert (out / "probes.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     for text in ("fp", "low", "untrained", "keyword error", "fp and low", str(out)):
         assert text in printed
