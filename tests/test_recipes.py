@@ -498,9 +498,12 @@ def test_librispeech_at_tiny_size_from_a_hubert(archives: Path, tmp_path: Path) 
         ("asr.sh", ["--minutes", "two"], "--minutes two: give a whole number from 3"),
         ("demo.sh", ["--asr", "--minutes", "2"], "--minutes 2: give a whole number from 3"),
         ("demo.sh", ["--asr", "--audio", "."], "--asr reads a text aloud and takes no --audio"),
+        ("probe.sh", [], "name a model or more, before the options"),
+        ("probe.sh", ["a.pt", "--data", ".", "--audio", "."], "exclude each other"),
+        ("probe.sh", ["a.pt", "--transcripts", "said.tsv"], "--transcripts needs --audio"),
     ],
 )
-def test_recognition_refuses_before_it_sets_up(
+def test_measuring_refuses_before_it_sets_up(
     recipe: str, arguments: list[str], message: str, tmp_path: Path
 ) -> None:
     done = run(["bash", str(RECIPES / recipe)], *arguments, "--work", str(tmp_path / "work"))

@@ -32,6 +32,7 @@ from fairseq_lowbit.evaluation.probing.tasks import (
 from fairseq_lowbit.evaluation.quality import SECONDS
 from fairseq_lowbit.files import atomic_write, check_writable
 from fairseq_lowbit.interop import SOURCES, LoadedModel, open_model
+from fairseq_lowbit.report.overview.probe_figure import draw_probes
 from fairseq_lowbit.terminal import print_table
 
 HELP = "probe what frozen models know: phones, letters, words, speakers, accents, or your labels"
@@ -115,7 +116,9 @@ def run(args: argparse.Namespace) -> int:
         _write(path, protocol, rows)
     print_table(_table(rows))
     print("\n".join(_differences(rows)))
-    print(f"numbers {path}")
+    figure = args.out / "probes.png"
+    draw_probes({name: row.probes for name, row in rows.items()}, _known_measures(rows), figure)
+    print(f"figure {figure}, numbers {path}")
     return 0
 
 

@@ -16,7 +16,7 @@ from fairseq_lowbit.data.manifest import Manifest, read_manifest
 from fairseq_lowbit.data.prepare import MAX_SECONDS, find_audio
 from fairseq_lowbit.data.transcripts import read_speakers, read_transcripts
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.evaluation.probing.tasks import LABELS, LETTERS, WORDS, Task
+from fairseq_lowbit.evaluation.probing.tasks import LABELS, LETTERS, SPEAKERS, WORDS, Task
 from fairseq_lowbit.evaluation.utterances import Utterances, batched, chosen_lines
 
 logger = logging.getLogger(__name__)
@@ -121,8 +121,9 @@ def read_probe_data(
 ) -> ProbeData:
     """Reads a random but reproducible choice of the recordings of a data folder.
 
-    Sequences are learned on ``train`` and tested on ``test``. Labels are those of isolated words,
-    ``words_train`` and ``words_test``, where the folder has them, and of all recordings otherwise.
+    Sequences are learned on ``train`` and tested on ``test``, speakers on other recordings of
+    ``train``. Words and accents are those of isolated words, ``words_train`` and ``words_test``;
+    without them accents are those of all recordings.
 
     Args:
         tasks: those that the folder has no targets for are left out.
@@ -192,6 +193,8 @@ class _DataFolder:
         has_words = (self.data / "words_train.tsv").is_file()
         if task is WORDS:
             return [words]
+        if task is SPEAKERS:
+            return [connected]  # a word is too short to know a voice by
         if task.is_sequence:
             return [connected, words] if has_words else [connected]
         return [words] if has_words else [connected]

@@ -5,6 +5,7 @@ and the head is small.
 """
 
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ _CONTEXT = 3
 _LEARNING_RATE = {True: 2e-2, False: 1e-2}
 # A head for sequences has many weights and little to learn from: without decay it learns voices.
 _WEIGHT_DECAY = {True: 1.0, False: 0.0}
-_UPDATES = 250
+_UPDATES = {True: 150, False: 250}
 
 
 class Head(nn.Module):
@@ -58,14 +59,16 @@ class Head(nn.Module):
 
 
 def train(head: Head, losses: Iterator[Tensor]) -> None:
-    """Takes one step of Adam for each of the losses, which are computed as they are asked for."""
+    """Takes a step of AdamW for each of the first of endless losses, which are computed as they
+    are asked for."""
     parameters = [
         {"params": [head.layer_logits, head.bias], "weight_decay": 0.0},
         {"params": [head.weight], "weight_decay": _WEIGHT_DECAY[head.is_sequence]},
     ]
     optimizer = torch.optim.AdamW(parameters, _LEARNING_RATE[head.is_sequence])
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, _UPDATES)
-    for loss in losses:
+    updates = _UPDATES[head.is_sequence]
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, updates)
+    for loss in islice(losses, updates):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -73,12 +76,12 @@ def train(head: Head, losses: Iterator[Tensor]) -> None:
 
 
 def drawn(examples: int, batch: int, seed: int) -> Iterator[np.ndarray]:
-    """The numbers of the examples of each update, [batch] or fewer: every one of them once, in a
-    random order, then all again in another."""
+    """The numbers of the examples of each update, without end, [batch] or fewer: every one of them
+    once, in a random order, then all again in another."""
     rng = np.random.default_rng(seed)
     order = np.array([], int)
     batch = min(batch, examples)
-    for _ in range(_UPDATES):
+    while True:
         if len(order) < batch:
             order = np.concatenate([order, rng.permutation(examples)])
         yield order[:batch]

@@ -8,6 +8,7 @@ import torch
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from fairseq_lowbit.evaluation.probing.data import ProbeData, TaskData
 from fairseq_lowbit.evaluation.probing.features import (
@@ -15,7 +16,7 @@ from fairseq_lowbit.evaluation.probing.features import (
     Standard,
     Upstream,
     frozen_features,
-    padded,
+    joined,
 )
 from fairseq_lowbit.evaluation.probing.heads import BLANK, Head, drawn, train
 from fairseq_lowbit.evaluation.probing.result import Probe
@@ -23,9 +24,9 @@ from fairseq_lowbit.evaluation.probing.tasks import LETTERS, Task
 
 SEEDS = 3
 # Recordings in a batch.
-_BATCH_SEQUENCES, _BATCH_LABELS = 16, 64
+_BATCH_SEQUENCES, _BATCH_LABELS = 48, 64
 # Updates before CTC, and frames at either end that are silent in them, 0.1 s.
-_EVEN_UPDATES, _SILENT_FRAMES = 50, 2
+_EVEN_UPDATES, _SILENT_FRAMES = 25, 2
 _IGNORED = -100
 
 
@@ -101,8 +102,10 @@ def _fit_sequences(data: TaskData, features: Features, seed: int) -> tuple[list[
     def losses() -> Iterator[Tensor]:
         for update, chosen in enumerate(drawn(len(rows), _BATCH_SEQUENCES, seed)):
             loss = _even_loss if update < _EVEN_UPDATES else _ctc_loss
-            states, frames = padded([rows[index] for index in chosen])
-            yield loss(head(states), frames, [targets[index] for index in chosen])
+            scores = head(joined([rows[index] for index in chosen]))[:, 0]
+            frames = [rows[index].shape[-1] for index in chosen]
+            each = scores.split([count + 1 for count in frames])
+            yield loss(pad_sequence(each), frames, [targets[index] for index in chosen])
 
     train(head, losses())
     joint = " " if units_of is str.split else ""
@@ -115,14 +118,19 @@ def _fit_sequences(data: TaskData, features: Features, seed: int) -> tuple[list[
     return head.layer_weights.tolist(), answers
 
 
-def _even_loss(scores: Tensor, frames: Tensor, targets: list[Tensor]) -> Tensor:
-    """Cross entropy of a frame if the units of a recording took equal shares of it, with silence at
-    either end.
+def _even_loss(scores: Tensor, frames: list[int], targets: list[Tensor]) -> Tensor:
+    """Cross entropy of a frame, if the units of a recording took equal shares of it, with silence
+    at either end.
 
-    CTC from a random start ends in another local optimum with every seed; behind this, it does not.
+    CTC from a random start ends in another local optimum with every seed; behind this, they differ
+    less.
+
+    Args:
+        scores: log probabilities, [frames, recordings, units].
+        frames: valid ones of each recording.
     """
     labels = torch.full(scores.shape[:2], _IGNORED)
-    for column, count, target in zip(labels.T, frames.tolist(), targets, strict=True):
+    for column, count, target in zip(labels.T, frames, targets, strict=True):
         edge = min(_SILENT_FRAMES, max(0, count - len(target)) // 2)
         shares = torch.arange(count - 2 * edge) * len(target) // (count - 2 * edge)
         column[:count] = F.pad(target[shares], (edge, edge), value=BLANK)
@@ -131,12 +139,12 @@ def _even_loss(scores: Tensor, frames: Tensor, targets: list[Tensor]) -> Tensor:
     )
 
 
-def _ctc_loss(scores: Tensor, frames: Tensor, targets: list[Tensor]) -> Tensor:
+def _ctc_loss(scores: Tensor, frames: list[int], targets: list[Tensor]) -> Tensor:
     """CTC's loss for a unit; a target that is too long for its frames counts nothing."""
     sizes = torch.tensor([len(target) for target in targets])
-    joined = torch.cat(targets).to(scores.device)
-    loss = F.ctc_loss(scores, joined, frames, sizes, BLANK, "sum", zero_infinity=True)
-    return loss / len(joined)
+    units = torch.cat(targets).to(scores.device)
+    loss = F.ctc_loss(scores, units, torch.tensor(frames), sizes, BLANK, "sum", zero_infinity=True)
+    return loss / len(units)
 
 
 def _fit_labels(data: TaskData, features: Features, seed: int) -> tuple[list[float], list[str]]:
