@@ -14,6 +14,13 @@ from fairseq_lowbit.cli.main import main
 from fairseq_lowbit.models import Hubert
 from tests.evaluation.conftest import RATE, WORDS, calibrated, tone, write_split
 
+TARGETS = {
+    "wrd": WORDS,
+    "phn": ("l oU", "m I", "h aI"),
+    "spk": ("anna", "bert", "carl"),
+    "acc": ("north", "south", "west"),
+}
+
 
 @pytest.fixture
 def models(save: Callable, model: Hubert) -> list[str]:
@@ -22,16 +29,15 @@ def models(save: Callable, model: Hubert) -> list[str]:
 
 @pytest.fixture
 def spoken(data: Path) -> Path:
-    """The words, with a phone for each, in train and test, and two voices."""
+    """The words in train and test too, with phones, and a voice and an accent for each."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("test", 5)):
         pitches = [hertz for hertz in (150, 600, 2400) for _ in range(count)]
         write_split(data, split, pitches, rng)
         for name in (split, f"words_{split}"):
-            (data / f"{name}.phn").write_text(f"l oU\n{'m I'}\nh aI\n" * count)
-            (data / f"{name}.spk").write_text("anna\nbert\ncarl\n" * count)
-            (data / f"{name}.acc").write_text("north\nsouth\nwest\n" * count)
-        (data / f"{split}.wrd").write_text("".join(f"{w}\n" * count for w in WORDS))
+            for kind, targets in TARGETS.items():
+                lines = [f"{target}\n" * count for target in targets]
+                (data / f"{name}.{kind}").write_text("".join(lines))
     return data
 
 

@@ -25,8 +25,8 @@ from fairseq_lowbit.runs.columns import (
 @styled()
 def draw_comparison(comparison: Comparison, path: Path) -> None:
     """Writes the figure, PNG or PDF by its suffix."""
-    figure = new_figure(15, 3.8)
-    axes = figure.subplots(1, 4)
+    figure = new_figure(17, 3.8)
+    axes = figure.subplots(1, 4, width_ratios=(1, 1, 1.8, 1))
     records = {row.name: row.figures() for row in comparison.rows}
     colors = dict(zip(records, chain([TEACHER], cycle(PALETTE)), strict=False))
     for panel, column in zip(axes, (COSINE, SNR)):
