@@ -42,7 +42,7 @@ def tensors(run, part: str) -> dict[str, torch.Tensor]:
 
 
 def test_all_configs_are_here() -> None:
-    assert config_names() == sorted([*CONFIGS, "fastconv_adaptation", "hubert_fastconv"])
+    assert config_names() == sorted([*CONFIGS, "asr_ctc", "fastconv_adaptation", "hubert_fastconv"])
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -76,14 +76,14 @@ def _measure_task(data: TaskData, features: Features, seeds: int) -> dict[str, P
 
 def _units_of(task: Task) -> Callable[[str], list[str]]:
     """From a target to the units that a head tells."""
-    if task is LETTERS:
+    if task == LETTERS:
         return list
     return str.split if task.is_sequence else lambda label: [label]
 
 
 def _scored(task: Task) -> list[Callable[[str], list[str]]]:
     """From a target to what errors are counted among, for each measure."""
-    return [_units_of(task), str.split] if task is LETTERS else [_units_of(task)]
+    return [_units_of(task), str.split] if task == LETTERS else [_units_of(task)]
 
 
 def _fit_sequences(data: TaskData, features: Features, seed: int) -> tuple[list[float], list[str]]:
