@@ -8,6 +8,7 @@ does not know as ``args.others``.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -71,12 +72,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.others and not args.passes_on:
         parser.error(f"unrecognized arguments: {' '.join(args.others)}")
     try:
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
     except LowbitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # Who reads, such as head, has seen enough. Python's last flush would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 if __name__ == "__main__":

@@ -123,3 +123,11 @@ def test_brackets_of_a_pattern_are_printed(capsys: pytest.CaptureFixture) -> Non
     rule = "model.precision.rules=[{match: 'encoder.layers.[ab0]*.fc1', weight_bits: 4}]"
     assert main(["plan", "bitla_w1a1", TINY, rule]) == 0
     assert "rule encoder.layers.[ab0]*.fc1" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = [sys.executable, "-m", "fairseq_lowbit.cli.main", "plan", "bitla_w1a1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
