@@ -60,13 +60,13 @@ evaluate() {
         "${arguments[@]}"
 }
 
-# What does not train takes, in units of the teacher's trial: 4 the comparison, 1 each start of a
+# What does not train takes, in units of the teacher's trial: 12 the comparison, 1 each start of a
 # training (the students' at once), 2 the students' trial.
 left="minutes * 60 - SECONDS"
 
 log "demo of $minutes minutes on $cores cores in $work; a rehearsal at toy scale"
-make_teacher "($left - 8 * trial_seconds) * 6 / 10"
-stage student_speed speed_of_distillation "$left - 5 * trial_seconds"
+make_teacher "($left - 16 * trial_seconds) * 6 / 10"
+stage student_speed speed_of_distillation "$left - 13 * trial_seconds"
 stage students both learn
 log "compare on held-out audio"
 evaluate
