@@ -100,7 +100,7 @@ def test_the_first_page_repeats_the_measured_demo() -> None:
     }
     for short, full in rows.items():
         stored, masked, cosine, snr, probe = cells_of(README.read_text(encoding="utf-8"), short)
-        expected = [cell.split()[-1] for cell in cells_of(measured, full)]
+        expected = [cell.split()[-1] for cell in cells_of(measured, full)][:5]
         assert [stored, masked, cosine, snr.split()[0], probe.split()[0]] == expected
 
 
