@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig
 
 from fairseq_lowbit.cli import calibration_options
+from fairseq_lowbit.cli.device_option import add_device_argument, read_device
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.evaluation.compare import COMPARISON_FILE, compare
@@ -43,21 +44,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a row of a checkpoint, trained or written by fairseq-lowbit ptq",
     )
     calibration_options.add_arguments(parser)
+    add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    device = read_device(args)
     require_number("--seconds", args.seconds, 0, excluded=True)
     students = [_named_student(text) for text in args.student]
     calibration_options.check_needed(args, args.ptq)
     configs = [calibration_options.read_config(name, args) for name in args.ptq]
     precisions = [calibration_options.read_precision(config) for config in configs]
-    teacher = open_model(args.teacher)
+    teacher = open_model(args.teacher, device)
     for precision in precisions:
         calibration_options.check_criterion(args, teacher, precision)
     held_out = read_held_out(args.data, teacher, args.seconds)
     candidates = [_calibrated(teacher, config, args.data) for config in configs]
-    candidates += [Candidate.of(open_model(path), name) for name, path in students]
+    candidates += [Candidate.of(open_model(path, device), name) for name, path in students]
     with torch.inference_mode():
         comparison = compare(teacher, candidates, held_out, _announce)
     comparison.write(args.out)

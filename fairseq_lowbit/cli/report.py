@@ -8,6 +8,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+from fairseq_lowbit.cli.device_option import read_device
 from fairseq_lowbit.cli.doctor import (
     check_fairseq,
     check_hydra,
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     _check_dissect(entries, args.dissect)
     for path in (args.out, figures / "any"):
         check_writable(path)
-    measure_entries(entries, args.seconds, only_known=args.no_evaluate)
+    measure_entries(entries, args)
     groups = model_records(entries, "storage")
     subjects = gather([r for group in groups for r in group], known)
     page = _page(args, problems, subjects, Pictures(figures))
@@ -145,7 +146,9 @@ def _page(
     chosen, why = _chosen(subjects, args)
     sections = Sections(subjects, colored, pictures, lambda what: _say(f"drawing {what}"))
     drawn = sections.build(
-        dissect_all(chosen, lambda subject: _say(f"taking {subject.name} apart")),
+        dissect_all(
+            chosen, read_device(args), lambda subject: _say(f"taking {subject.name} apart")
+        ),
         why,
     )
     columns, lines = comparison(subjects, colored)

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     check_writable(figure)
     entries = with_places(collect(args.places), args)
     check_comparable(entries)
-    measure_entries(entries, args.seconds, only_known=args.no_evaluate)
+    measure_entries(entries, args)
     schedules = read_schedules(entries)
     columns = [column for column in SCHEDULE_FIGURES if schedules.knows(column)]
     unknown = [column.label for column in SCHEDULE_FIGURES if column not in columns]

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         raise LowbitError("; ".join(f"{entry.name}: {entry.problem}" for entry in entries))
     was_interrupted = False
     try:
-        measure_entries(entries, args.seconds, only_known=args.no_evaluate)
+        measure_entries(entries, args)
     except KeyboardInterrupt:
         was_interrupted = True
     groups, columns = model_records(entries, args.sort), run_columns(args.paper)

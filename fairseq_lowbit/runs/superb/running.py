@@ -49,7 +49,7 @@ def run_task(order: Order, template: Path, reference: Profile) -> Result:
             that printed no figure.
     """
     folder, version = find_s3prl()
-    check_machine(order.task, folder)
+    check_machine(order, folder)
     model = open_without_weights(order.model)
     config, changed = configure(order, template)
     settings = _settings(order, config, changed, version)
