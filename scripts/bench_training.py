@@ -18,8 +18,8 @@ median over neighbouring steps.
 Memory: each student trains alone in a new process; what counts is its peak of resident memory
 (ru_maxrss) beyond the one that the imported libraries left: teacher, student, gradients, Adam's
 moments and everything that a step holds. Swapped-out pages would be missing: let there be memory.
-On a GPU it is the peak of what tensors take there, and every time is taken when the GPU has done all
-that it was asked for.
+On a GPU it is the peak of what tensors take there; and every time is taken when the GPU has done
+all that it was asked for.
 
 Parts: in steps of their own, because timers cost time, every quantizer is timed: in the forward;
 where its operator's backward has it decode again, instead of keeping the decoded values; and in its

@@ -16,21 +16,26 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def known_devices() -> list[str]:
+    """Those of this machine, the CPU first. They are only counted: no process comes to hold one."""
+    import torch  # takes seconds, which labels of MFCC do without
+
+    return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+
+
 def read_device(args: argparse.Namespace) -> str:
-    """The device that ``--device`` chose. It only counts GPUs: no process comes to hold one.
+    """The device that ``--device`` chose.
 
     Raises:
         LowbitError: this machine has no such device; with those that it has.
     """
-    import torch  # takes seconds, which labels of MFCC do without
-
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    chosen: str = args.device
-    if chosen == AUTO:
-        return "cuda" if gpus else "cpu"
-    if chosen not in ("cpu", *gpus, *(["cuda"] if gpus else [])):
+    known = known_devices()
+    gpus = ["cuda"] if len(known) > 1 else []
+    if args.device == AUTO:
+        return (gpus or known)[0]
+    if args.device not in known + gpus:
         raise LowbitError(
-            f"--device {chosen}: this machine has {', '.join(['cpu', *gpus])}; give one of them, "
-            f"or {AUTO}"
+            f"--device {args.device}: this machine has {', '.join(known)}; give one of them, or "
+            f"{AUTO}"
         )
-    return chosen
+    return args.device
