@@ -89,6 +89,24 @@ def _check_verification(device: str) -> None:
         raise LowbitError("task asv needs a GPU: s3prl's code for it runs nowhere else")
 
 
+def fingerprint(model: str) -> str:
+    """Size and SHA-256 of the file, or the files of the folder, that a model is read from: one path
+    may hold another model tomorrow. "" for an id of a hub.
+
+    Args:
+        model: see :data:`fairseq_lowbit.interop.SOURCES`.
+    """
+    path = Path(model)
+    files = sorted(path.glob("*.*")) if path.is_dir() else [path]
+    size, digest = 0, hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            size += file.stat().st_size
+            with open(file, "rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return f"{size} bytes, sha256 {digest.hexdigest()}" if size else ""
+
+
 def configure(order: Order, template: Path) -> tuple[DictConfig, tuple[str, ...]]:
     """The configuration of a task, and what of it is not SUPERB's, as KEY=VALUE in order.
 

@@ -21,7 +21,13 @@ from fairseq_lowbit.interop.s3prl.compat import find_s3prl
 from fairseq_lowbit.interop.s3prl.downstream import run_downstream
 from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.profiling import Profile, profile
-from fairseq_lowbit.runs.superb.preparation import Order, check_machine, configure, prepare
+from fairseq_lowbit.runs.superb.preparation import (
+    Order,
+    check_machine,
+    configure,
+    fingerprint,
+    prepare,
+)
 from fairseq_lowbit.runs.superb.results import (
     RESULT,
     Result,
@@ -89,6 +95,7 @@ def _settings(order: Order, config: DictConfig, changed: tuple[str, ...], versio
         lexicon=order.lexicon,
         s3prl=version,
         inputs="",
+        checkpoint=fingerprint(order.model),
     )
 
 
