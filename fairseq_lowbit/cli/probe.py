@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 
 from fairseq_lowbit.cli.device_option import add_device_argument, read_device
+from fairseq_lowbit.cli.names import read_named
 from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.evaluation.probing.data import (
     ProbeData,
@@ -130,10 +131,7 @@ def _sources(texts: list[str]) -> dict[str, str]:
     """What stands behind each name; behind :data:`UNTRAINED` the first model."""
     sources = {}
     for text in texts:
-        name, equals, source = text.partition("=")
-        name, source = (name, source) if equals else (text, text)
-        if not (name and source):
-            raise LowbitError(f"{text!r}: write MODEL or NAME=MODEL")
+        name, source = read_named(text, "MODEL") if "=" in text else (text, text)
         if name in (UNTRAINED, *sources):
             raise LowbitError(f"two rows would have the name {name}: write OTHER_NAME=MODEL")
         sources[name] = source

@@ -16,7 +16,16 @@ from fairseq_lowbit.runs.run import Run
 from fairseq_lowbit.runs.run_quality import measure_quality, stored_quality
 
 
-def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
+def add_measuring_arguments(parser: argparse.ArgumentParser, problem: str) -> None:
+    """Options, and an epilog.
+
+    Args:
+        problem: that the command ends with status 1 for.
+    """
+    parser.epilog = (
+        "What is measured of a run is kept beside it and taken from there the next time. Exit "
+        f"status: 0; 1 if {problem}; 2 if there is nothing to show; 130 if interrupted."
+    )
     parser.add_argument("--data", type=Path, help="folder with test.tsv (default: the run's own)")
     parser.add_argument("--teacher", type=Path, help="compare with this (default: the run's own)")
     parser.add_argument(

@@ -48,11 +48,6 @@ _ENVIRONMENT = (check_python, check_torch, check_fairseq, check_hydra, check_mac
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = (
-        "The page needs no network and no other file. What is measured of a run is kept beside it "
-        "and taken from there the next time. Exit status: 0; 1 if something could not be read or "
-        "measured, which the page says; 2 if there is nothing to show; 130 if interrupted."
-    )
     parser.add_argument(
         "sources",
         nargs="+",
@@ -67,9 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("report.html"),
         metavar="FILE",
-        help="the page (report.html)",
+        help="the page (report.html), which needs no network and no other file",
     )
-    add_measuring_arguments(parser)
+    add_measuring_arguments(parser, "something could not be read or measured, which the page says")
     parser.add_argument(
         "--dissect",
         action="append",

@@ -29,13 +29,14 @@ HELP = "draw training in stages against one step, from the folders of runs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = (
-        "What a run is, its own configuration says. Runs that differ only in their seed are one "
-        "point. Exit status: 0; 1 if a point lacks a seed, which is said; 2 if nothing can be "
-        "drawn; 130 if interrupted."
+    parser.add_argument(
+        "places",
+        nargs="+",
+        metavar="DIR",
+        type=Path,
+        help="a run, or runs below; those that differ only in their seed are one point",
     )
-    parser.add_argument("places", nargs="+", metavar="DIR", type=Path, help="a run, or runs below")
-    add_measuring_arguments(parser)
+    add_measuring_arguments(parser, "a point lacks a seed, which is said")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="for schedule.png and schedule.csv"
     )

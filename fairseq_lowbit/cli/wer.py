@@ -9,6 +9,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from fairseq_lowbit.cli.device_option import add_device_argument, read_device
+from fairseq_lowbit.cli.names import read_named
 from fairseq_lowbit.data.manifest import Manifest, read_manifest
 from fairseq_lowbit.data.progress import tqdm_options
 from fairseq_lowbit.data.transcripts import (
@@ -90,12 +91,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _named(texts: Sequence[str], kind: str) -> dict[str, str]:
     """What stands behind each name."""
-    pairs = [text.partition("=") for text in texts]
-    for text, (name, _, value) in zip(texts, pairs, strict=True):
-        if not (name and value):
-            raise LowbitError(f"{text!r}: write NAME={kind}")
-    check_names([name for name, _, _ in pairs])
-    return {name: value for name, _, value in pairs}
+    pairs = [read_named(text, kind) for text in texts]
+    check_names([name for name, _ in pairs])
+    return dict(pairs)
 
 
 def _compare_texts(args: argparse.Namespace) -> Recognition:
