@@ -19,6 +19,6 @@ names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_
 print(f"torch {torch.__version__}, CUDA {torch.version.cuda}: {', '.join(names)}")
 EOF
 
-python -m pytest -q -m gpu "$@"
+python -m pytest -q -m gpu --full "$@"
 python scripts/bench_training.py --device cuda --batch 8 --seconds 10 --repeats 20
 python scripts/bench_training.py --device cuda --batch 8 --seconds 10 --repeats 20 --updates 4

@@ -78,8 +78,12 @@ def other_device() -> Iterator[str]:
         torch._C._set_only_lift_cpu_tensors(before)
 
 
+@torch.inference_mode(False)  # whose tensors no subclass may wrap
+@torch.no_grad()
 def _run(operation: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    if operation is torch.ops.aten._has_compatible_shallow_copy_type.default:
+        return type(tensors[0]) is type(tensors[1])  # modules ask before they move
     _refuse_mixed(operation, tensors)
     place = kwargs.get("device")
     goes_there = any(isinstance(tensor, _Tensor) for tensor in tensors)
