@@ -98,7 +98,9 @@ def test_codes_are_equal_and_outputs_close(precision: str, dtype: torch.dtype, d
             torch.testing.assert_close(result.cpu(), output, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("precision", ["bitla_w1a1", "sqwq_w2"])
+@pytest.mark.parametrize(
+    "precision", ["sqwq_w2", pytest.param("bitla_w1a1", marks=pytest.mark.full)]
+)
 def test_calibration_and_health(precision: str, device: str) -> None:
     here, there = calibrated(precision), build(precision).to(device)
     calibrate(there, [waveform().to(device)], there.final_output)
