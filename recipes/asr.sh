@@ -55,17 +55,6 @@ start() {
     recognize start "$run" quant=float "${origin[@]}" "${processes[@]}" "$@"
 }
 
-speed_of_start() {
-    local begin="$SECONDS"
-    start "$work/speed/start" "${trial[@]}" >/dev/null
-    trial_seconds="$((SECONDS - begin))"
-    echo "$trial_seconds" >"$work/trial.seconds"
-    plan_updates start "$1"
-}
-
-# shellcheck disable=SC2046 # settings, one a word
-learn_start() { start "$work/start" $(<"$work/start.plan"); }
-
 # train_on ROW RUN OVERRIDES...
 train_on() {
     local row="$1" run="$2" quant="bitla_$1"
@@ -116,9 +105,9 @@ left="minutes * 60 - SECONDS"
 
 log "recognition in $minutes minutes on $cores cores in $work; a rehearsal at toy scale"
 stage corpus read_text
-stage start_speed speed_of_start "($left - 11 * trial_seconds) * 6 / 10"
+stage start_speed first_trial start start "($left - 11 * trial_seconds) * 6 / 10"
 trial_seconds="$(<"$work/trial.seconds")"
-stage start learn_start
+stage start as_planned start start
 stage rows_speed speed_of_rows "$left - 6 * trial_seconds"
 stage rows all_at_once learn
 log "compare on held-out voices and sentences"

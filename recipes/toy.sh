@@ -53,25 +53,27 @@ pretrain() {
         --config-name hubert_fastconv run=demo_pretraining "task.data=$data" "${teachers[@]}" "$@"
 }
 
-speed_of_pretraining() {
+# first_trial COMMAND NAME SECONDS: COMMAND RUN OVERRIDES... trains NAME. Its trial tells how many
+# updates fit into so many seconds, and how fast this machine starts a program: trial_seconds.
+first_trial() {
     local begin="$SECONDS"
-    pretrain "$work/speed/teacher" "${trial[@]}" >/dev/null
+    "$1" "$work/speed/$2" "${trial[@]}" >/dev/null
     trial_seconds="$((SECONDS - begin))"
     echo "$trial_seconds" >"$work/trial.seconds"
-    plan_updates teacher "$1"
+    plan_updates "$2" "$3"
 }
 
+# as_planned COMMAND NAME: the training that the trial has planned.
 # shellcheck disable=SC2046 # settings, one a word
-teach() { pretrain "$work/teacher" $(<"$work/teacher.plan"); }
+as_planned() { "$1" "$work/$2" $(<"$work/$2.plan"); }
 
 # make_teacher SECONDS: corpus, labels, and a teacher that trains for about so long. SECONDS is an
-# arithmetic expression, which is evaluated when corpus and trial are done. Sets trial_seconds, what
-# the teacher's trial took: it tells how fast this machine starts a program and makes an update.
+# arithmetic expression, which is evaluated when corpus and trial are done. Sets trial_seconds.
 make_teacher() {
     stage corpus corpus
-    stage teacher_speed speed_of_pretraining "$1"
+    stage teacher_speed first_trial pretrain teacher "$1"
     trial_seconds="$(<"$work/trial.seconds")"
-    stage teacher teach
+    stage teacher as_planned pretrain teacher
 }
 
 # student NAME CONFIG RUN OVERRIDES...: trains a student of the teacher in the folder RUN; its log is

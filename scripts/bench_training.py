@@ -18,6 +18,8 @@ median over neighbouring steps.
 Memory: each student trains alone in a new process; what counts is its peak of resident memory
 (ru_maxrss) beyond the one that the imported libraries left: teacher, student, gradients, Adam's
 moments and everything that a step holds. Swapped-out pages would be missing: let there be memory.
+On a GPU it is the peak of what tensors take there; and every time is taken when the GPU has done
+all that it was asked for.
 
 Parts: in steps of their own, because timers cost time, every quantizer is timed: in the forward;
 where its operator's backward has it decode again, instead of keeping the decoded values; and in its
@@ -52,6 +54,7 @@ import torch
 from omegaconf import OmegaConf
 from rich.table import Table
 
+from fairseq_lowbit.cli.device_option import add_device_argument, read_device
 from fairseq_lowbit.configurations import compose_config
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.machine import this_machine
@@ -91,6 +94,7 @@ class Setting:
     updates: int
     threads: int
     repeats: int
+    device: str
 
 
 class Student:
@@ -102,9 +106,10 @@ class Student:
         samples = int(setting.seconds * SAMPLE_RATE)
         self.samples = [
             {"waveform": wave, "lengths": None, "sizes": [samples] * setting.batch}
-            for wave in torch.randn(setting.updates, setting.batch, samples)
+            for wave in torch.randn(setting.updates, setting.batch, samples).to(setting.device)
         ]
-        self.model = HubertFastConvModel(teacher.shape, precision=Precision(precision))
+        model = HubertFastConvModel(teacher.shape, precision=Precision(precision))
+        self.model = model.to(setting.device)
         source = LoadedModel(teacher, Path("random"), 0, True, False)
         start_from(self.model, source)
         self.model.feature_extractor.requires_grad_(False)
@@ -117,7 +122,9 @@ class Student:
         self.clip_norm = config.optimization.clip_norm
         self.health_interval = config.task.health_interval
         batch = config.task.calibration
-        self._health_batch = torch.randn(batch.batch_size, int(batch.max_seconds * SAMPLE_RATE))
+        health_batch = torch.randn(batch.batch_size, int(batch.max_seconds * SAMPLE_RATE))
+        self._health_batch = health_batch.to(setting.device)
+        self.clock = clock_of(setting.device)
         self.model.train()
 
     def step(self) -> None:
@@ -147,7 +154,19 @@ def build_teacher(setting: Setting) -> Hubert:
     config = compose_config("bitla_w1a1", [f"model=fastconv_{setting.size}"])
     torch.manual_seed(1)
     model = Hubert(Architecture.from_mapping(OmegaConf.to_container(config.model)))
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).to(setting.device)
+
+
+def clock_of(device: str) -> Callable[[], float]:
+    """Seconds; of a GPU, once it has done everything that it was asked for."""
+    if device == "cpu":
+        return time.perf_counter
+
+    def read() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return read
 
 
 def peak_memory(setting: Setting, precision: str) -> float:
@@ -158,15 +177,17 @@ def peak_memory(setting: Setting, precision: str) -> float:
 
 def _peak_memory(setting: Setting, precision: str) -> float:
     torch.set_num_threads(setting.threads)
-    before = _resident_peak()
+    before = _peak(setting.device)
     student = Student(setting, precision, build_teacher(setting))
     for _ in range(MEMORY_STEPS):
         student.step()
-    return (_resident_peak() - before) / 1e9
+    return (_peak(setting.device) - before) / 1e9
 
 
-def _resident_peak() -> int:
-    """Bytes."""
+def _peak(device: str) -> int:
+    """Bytes of tensors on a GPU; else of the process."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -193,7 +214,8 @@ def take_turns(
 class PartTimer:
     """Times every quantizer of a student: milliseconds by part and phase."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self.times: dict[tuple[str, str], float] = defaultdict(float)
         self._start = 0.0
 
@@ -211,10 +233,10 @@ class PartTimer:
                 handle.remove()
 
     def _begin(self, *_: object) -> None:
-        self._start = time.perf_counter()
+        self._start = self._clock()
 
     def _end(self, part: str, phase: str) -> None:
-        self.times[part, phase] += 1e3 * (time.perf_counter() - self._start)
+        self.times[part, phase] += 1e3 * (self._clock() - self._start)
 
     def _end_forward(self, part: str) -> Callable[..., None]:
         def end(_: Quantizer, __: tuple, output: torch.Tensor) -> None:
@@ -251,7 +273,7 @@ def part_of(quantizer: str) -> str:
 
 def time_parts(student: Student) -> dict[tuple[str, str], float]:
     """Milliseconds per step."""
-    timer = PartTimer()
+    timer = PartTimer(student.clock)
     with timer.watch(student):
         for _ in range(PART_STEPS):
             student.step()
@@ -266,7 +288,7 @@ def health_cost(student: Student, repeats: int) -> dict[str, Any]:
             student.step()
             student.record_health(Path(folder))
 
-        plain, watched = take_turns((student.step, step_with_health), repeats)
+        plain, watched = take_turns((student.step, step_with_health), repeats, student.clock)
     added = statistics.median(own - other for own, other in zip(watched, plain, strict=True))
     return {
         "interval": student.health_interval,
@@ -284,7 +306,9 @@ def measure(setting: Setting, precisions: list[str], health: bool) -> list[dict[
     rows = []
     for name in precisions:
         student = Student(setting, name, teacher)
-        float_ms, quantized_ms = take_turns((reference.step, student.step), setting.repeats)
+        float_ms, quantized_ms = take_turns(
+            (reference.step, student.step), setting.repeats, student.clock
+        )
         pairs = zip(quantized_ms, float_ms, strict=True)
         parts = time_parts(student)
         rows.append(
@@ -306,9 +330,11 @@ def measure(setting: Setting, precisions: list[str], health: bool) -> list[dict[
     return rows
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
     here = this_machine()
+    gpu = {} if device == "cpu" else {"gpu": torch.cuda.get_device_name(device)}
     return {
+        **gpu,
         "cpu": here.cpu,
         "cores": here.cores,
         "threads": torch.get_num_threads(),
@@ -393,15 +419,17 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--threads", type=_positive(int), default=os.cpu_count(), help="default: all cores"
     )
     parser.add_argument("--repeats", type=_positive(int), default=5, help="timed steps per side")
+    add_device_argument(parser)
     parser.add_argument("--health", action="store_true", help="the cost of the health figures too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     given = parser.parse_args(arguments)
     given.precision = given.precision or list(PRECISIONS)
-    for name in given.precision:
-        try:
+    try:
+        given.device = read_device(given)
+        for name in given.precision:
             parse_precision(name)
-        except LowbitError as error:
-            parser.error(str(error))
+    except LowbitError as error:
+        parser.error(str(error))
     return given
 
 
@@ -418,11 +446,17 @@ def _positive(kind: type) -> Callable[[str], Any]:
 def main(arguments: list[str] | None = None) -> int:
     given = parse_arguments(arguments)
     setting = Setting(
-        given.size, given.batch, given.seconds, given.updates, given.threads, given.repeats
+        given.size,
+        given.batch,
+        given.seconds,
+        given.updates,
+        given.threads,
+        given.repeats,
+        given.device,
     )
     torch.set_num_threads(setting.threads)
     rows = measure(setting, given.precision, given.health)
-    about = {**machine(), **asdict(setting)}
+    about = {**machine(given.device), **asdict(setting)}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print_table(cost_table(rows))
     for row in rows:

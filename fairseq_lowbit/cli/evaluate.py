@@ -8,8 +8,10 @@ import torch
 from omegaconf import DictConfig
 
 from fairseq_lowbit.cli import calibration_options
+from fairseq_lowbit.cli.device_option import add_device_argument, read_device
+from fairseq_lowbit.cli.names import read_named
 from fairseq_lowbit.data.manifest import read_manifest
-from fairseq_lowbit.errors import LowbitError, require_number
+from fairseq_lowbit.errors import require_number
 from fairseq_lowbit.evaluation.compare import COMPARISON_FILE, compare
 from fairseq_lowbit.evaluation.quality import SECONDS, Candidate, read_held_out
 from fairseq_lowbit.interop import SOURCES, open_model
@@ -43,21 +45,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a row of a checkpoint, trained or written by fairseq-lowbit ptq",
     )
     calibration_options.add_arguments(parser)
+    add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    device = read_device(args)
     require_number("--seconds", args.seconds, 0, excluded=True)
-    students = [_named_student(text) for text in args.student]
+    students = [read_named(text, "CHECKPOINT") for text in args.student]
     calibration_options.check_needed(args, args.ptq)
     configs = [calibration_options.read_config(name, args) for name in args.ptq]
     precisions = [calibration_options.read_precision(config) for config in configs]
-    teacher = open_model(args.teacher)
+    teacher = open_model(args.teacher, device)
     for precision in precisions:
         calibration_options.check_criterion(args, teacher, precision)
     held_out = read_held_out(args.data, teacher, args.seconds)
     candidates = [_calibrated(teacher, config, args.data) for config in configs]
-    candidates += [Candidate.of(open_model(path), name) for name, path in students]
+    candidates += [Candidate.of(open_model(path, device), name) for name, path in students]
     with torch.inference_mode():
         comparison = compare(teacher, candidates, held_out, _announce)
     comparison.write(args.out)
@@ -72,13 +76,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _announce(name: str) -> None:
     print(f"measuring {name} ...", flush=True)
-
-
-def _named_student(text: str) -> tuple[str, Path]:
-    name, equals, path = text.partition("=")
-    if not (name and equals and path):
-        raise LowbitError(f"--student {text!r}: write NAME=CHECKPOINT")
-    return name, Path(path)
 
 
 def _calibrated(teacher: LoadedModel, config: DictConfig, data: Path) -> Candidate:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from fairseq_lowbit.cli.device_option import add_device_argument, read_device
 from fairseq_lowbit.data.features import FrameFeatures, Mfcc
 from fairseq_lowbit.data.labels import LabelJob, LabelSummary, fit, join, label_shards
 from fairseq_lowbit.errors import LowbitError
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clusters", type=int, default=100, help="number of labels (default 100)")
     parser.add_argument("--model", help="cluster a layer of this model instead of MFCC")
     parser.add_argument("--layer", type=int, help="of --model: 1 is the output of its first layer")
+    add_device_argument(parser)
     parser.add_argument(
         "--name", default="km", help="end of the label files' names: task.labels (default km)"
     )
@@ -99,7 +101,7 @@ def _features(args: argparse.Namespace) -> FrameFeatures:
     from fairseq_lowbit.evaluation.layer_features import LayerFeatures
     from fairseq_lowbit.interop import open_model
 
-    return LayerFeatures(args.model, args.layer, open_model)
+    return LayerFeatures(args.model, args.layer, open_model, read_device(args))
 
 
 def _describe(args: argparse.Namespace) -> str:

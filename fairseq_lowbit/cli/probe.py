@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from fairseq_lowbit.cli.device_option import add_device_argument, read_device
+from fairseq_lowbit.cli.names import read_named
 from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.evaluation.probing.data import (
     ProbeData,
@@ -32,6 +34,7 @@ from fairseq_lowbit.evaluation.probing.tasks import (
 from fairseq_lowbit.evaluation.quality import SECONDS
 from fairseq_lowbit.files import atomic_write, check_writable
 from fairseq_lowbit.interop import SOURCES, LoadedModel, open_model
+from fairseq_lowbit.models import device_of
 from fairseq_lowbit.report.overview.probe_figure import draw_probes
 from fairseq_lowbit.terminal import print_table
 
@@ -81,10 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for --data: a measure of the audio used (default %(default)g)",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results, added to")
+    add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    device = read_device(args)
     require_number("--seeds", args.seeds, 1)
     require_number("--seconds", args.seconds, 0, excluded=True)
     if args.transcripts and args.data:
@@ -110,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{name}: measured before")
             continue
         print(f"probing {name} ...", flush=True)
-        loaded = open_model(source)
+        loaded = open_model(source, device)
         model = _untrained(loaded) if name == UNTRAINED else loaded.model
         rows[name] = _Row(written, measure_probes(model, read(loaded.normalize), args.seeds))
         _write(path, protocol, rows)
@@ -126,10 +131,7 @@ def _sources(texts: list[str]) -> dict[str, str]:
     """What stands behind each name; behind :data:`UNTRAINED` the first model."""
     sources = {}
     for text in texts:
-        name, equals, source = text.partition("=")
-        name, source = (name, source) if equals else (text, text)
-        if not (name and source):
-            raise LowbitError(f"{text!r}: write MODEL or NAME=MODEL")
+        name, source = read_named(text, "MODEL") if "=" in text else (text, text)
         if name in (UNTRAINED, *sources):
             raise LowbitError(f"two rows would have the name {name}: write OTHER_NAME=MODEL")
         sources[name] = source
@@ -144,7 +146,7 @@ def _written(source: str) -> str:
 def _untrained(loaded: LoadedModel) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return loaded.model.untrained().eval()
+        return loaded.model.untrained().eval().to(device_of(loaded.model))
 
 
 def _read(args: argparse.Namespace, normalize: bool) -> ProbeData:

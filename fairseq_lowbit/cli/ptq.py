@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from fairseq_lowbit.cli import calibration_options
+from fairseq_lowbit.cli.device_option import add_device_argument, read_device
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.interop import SOURCES, open_model, write_model
@@ -21,14 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the manifest")
     parser.add_argument("--out", type=Path, help="checkpoint to write (default ptq_<precision>.pt)")
     calibration_options.add_arguments(parser)
+    add_device_argument(parser)
     parser.add_argument("--split", default="train", help="manifest to calibrate on (train)")
 
 
 def run(args: argparse.Namespace) -> int:
     out = args.out or Path(f"ptq_{args.precision}.pt")
     _check_out(out, args.teacher)
+    device = read_device(args)
     config = calibration_options.read_config(args.precision, args)
-    teacher = open_model(args.teacher)
+    teacher = open_model(args.teacher, device)
     calibration_options.check_criterion(args, teacher, calibration_options.read_precision(config))
     manifest = read_manifest(args.data / f"{args.split}.tsv")
     started = time.monotonic()

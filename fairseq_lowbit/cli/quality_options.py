@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
+from fairseq_lowbit.cli.device_option import add_device_argument, read_device
 from fairseq_lowbit.errors import LowbitError, require_number
 from fairseq_lowbit.evaluation.quality import SECONDS
 from fairseq_lowbit.interop import huggingface_directory
@@ -15,7 +16,16 @@ from fairseq_lowbit.runs.run import Run
 from fairseq_lowbit.runs.run_quality import measure_quality, stored_quality
 
 
-def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
+def add_measuring_arguments(parser: argparse.ArgumentParser, problem: str) -> None:
+    """Options, and an epilog.
+
+    Args:
+        problem: that the command ends with status 1 for.
+    """
+    parser.epilog = (
+        "What is measured of a run is kept beside it and taken from there the next time. Exit "
+        f"status: 0; 1 if {problem}; 2 if there is nothing to show; 130 if interrupted."
+    )
     parser.add_argument("--data", type=Path, help="folder with test.tsv (default: the run's own)")
     parser.add_argument("--teacher", type=Path, help="compare with this (default: the run's own)")
     parser.add_argument(
@@ -24,11 +34,13 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-evaluate", action="store_true", help="measure nothing; show what is known already"
     )
+    add_device_argument(parser)
 
 
 def check_measuring_arguments(args: argparse.Namespace) -> None:
-    """Raises LowbitError for a path that does not exist, an id of a hub that cannot be fetched, or
-    an impossible amount of audio."""
+    """Raises LowbitError for a path that does not exist, an id of a hub that cannot be fetched, an
+    impossible amount of audio, or a device that is not there."""
+    read_device(args)
     require_number("--seconds", args.seconds, 0, excluded=True)
     if args.data and not (args.data / "test.tsv").is_file():
         raise LowbitError(f"--data {args.data} holds no test.tsv")
@@ -49,11 +61,9 @@ def with_places(entries: Sequence[Entry], args: argparse.Namespace) -> list[Entr
     return [replace(e, run=place(e.run)) if e.run else e for e in entries]
 
 
-def measure_entries(entries: list[Entry], seconds: float, only_known: bool) -> None:
-    """Replaces entries by measured ones, one by one; what an earlier command measured is kept.
-
-    Args:
-        only_known: measure nothing, take only what is stored.
+def measure_entries(entries: list[Entry], args: argparse.Namespace) -> None:
+    """Replaces entries by measured ones, one by one; what an earlier command measured is kept, and
+    with ``--no-evaluate`` is all there is.
 
     Raises:
         KeyboardInterrupt: after a message that it was interrupted.
@@ -62,11 +72,11 @@ def measure_entries(entries: list[Entry], seconds: float, only_known: bool) -> N
     for index, entry in enumerate(entries):
         if entry.run is None or entry.run.updates is None:
             continue
-        known = stored_quality(entry.run, seconds)
+        known = stored_quality(entry.run, args.seconds)
         entries[index] = replace(entry, quality=known)
         if known is None:
             places[entry.run] = index
-    if only_known or not places:
+    if args.no_evaluate or not places:
         return
     started = count(1)
 
@@ -75,7 +85,7 @@ def measure_entries(entries: list[Entry], seconds: float, only_known: bool) -> N
         print(f"measuring {next(started)} of {len(places)}: {name}", file=sys.stderr, flush=True)
 
     try:
-        for run, result in measure_quality(places, seconds, announce):
+        for run, result in measure_quality(places, args.seconds, read_device(args), announce):
             index = places[run]
             known = {"problem" if isinstance(result, str) else "quality": result}
             entries[index] = replace(entries[index], **known)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+from fairseq_lowbit.cli.device_option import read_device
 from fairseq_lowbit.cli.doctor import (
     check_fairseq,
     check_hydra,
@@ -47,11 +48,6 @@ _ENVIRONMENT = (check_python, check_torch, check_fairseq, check_hydra, check_mac
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = (
-        "The page needs no network and no other file. What is measured of a run is kept beside it "
-        "and taken from there the next time. Exit status: 0; 1 if something could not be read or "
-        "measured, which the page says; 2 if there is nothing to show; 130 if interrupted."
-    )
     parser.add_argument(
         "sources",
         nargs="+",
@@ -66,9 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("report.html"),
         metavar="FILE",
-        help="the page (report.html)",
+        help="the page (report.html), which needs no network and no other file",
     )
-    add_measuring_arguments(parser)
+    add_measuring_arguments(parser, "something could not be read or measured, which the page says")
     parser.add_argument(
         "--dissect",
         action="append",
@@ -103,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     _check_dissect(entries, args.dissect)
     for path in (args.out, figures / "any"):
         check_writable(path)
-    measure_entries(entries, args.seconds, only_known=args.no_evaluate)
+    measure_entries(entries, args)
     groups = model_records(entries, "storage")
     subjects = gather([r for group in groups for r in group], known)
     page = _page(args, problems, subjects, Pictures(figures))
@@ -145,7 +141,9 @@ def _page(
     chosen, why = _chosen(subjects, args)
     sections = Sections(subjects, colored, pictures, lambda what: _say(f"drawing {what}"))
     drawn = sections.build(
-        dissect_all(chosen, lambda subject: _say(f"taking {subject.name} apart")),
+        dissect_all(
+            chosen, read_device(args), lambda subject: _say(f"taking {subject.name} apart")
+        ),
         why,
     )
     columns, lines = comparison(subjects, colored)

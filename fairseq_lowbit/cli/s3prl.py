@@ -4,15 +4,14 @@ import argparse
 from difflib import get_close_matches
 from pathlib import Path
 
-import torch
-
+from fairseq_lowbit.cli.device_option import add_device_argument, read_device
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.interop import SOURCES
 
 HELP = "run s3prl's downstream tasks (SUPERB) with a model of ours as the upstream"
 PASSES_ON = True
 
-_OPTIONS = ("upstream", "upstream_model_config", "downstream", "device")
+_OPTIONS = ("upstream", "upstream_model_config", "downstream")
 # s3prl's options that name a file or folder, whose names are read from where the user is.
 _PATHS = ("upstream_ckpt", "config", "expdir", "past_exp", "init_ckpt", "cache_dir")
 
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-e", "--past_exp", metavar="PATH", help="checkpoint or folder to resume")
     parser.add_argument("-i", "--init_ckpt", metavar="PATH", help="checkpoint to start from")
     parser.add_argument("--cache_dir", metavar="FOLDER", help="for downloads")
-    parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
+    add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,8 +82,7 @@ def _arguments(args: argparse.Namespace) -> list[str]:
         values["expdir"] = str(Path(args.expdir).absolute())
     elif args.expname is not None:
         values["expdir"] = str(Path("result/downstream", args.expname).absolute())
-    if args.device is None and not torch.cuda.is_available():
-        values["device"] = "cpu"
+    values["device"] = read_device(args)
     given = [(f"--{name}", value) for name, value in values.items() if value is not None]
     return [*args.others, *(word for pair in given for word in pair)]
 

@@ -29,13 +29,14 @@ HELP = "draw training in stages against one step, from the folders of runs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = (
-        "What a run is, its own configuration says. Runs that differ only in their seed are one "
-        "point. Exit status: 0; 1 if a point lacks a seed, which is said; 2 if nothing can be "
-        "drawn; 130 if interrupted."
+    parser.add_argument(
+        "places",
+        nargs="+",
+        metavar="DIR",
+        type=Path,
+        help="a run, or runs below; those that differ only in their seed are one point",
     )
-    parser.add_argument("places", nargs="+", metavar="DIR", type=Path, help="a run, or runs below")
-    add_measuring_arguments(parser)
+    add_measuring_arguments(parser, "a point lacks a seed, which is said")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="for schedule.png and schedule.csv"
     )
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     check_writable(figure)
     entries = with_places(collect(args.places), args)
     check_comparable(entries)
-    measure_entries(entries, args.seconds, only_known=args.no_evaluate)
+    measure_entries(entries, args)
     schedules = read_schedules(entries)
     columns = [column for column in SCHEDULE_FIGURES if schedules.knows(column)]
     unknown = [column.label for column in SCHEDULE_FIGURES if column not in columns]

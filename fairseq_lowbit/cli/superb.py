@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-import torch
-
+from fairseq_lowbit.cli.device_option import add_device_argument, read_device
 from fairseq_lowbit.configurations import config_dir, meta_model, model_config
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.interop import SOURCES
@@ -43,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for pr: a word and its phones to a line; espeak makes it, for speech of its own",
     )
     parser.add_argument("--workers", type=int, default=4, help="processes that read audio (4)")
-    parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
+    add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         if args.lexicon in (None, ESPEAK)
         else str(Path(args.lexicon).resolve()),
         workers=args.workers,
-        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=read_device(args),
     )
     reference = profile(meta_model(model_config(_REFERENCE, [])), _REFERENCE)
     result = run_task(order, config_dir() / "superb" / f"{task.name}.yaml", reference)

@@ -31,15 +31,10 @@ HELP = "collect runs into one table: sweeps, single runs, the stages of a schedu
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = (
-        "What is measured of a run is kept beside it and taken from there the next time. Exit "
-        "status: 0; 1 if a run failed or could not be measured, which its row says; 2 if there is "
-        "nothing to show; 130 if interrupted."
-    )
     parser.add_argument(
         "places", nargs="+", metavar="DIR", type=Path, help="a run, runs below, or a checkpoint"
     )
-    add_measuring_arguments(parser)
+    add_measuring_arguments(parser, "a run failed or could not be measured, which its row says")
     parser.add_argument(
         "--sort", choices=SORTS, default="storage", help="best first (default storage, then name)"
     )
@@ -56,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         raise LowbitError("; ".join(f"{entry.name}: {entry.problem}" for entry in entries))
     was_interrupted = False
     try:
-        measure_entries(entries, args.seconds, only_known=args.no_evaluate)
+        measure_entries(entries, args)
     except KeyboardInterrupt:
         was_interrupted = True
     groups, columns = model_records(entries, args.sort), run_columns(args.paper)

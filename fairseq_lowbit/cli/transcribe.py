@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from fairseq_lowbit.cli.device_option import add_device_argument, read_device
 from fairseq_lowbit.data.audio import UnusableAudio, convert_audio
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.evaluation.transcription import require_units, transcribe
@@ -28,11 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="recordings of any rate and kind, of up to about half a minute; or manifests (.tsv)",
     )
+    add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    loaded = open_model(args.model)
+    loaded = open_model(args.model, read_device(args))
     require_units(loaded)
     left_out = 0
     for path in _recordings(args.audio):

@@ -5,10 +5,11 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import torch
 from rich.table import Table
 from tqdm import tqdm
 
+from fairseq_lowbit.cli.device_option import add_device_argument, read_device
+from fairseq_lowbit.cli.names import read_named
 from fairseq_lowbit.data.manifest import Manifest, read_manifest
 from fairseq_lowbit.data.progress import tqdm_options
 from fairseq_lowbit.data.transcripts import (
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FILE",
         help="with --references: transcripts of any system, line by line",
     )
+    add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,8 +76,9 @@ def run(args: argparse.Namespace) -> int:
         raise LowbitError(
             "give either NAME=MODEL... with --data, or --references with --hypotheses NAME=FILE..."
         )
+    device = read_device(args)
     check_writable(args.out / WORD_ERRORS_FILE)
-    recognition = _compare_texts(args) if from_text else _compare_models(args)
+    recognition = _compare_texts(args) if from_text else _compare_models(args, device)
     recognition.write(args.out)
     figure = args.out / "wer.png"
     draw_word_errors(recognition, figure)
@@ -88,12 +91,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _named(texts: Sequence[str], kind: str) -> dict[str, str]:
     """What stands behind each name."""
-    pairs = [text.partition("=") for text in texts]
-    for text, (name, _, value) in zip(texts, pairs, strict=True):
-        if not (name and value):
-            raise LowbitError(f"{text!r}: write NAME={kind}")
-    check_names([name for name, _, _ in pairs])
-    return {name: value for name, _, value in pairs}
+    pairs = [read_named(text, kind) for text in texts]
+    check_names([name for name, _ in pairs])
+    return dict(pairs)
 
 
 def _compare_texts(args: argparse.Namespace) -> Recognition:
@@ -118,13 +118,13 @@ def _lines(path: Path) -> list[str]:
     return read_lines(path)
 
 
-def _compare_models(args: argparse.Namespace) -> Recognition:
+def _compare_models(args: argparse.Namespace, device: str) -> Recognition:
     if not (args.data and args.models):
         raise LowbitError("NAME=MODEL... and --data belong together: give both")
     sources = _named(args.models, "MODEL")
     manifest = read_manifest(args.data / f"{args.split}.tsv")
     references, speakers = read_transcripts(manifest), read_speakers(manifest)
-    models = {name: open_model(source) for name, source in sources.items()}
+    models = {name: open_model(source, device) for name, source in sources.items()}
     for loaded in models.values():
         require_units(loaded)
         _check_letters(loaded, references, transcript_path(manifest))
@@ -168,11 +168,8 @@ def _transcribed(
     name: str, loaded: LoadedModel, manifest: Manifest, decode: Callable
 ) -> dict[int, str]:
     """The transcript of every usable file, by its line."""
-    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     batches = read_batches(manifest, list(range(len(manifest))), loaded.normalize)
-    texts = transcribe(loaded, _counted(batches, name, len(manifest)), decode)
-    loaded.model.to("cpu")
-    return texts
+    return transcribe(loaded, _counted(batches, name, len(manifest)), decode)
 
 
 def _counted(batches: Iterable[Utterances], name: str, total: int) -> Iterator[Utterances]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from fairseq_lowbit.data.audio import SAMPLE_RATE, UnusableAudio, audio_info, convert_audio
 from fairseq_lowbit.data.manifest import write_manifest
 from fairseq_lowbit.data.progress import tqdm_options
-from fairseq_lowbit.data.transcripts import read_lines, write_transcripts
+from fairseq_lowbit.data.transcripts import read_lines, set_aside, write_transcripts
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import atomic_write
 
@@ -98,6 +98,8 @@ def prepare_directory(
         texts = _texts(source, members)
         if texts:
             write_transcripts(out / f"{split}.tsv", [name for name, _ in pieces], texts)
+        else:
+            set_aside(out / f"{split}.tsv")
         summary.files[split] = len(pieces)
         summary.minutes[split] = sum(samples for _, samples in pieces) / SAMPLE_RATE / 60
     return summary

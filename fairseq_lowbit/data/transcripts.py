@@ -60,17 +60,24 @@ def write_transcripts(manifest: Path, names: Sequence[str], texts: Mapping[str, 
         names: of its files, in order.
         texts: words by name.
     """
-    path = manifest.with_suffix(".wrd")
     missing = [name for name in names if name not in texts]
     if missing:
-        path.unlink(missing_ok=True)  # of an earlier manifest, with other lines
+        set_aside(manifest)
         logger.warning(
             f"no transcripts beside {manifest}: {len(missing)} of its {len(names)} files have "
             f"none, first {missing[0]}"
         )
         return
-    with atomic_write(path) as file:
+    with atomic_write(manifest.with_suffix(".wrd")) as file:
         file.writelines(f"{texts[name]}\n" for name in names)
+
+
+def set_aside(manifest: Path) -> None:
+    """Renames words beside a manifest that was written anew: they may be of other files."""
+    path = manifest.with_suffix(".wrd")
+    if path.is_file():
+        old = path.replace(path.with_suffix(".wrd.old"))
+        logger.warning(f"{path} is of an earlier manifest: set aside as {old.name}")
 
 
 def transcript_path(manifest: Manifest, extension: str = "wrd") -> Path:

@@ -7,7 +7,7 @@ from itertools import combinations
 from pathlib import Path
 
 from fairseq_lowbit.evaluation.probing.result import Probe
-from fairseq_lowbit.evaluation.probing.tasks import MEASURES
+from fairseq_lowbit.evaluation.probing.tasks import MEASURES, Measure
 from fairseq_lowbit.evaluation.quality import (
     Candidate,
     HeldOut,
@@ -19,6 +19,8 @@ from fairseq_lowbit.models import LoadedModel
 
 COMPARISON_FILE = "comparison.json"
 TRAINED_FACTOR = 3.0
+# Pairs of rows that a sentence names.
+_NAMED = 3
 _SCORES = ("last-layer cosine", "SNR dB", "masked accuracy %")
 
 
@@ -52,19 +54,24 @@ class Comparison:
                 f"Teacher: masked accuracy is {factor:.1f} times the most frequent label's share "
                 f"({masked.chance:.1%}); from {TRAINED_FACTOR:.0f} on it {verdict}."
             )
-        for measure in MEASURES:
-            own, other = (
-                probes.get(measure.key) for probes in (self.teacher.probes, self.untrained_probes)
-            )
-            if own is not None and other is not None:
-                difference = own.less(other)
-                is_better = difference.is_beyond_chance and difference.interval.value < 0
-                verdict = "beats" if is_better else "does NOT beat"
-                notes.append(
-                    f"Teacher: its {measure.name} ({own.rate.value:.1%}) {verdict} an untrained "
-                    f"network's ({other.rate.value:.1%})."
-                )
+        known = [measure for measure in MEASURES if measure.key in self.untrained_probes]
+        worse = [text for measure in known if (text := self._not_beaten(measure))]
+        if worse:
+            notes.append(f"Teacher: does NOT beat an untrained network in {', '.join(worse)}.")
+        elif known:
+            notes.append("Teacher: beats an untrained network in every probe.")
         return notes
+
+    def _not_beaten(self, measure: Measure) -> str:
+        """The error rates, where the teacher's is not beyond chance below an untrained network's;
+        else empty."""
+        own, other = (
+            probes[measure.key] for probes in (self.teacher.probes, self.untrained_probes)
+        )
+        difference = own.less(other)
+        if difference.is_beyond_chance and difference.interval.value < 0:
+            return ""
+        return f"{measure.name} ({own.rate.value:.1%} against {other.rate.value:.1%})"
 
     def write(self, folder: Path) -> None:
         """:data:`COMPARISON_FILE` in ``folder``."""
@@ -121,15 +128,23 @@ def _scores(row: Quality) -> list[float]:
 
 
 def _probe_findings(rows: Sequence[Quality]) -> list[str]:
-    """For every error rate one sentence on the pairs of rows that it does not tell apart."""
+    """A sentence on the pairs of rows that error rates do not tell apart."""
     notes = []
     for measure in MEASURES:
         known = [row for row in rows if measure.key in row.probes]
+        pairs = list(combinations(known, 2))
         alike = [
-            f"{first.name} from {second.name}"
-            for first, second in combinations(known, 2)
+            f"{first.name} and {second.name}"
+            for first, second in pairs
             if not first.probes[measure.key].less(second.probes[measure.key]).is_beyond_chance
         ]
         if alike:
-            notes.append(f"The {measure.name} does not separate {'; '.join(alike)}.")
-    return notes
+            notes.append(f"{measure.name} {_some(alike, len(pairs))}")
+    return [f"Not told apart: by {'; by '.join(notes)}."] if notes else []
+
+
+def _some(alike: Sequence[str], pairs: int) -> str:
+    if len(alike) == pairs > 1:
+        return "any rows"
+    more = f" and {len(alike) - _NAMED} more pairs" if len(alike) > _NAMED else ""
+    return ", ".join(alike[:_NAMED]) + more

@@ -25,13 +25,13 @@ class LayerFeatures:
     """Features for ``fairseq_lowbit.data.labels``; see its ``FrameFeatures``.
 
     Utterances run one by one: a batch would have other rounding, and labels should not depend on
-    how a corpus was divided. The model is loaded when first needed, once per process, and runs on
-    the GPU where there is one.
+    how a corpus was divided. The model is loaded when first needed, once per process.
 
     Args:
         source: where the model is, for example a checkpoint.
-        open_model: loads it; a function that another process can import.
+        open_model: loads it onto a device; a function that another process can import.
         layer: 1 for the output of the first layer; 0 for the input of it.
+        device: that the model runs on.
 
     Raises:
         LowbitError: from any method: a source that cannot be read, a layer that the model lacks, a
@@ -40,7 +40,8 @@ class LayerFeatures:
 
     source: str
     layer: int
-    open_model: Callable[[str], LoadedModel]
+    open_model: Callable[[str, str], LoadedModel]
+    device: str = "cpu"
     standardize: bool = False
     is_threaded: bool = False
 
@@ -50,21 +51,19 @@ class LayerFeatures:
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         loaded = self._loaded()
-        device = next(loaded.model.parameters()).device
-        waveform = torch.from_numpy(samples).to(device)
+        waveform = torch.from_numpy(samples).to(self.device)
         if loaded.normalize:
             waveform = F.layer_norm(waveform, waveform.shape)
         return layer_output(loaded.model, waveform, self.layer).float().cpu().numpy()
 
     def digest(self) -> str:
-        self._loaded()
-        return f"{_weights_digest(self.source, self.open_model)} layer {self.layer}"
+        return f"{_weights_digest(self._loaded())} layer {self.layer}"
 
     def limit_threads(self, threads: int) -> None:
         torch.set_num_threads(threads)
 
     def _loaded(self) -> LoadedModel:
-        loaded = _load(self.source, self.open_model)
+        loaded = _load(self.source, self.open_model, self.device)
         layers = len(loaded.model.layers)
         if not 0 <= self.layer <= layers:
             raise LowbitError(
@@ -117,15 +116,12 @@ def _layer_of_piece(model: Hubert, waveform: Tensor, layer: int) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _load(source: str, open_model: Callable[[str], LoadedModel]) -> LoadedModel:
-    loaded = open_model(source)
-    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return loaded
+def _load(source: str, open_model: Callable[[str, str], LoadedModel], device: str) -> LoadedModel:
+    return open_model(source, device)
 
 
 @lru_cache(maxsize=1)
-def _weights_digest(source: str, open_model: Callable[[str], LoadedModel]) -> str:
-    loaded = _load(source, open_model)
+def _weights_digest(loaded: LoadedModel) -> str:
     digest = hashlib.sha256(str((loaded.model.shape, loaded.normalize)).encode())
     for name, tensor in loaded.model.state_dict().items():
         digest.update(name.encode())

@@ -10,7 +10,7 @@ from torch import Tensor
 from fairseq_lowbit.data.label_file import LabelFile
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.utterances import Utterances
-from fairseq_lowbit.models import Hubert
+from fairseq_lowbit.models import Hubert, device_of
 from fairseq_lowbit.models.masking import span_mask
 from fairseq_lowbit.models.model import cosine_logits
 from fairseq_lowbit.models.protocols import SpeechModel
@@ -44,6 +44,7 @@ def masked_accuracy(
         labels: at the model's frame rate, lines as in the manifest of ``batches``.
     """
     shape, label_embeddings = teacher.shape, _label_embeddings(model, teacher)
+    device = device_of(model)
     correct = total = 0
     counts: Counter[int] = Counter()
     with torch.random.fork_rng(devices=[]):
@@ -51,8 +52,9 @@ def masked_accuracy(
         for batch in batches:
             frames = model.frame_lengths(batch.lengths)
             mask = span_mask(frames, int(frames.max()), shape.mask_prob, shape.mask_length)
-            outputs, _ = model.hidden_states(batch.waveform, batch.lengths, mask)
-            targets, scored = _targets(batch.lines, mask, labels)
+            on_device = batch.to(device)
+            outputs, _ = model.hidden_states(on_device.waveform, on_device.lengths, mask.to(device))
+            targets, scored = (part.to(device) for part in _targets(batch.lines, mask, labels))
             projected = model.project_final(outputs[-1][scored])
             predicted = cosine_logits(projected, label_embeddings, shape.logit_temp).argmax(-1)
             correct += int((predicted == targets).sum())

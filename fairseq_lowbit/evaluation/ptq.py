@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fairseq_lowbit.data.calibration_audio import CalibrationAudio, calibration_batches
 from fairseq_lowbit.data.recordings import Recordings
-from fairseq_lowbit.models import LoadedModel, start_from
+from fairseq_lowbit.models import LoadedModel, device_of, start_from
 from fairseq_lowbit.models.extractor import receptive_field
 from fairseq_lowbit.models.protocols import SpeechModel
 from fairseq_lowbit.nn import calibrate
@@ -41,14 +41,16 @@ def post_training_quantized(
     audio: CalibrationAudio = DEFAULT_AUDIO,
 ) -> Calibrated:
     """The teacher at another precision, calibrated in fp32 as training calibrates before its first
-    update: on what ``audio`` draws from ``recordings``.
+    update: on what ``audio`` draws from ``recordings``. It is on the teacher's device.
 
     Raises:
         LowbitError: an unknown precision; too many of the files drawn are unusable.
     """
-    model = teacher.model.untrained(precision)
+    device = device_of(teacher.model)
+    model = teacher.model.untrained(precision).to(device)
     start_from(model, teacher)
-    batches = _batches(recordings, audio, receptive_field(model.conv_layers))
+    frame = receptive_field(model.conv_layers)
+    batches = (batch.to(device) for batch in _batches(recordings, audio, frame))
     clipped = calibrate(model, batches, model.final_output, criterion)
     return Calibrated(model.eval(), clipped)
 

@@ -19,7 +19,7 @@ from fairseq_lowbit.evaluation.probing.measure import measure_probes
 from fairseq_lowbit.evaluation.probing.result import Probe
 from fairseq_lowbit.evaluation.probing.tasks import TASKS
 from fairseq_lowbit.evaluation.utterances import Utterances, chosen_lines, read_batches
-from fairseq_lowbit.models import LoadedModel
+from fairseq_lowbit.models import LoadedModel, device_of
 from fairseq_lowbit.models.protocols import SpeechModel
 
 SECONDS = 300.0
@@ -145,7 +145,7 @@ class Reference:
         """The probes on a network of the teacher's shape with random weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = self._teacher.untrained().eval()
+            model = self._teacher.untrained().eval().to(device_of(self._teacher))
         return measure_probes(model, self._held_out.probes)
 
     @cached_property

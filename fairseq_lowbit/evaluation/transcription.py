@@ -8,7 +8,7 @@ from torch import Tensor
 from fairseq_lowbit.data.units import collapsed, decode
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.utterances import Utterances
-from fairseq_lowbit.models import LoadedModel
+from fairseq_lowbit.models import LoadedModel, device_of
 
 
 @torch.no_grad()
@@ -25,10 +25,8 @@ def log_probabilities(loaded: LoadedModel, batch: Utterances) -> list[Tensor]:
         LowbitError: the model has no CTC head.
     """
     require_units(loaded)
-    device = next(loaded.model.parameters()).device
-    scores, padding = loaded.model.unit_log_probabilities(
-        batch.waveform.to(device), batch.lengths.to(device)
-    )
+    batch = batch.to(device_of(loaded.model))
+    scores, padding = loaded.model.unit_log_probabilities(batch.waveform, batch.lengths)
     return [row[~padded] for row, padded in zip(scores, padding, strict=True)]
 
 

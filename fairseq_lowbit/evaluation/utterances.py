@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fairseq_lowbit.data.audio import SAMPLE_RATE, UnusableAudio, read_audio
 from fairseq_lowbit.data.manifest import Manifest
 from fairseq_lowbit.errors import LowbitError
+from fairseq_lowbit.models import device_of
 from fairseq_lowbit.models.protocols import HiddenStates
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,9 @@ class Utterances:
     lines: list[int]
     waveform: Tensor
     lengths: Tensor
+
+    def to(self, device: torch.device) -> "Utterances":
+        return Utterances(self.lines, self.waveform.to(device), self.lengths.to(device))
 
 
 def chosen_lines(
@@ -96,6 +100,8 @@ def batched(sizes: Sequence[int], lines: Iterable[int]) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def layer_outputs(model: HiddenStates, batch: Utterances) -> tuple[list[Tensor], Tensor]:
-    """Outputs of layers 1..L [batch, frames, dim], and the valid frames [batch, frames]."""
+    """Outputs of layers 1..L [batch, frames, dim], and the valid frames [batch, frames], on the
+    device of the model."""
+    batch = batch.to(device_of(model))
     outputs, padding = model.hidden_states(batch.waveform, batch.lengths)
     return outputs, ~padding

@@ -147,7 +147,8 @@ def as_checkpoint(loaded: LoadedModel, data: Path | None = None) -> dict[str, An
         data: folder of the manifests it belongs to, where tables find held-out audio.
     """
     model = loaded.model
-    weights = model.state_dict()
+    # A file is read where there may be no such device.
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     if not loaded.has_final_projection:
         weights = {k: v for k, v in weights.items() if not k.startswith("final_proj.")}
     name = "lowbit_asr" if loaded.units else "lowbit_distillation"

@@ -11,13 +11,14 @@ from fairseq_lowbit.models import Hubert, LoadedModel, WithoutWeights
 SOURCES = "a checkpoint (.pt), a .safetensors of this package, or a folder or id of Hugging Face"
 
 
-def open_model(source: str | Path) -> LoadedModel:
+def open_model(source: str | Path, device: str = "cpu") -> LoadedModel:
     """A model at its own shape and precision, in eval mode.
 
     Args:
         source: a checkpoint of fairseq or of this package (``.pt``), this package's own
             ``.safetensors``, a folder in the form of Hugging Face, or the id of such a model on its
             hub.
+        device: to put it on.
 
     Raises:
         LowbitError: there is no such thing; it is damaged, of another kind or holds more than plain
@@ -28,7 +29,7 @@ def open_model(source: str | Path) -> LoadedModel:
     model = found.build()
     model.load_state_dict(found.fitting_weights(model, source))
     return LoadedModel(
-        model.eval(),
+        model.eval().to(device),
         str(source),
         found.updates,
         found.has_final_projection,

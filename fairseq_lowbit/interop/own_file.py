@@ -71,7 +71,7 @@ def write(path: str | Path, state: dict[str, Any], plan: Plan) -> None:
     }
     # Shared and strided tensors have no place in the format.
     weights = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in state["model"].items()
     }
     with atomic_write(path, "wb") as file:

@@ -5,6 +5,7 @@ from fairseq_lowbit.models.loaded import (
     LoadedModel,
     check_same_shapes,
     continue_from,
+    device_of,
     start_from,
 )
 from fairseq_lowbit.models.model import Hubert, WithoutWeights
@@ -16,6 +17,7 @@ __all__ = [
     "WithoutWeights",
     "check_same_shapes",
     "continue_from",
+    "device_of",
     "parse_conv_layers",
     "start_from",
 ]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from fairseq_lowbit.errors import LowbitError
@@ -38,6 +39,11 @@ class LoadedModel:
     is_calibrated_only: bool = False
     left_out: tuple[str, ...] = ()
     units: tuple[str, ...] = ()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes, and wants its inputs: where its parameters are."""
+    return next(model.parameters()).device
 
 
 def start_from(

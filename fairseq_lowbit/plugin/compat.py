@@ -26,7 +26,7 @@ from torch.multiprocessing import ProcessExitedException
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import writing
 from fairseq_lowbit.plugin import interruption, register
-from fairseq_lowbit.plugin.processes import part
+from fairseq_lowbit.plugin.processes import part, uses_gpus
 
 _BUFFER_BYTES = 16384
 _CPU_BACKENDS = ("legacy_ddp", "no_c10d")
@@ -43,9 +43,6 @@ def apply() -> None:
     _close_tensorboard_writers()
     _log_no_configuration()
     _launch_processes()
-    if not torch.cuda.is_available():
-        _count_processes_on_cpu()
-        _gather_on_cpu()
 
 
 def _allow_checkpoint_classes() -> None:
@@ -151,13 +148,16 @@ def _launch_processes() -> None:
     # fairseq spawns a process per device and waits. The signal of a cluster, sent to the one that
     # waits, would end it and with it the others before they have saved. On CPUs it spawns none.
     call_main = distributed_utils.call_main
-    spawn = call_main if torch.cuda.is_available() else _spawn_on_cpu
 
     @wraps(call_main)
     def launch(cfg: Any, main: Any, **kwargs: Any) -> None:
         training = cfg.distributed_training
+        spawn, infer = call_main, distributed_utils.infer_init_method
+        if not uses_gpus(cfg.common):
+            spawn, infer = _spawn_on_cpu, infer_on_cpu
+            _gather_on_cpu()
         if training.distributed_init_method is None:
-            distributed_utils.infer_init_method(training)
+            infer(training)
         if training.distributed_init_method is None or training.distributed_no_spawn:
             call_main(cfg, main, **kwargs)
             return
@@ -186,38 +186,43 @@ def _train_and_part(index: int, main: Any, cfg: Any, kwargs: dict[str, Any]) -> 
     # To find this function, the new process has imported the package before fairseq could by its
     # user directory, which then registers nothing.
     register()
+    _gather_on_cpu()
     distributed_utils.distributed_main(index, main, cfg, kwargs)
     part()
 
 
-def _count_processes_on_cpu() -> None:
-    # fairseq divides the ranks among GPUs: by zero, where there are none.
-    @wraps(distributed_utils.infer_init_method)
-    def infer(training: Any, force_distributed: bool = False) -> None:
-        if training.distributed_init_method is not None or training.distributed_world_size == 1:
-            return
-        if training.ddp_backend not in _CPU_BACKENDS:
-            raise LowbitError(
-                f"distributed_training.ddp_backend {training.ddp_backend} needs GPUs; on CPUs set "
-                f"{_CPU_BACKENDS[0]}"
-            )
-        training.distributed_backend = "gloo"
-        if all(key in os.environ for key in _LAUNCHER):
-            training.distributed_init_method = "env://"
-            training.distributed_world_size = int(os.environ["WORLD_SIZE"])
-            training.distributed_rank = int(os.environ["RANK"])
-            training.distributed_no_spawn = True
-        elif training.distributed_port > 0 and distributed_utils._infer_slurm_init(training, None):
-            if not training.distributed_no_spawn:
-                raise LowbitError(
-                    "on CPUs SLURM has to start every process: give sbatch or srun "
-                    "--ntasks-per-node with the number of processes of each node"
-                )
-        else:
-            training.distributed_init_method = f"tcp://127.0.0.1:{_free_port()}"
-        training.device_id = 0
+def infer_on_cpu(training: Any) -> None:
+    """fairseq's ``infer_init_method`` for a run on CPUs: that one divides the ranks among GPUs, by
+    zero where there are none.
 
-    distributed_utils.infer_init_method = infer
+    Args:
+        training: the section ``distributed_training``, which is filled in.
+
+    Raises:
+        LowbitError: a backend that needs GPUs; SLURM is to start one process of several.
+    """
+    if training.distributed_init_method is not None or training.distributed_world_size == 1:
+        return
+    if training.ddp_backend not in _CPU_BACKENDS:
+        raise LowbitError(
+            f"distributed_training.ddp_backend {training.ddp_backend} needs GPUs; on CPUs set "
+            f"{_CPU_BACKENDS[0]}"
+        )
+    training.distributed_backend = "gloo"
+    if all(key in os.environ for key in _LAUNCHER):
+        training.distributed_init_method = "env://"
+        training.distributed_world_size = int(os.environ["WORLD_SIZE"])
+        training.distributed_rank = int(os.environ["RANK"])
+        training.distributed_no_spawn = True
+    elif training.distributed_port > 0 and distributed_utils._infer_slurm_init(training, None):
+        if not training.distributed_no_spawn:
+            raise LowbitError(
+                "on CPUs SLURM has to start every process: give sbatch or srun "
+                "--ntasks-per-node with the number of processes of each node"
+            )
+    else:
+        training.distributed_init_method = f"tcp://127.0.0.1:{_free_port()}"
+    training.device_id = 0
 
 
 def _free_port() -> int:

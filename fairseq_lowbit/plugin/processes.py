@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
@@ -37,6 +37,15 @@ def gather(value: Value) -> list[Value]:
     values: list = [None] * distributed.get_world_size()
     distributed.all_gather_object(values, value)
     return values
+
+
+def uses_gpus(common: Any) -> bool:
+    """Whether a run trains on GPUs, as fairseq's trainer decides it.
+
+    Args:
+        common: that section of its configuration.
+    """
+    return torch.cuda.is_available() and not common.cpu
 
 
 @contextmanager

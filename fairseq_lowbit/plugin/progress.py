@@ -28,6 +28,10 @@ _NOT_TERMS = {"num_updates", "wps", "wpb", "bsz", "clip", "loss_scale", "gb_free
 _NOT_TERMS |= {"train_wall", "wall"}
 
 
+# Where the tensors of the run are.
+_device = torch.device("cpu")
+
+
 def apply() -> None:
     """Records what the bars of training are told, once."""
     build = progress_bar.progress_bar
@@ -40,6 +44,12 @@ def apply() -> None:
         return bar if folder is None else _RecordingBar(bar, Path(folder), **kwargs)
 
     progress_bar.progress_bar = built
+
+
+def train_on(device: torch.device) -> None:
+    """From now on the memory that counts is that of ``device``."""
+    global _device
+    _device = device
 
 
 def forget_after(folder: Path, update: int) -> None:
@@ -119,9 +129,9 @@ def _measured(stats: dict[str, Any]) -> dict[str, Any]:
 
 
 def _peak_memory() -> int:
-    """Bytes at most: of tensors on this process's GPU, or without a GPU, of the process itself."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    """Bytes at most: of tensors on this process's GPU, or on the CPU, of the process itself."""
+    if _device.type == "cuda":
+        return torch.cuda.max_memory_allocated(_device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -3,19 +3,19 @@
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from fairseq.data.iterators import EpochBatchIterator
 from torch import distributed
 
 from fairseq_lowbit.plugin.dataset import SpeechDataset
 
 
-def describe_scale(config: Any, batches: EpochBatchIterator) -> Iterator[str]:
+def describe_scale(config: Any, batches: EpochBatchIterator, on_gpus: bool) -> Iterator[str]:
     """Sentences on the batch and the epochs of a run; none for data of fairseq's own tasks.
 
     Args:
         config: of the run, fairseq's whole.
         batches: of one process and one epoch of training.
+        on_gpus: each process trains on a GPU.
     """
     dataset = batches.dataset
     if not isinstance(dataset, SpeechDataset):
@@ -26,7 +26,7 @@ def describe_scale(config: Any, batches: EpochBatchIterator) -> Iterator[str]:
         processes, seconds = _processes(), largest / rate
         total = processes * seconds * update_freq
         yield (
-            f"{_kind(processes)} x {seconds:g} s of audio x update_freq {update_freq} = "
+            f"{_kind(processes, on_gpus)} x {seconds:g} s of audio x update_freq {update_freq} = "
             f"{total:g} s of audio per update, at most"
         )
     updates = max(1, -(-len(batches) // update_freq))
@@ -42,6 +42,6 @@ def _processes() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def _kind(processes: int) -> str:
-    kind, ending = ("GPU", "s") if torch.cuda.is_available() else ("process", "es")
+def _kind(processes: int, on_gpus: bool) -> str:
+    kind, ending = ("GPU", "s") if on_gpus else ("process", "es")
     return f"{processes} {kind}{ending * (processes > 1)}"

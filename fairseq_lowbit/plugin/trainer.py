@@ -69,6 +69,7 @@ class LowbitTrainer(Trainer):
         _ = self.model
         is_planned = isinstance(getattr(self.get_model(), "plan", None), Plan)
         self._quantized = QuantizedTraining(self) if is_planned else None
+        progress.train_on(self.device)
         interruption.listen()
 
     # Quantizers
@@ -76,7 +77,7 @@ class LowbitTrainer(Trainer):
     def get_train_iterator(self, *args: Any, **kwargs: Any) -> EpochBatchIterator:
         iterator = super().get_train_iterator(*args, **kwargs)
         if not self._has_told_scale and is_first():
-            for line in describe_scale(self.cfg, iterator):
+            for line in describe_scale(self.cfg, iterator, self.cuda):
                 logger.info(line)
         self._has_told_scale = True
         if self._quantized is not None:

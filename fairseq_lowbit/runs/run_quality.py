@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -62,27 +62,28 @@ def stored_quality(run: Run, seconds: float) -> RunQuality | None:
 
 
 def measure_quality(
-    runs: Iterable[Run], seconds: float, progress: Callable[[Run], None]
+    runs: Iterable[Run], seconds: float, device: str, progress: Callable[[Run], None]
 ) -> Iterator[tuple[Run, RunQuality | str]]:
     """Measures runs and stores the results beside them.
 
     Args:
         runs: each with a checkpoint.
         seconds: audio to measure on.
+        device: that models run on.
         progress: called with each run before it is measured.
 
     Yields:
         each run with its quality, or with a message why it could not be measured.
     """
     # Runs of one teacher and data folder come after each other, and share what is loaded of both.
-    refer_to = lru_cache(maxsize=1)(_refer_to)
+    refer_to = lru_cache(maxsize=1)(partial(_refer_to, seconds=seconds, device=device))
     for run in sorted(runs, key=lambda run: (str(run.data or ""), str(run.teacher or ""))):
         progress(run)
         # Taken before measuring, since training may replace the checkpoint meanwhile.
         fingerprint = _fingerprint(run, seconds)
         try:
             with torch.inference_mode():
-                quality = _measure(run, seconds, refer_to)
+                quality = _measure(run, device, refer_to)
         except Exception as error:  # one broken run must not hide the others
             logger.debug("cannot measure %s", run.folder, exc_info=True)
             yield run, describe(error)
@@ -91,18 +92,19 @@ def measure_quality(
             yield run, quality
 
 
-def _measure(run: Run, seconds: float, refer_to: Callable[..., _Referred]) -> RunQuality:
+def _measure(run: Run, device: str, refer_to: Callable[[Path, Path], _Referred]) -> RunQuality:
     if run.data is None:
         raise LowbitError("its configuration names no data to measure on: give --data")
-    reference, quality = refer_to(run.teacher or run.checkpoint, run.data, seconds)
+    reference, quality = refer_to(run.teacher or run.checkpoint, run.data)
     if run.teacher is None:
         return RunQuality(quality, None)
-    return RunQuality(reference.measure(Candidate.of(open_model(run.checkpoint))), quality)
+    candidate = Candidate.of(open_model(run.checkpoint, device))
+    return RunQuality(reference.measure(candidate), quality)
 
 
-def _refer_to(checkpoint: Path, data: Path, seconds: float) -> _Referred:
+def _refer_to(checkpoint: Path, data: Path, seconds: float, device: str) -> _Referred:
     """A model as a reference for others, and its own quality."""
-    loaded = open_model(checkpoint)
+    loaded = open_model(checkpoint, device)
     reference = Reference(loaded, read_held_out(data, loaded, seconds))
     return reference, reference.measure_teacher(loaded.model.plan.precision.name)
 

@@ -70,8 +70,11 @@ class Curve:
 
     @property
     def label(self) -> str:
-        """The name with the updates of every point: what is held equal, and what is not."""
-        updates = [UNKNOWN if p.updates is None else str(p.updates) for p in self.points]
+        """The name with the updates of every point that is there: what is held equal, and what is
+        not."""
+        updates = [str(point.updates) for point in self.points if point.updates is not None]
+        if not updates:
+            return self.name
         told = f"{updates[0]} at each" if len(set(updates)) == 1 else " > ".join(updates)
         return f"{self.name}: {told}"
 

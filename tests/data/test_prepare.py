@@ -193,3 +193,13 @@ def test_words_beside_recordings_are_kept(tmp_path, caplog):
     prepare_directory(source, out)
     assert not (out / "train.wrd").exists()
     assert f"first audio/{first}_wav.flac" in caplog.text
+    # Those of other splits would be left where their files had moved elsewhere.
+    caplog.clear()
+    words = (out / "test.wrd").read_text()
+    for text in source.glob("*.txt"):
+        text.unlink()
+    prepare_directory(source, out)
+    assert not list(out.glob("*.wrd"))
+    assert (out / "test.wrd.old").read_text() == words
+    assert f"{out / 'test.wrd'} is of an earlier manifest: set aside as test.wrd.old" in caplog.text
+    assert "no transcripts" not in caplog.text

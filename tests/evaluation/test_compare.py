@@ -126,18 +126,24 @@ def findings(*rows: Quality, untrained: float = 0.5) -> str:
 def test_whether_the_teacher_is_trained() -> None:
     assert "6.0 times" in findings(ROW)
     assert "counts as trained" in findings(ROW)
-    assert "beats an untrained" in findings(ROW)
+    assert "beats an untrained network in every probe" in findings(ROW)
     poor = replace(ROW, masked=MaskedAccuracy(0.2, 0.1))
     assert "is NOT trained" in findings(poor)
-    assert "does NOT beat an untrained" in findings(poor, untrained=0.05)
+    wanted = "does NOT beat an untrained network in phone error (10.0% against 5.0%)"
+    assert wanted in findings(poor, untrained=0.05)
 
 
 def test_whether_the_probe_separates() -> None:
     close = replace(ROW, name="student", probes={"phone_error": probe(0.11)})
-    assert "phone error does not separate FP teacher from student" in findings(ROW, close)
+    assert "Not told apart: by phone error FP teacher and student." in findings(ROW, close)
+    assert "Not told apart: by phone error any rows." in findings(ROW, close, replace(ROW))
     # The same recordings are harder for one, every one of them: no interval is too wide for that.
     apart = replace(close, probes={"phone_error": probe(0.1, offset=0.01)})
-    assert "separate" not in findings(ROW, apart)
+    assert "told apart" not in findings(ROW, apart)
+    twins = [replace(apart, name=f"row {index}") for index in range(4)]
+    (line,) = [line for line in findings(ROW, *twins).splitlines() if "told apart" in line]
+    pairs = "row 0 and row 1, row 0 and row 2, row 0 and row 3"
+    assert line == f"Not told apart: by phone error {pairs} and 3 more pairs."
 
 
 # The command

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fairseq.distributed import utils as distributed_utils
 from omegaconf import OmegaConf
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.interop import open_model
 from fairseq_lowbit.plugin import register
+from fairseq_lowbit.plugin.compat import infer_on_cpu
 from fairseq_lowbit.plugin.interruption import STOPPED
 from tests.plugin.conftest import Run, free_port, user_environment
 
@@ -325,7 +325,7 @@ def launch(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], **optio
         "device_id": 0,
     }
     config = OmegaConf.create(training | options)
-    distributed_utils.infer_init_method(config)
+    infer_on_cpu(config)
     return config
 
 

@@ -79,6 +79,13 @@ def test_means_and_bars_over_seeds() -> None:
     assert in_stages.label == f"{in_stages.name}: 20 > 40 > 60"
 
 
+def test_a_label_tells_of_the_points_that_are_there() -> None:
+    some = [entry("w8a8", 30.0), entry("w1a1", 4.0, planned=50)]
+    one_step, _ = read_schedules([*some, entry("w2a2", 10.0, stages=ORIGINAL)]).curves
+    assert [point.updates for point in one_step.points] == [60, None, 50]
+    assert one_step.label == "one step: 60 > 50"
+
+
 def test_one_seed_has_no_bar() -> None:
     (one_step, _) = read_schedules(whole(seeds=[1])).curves
     assert {p.spread(SNR) for p in one_step.points} == {None}

@@ -97,6 +97,12 @@ def test_results_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     renamed = put(tmp_path / "other", "fp", replace(ASR, model="/w2a2.pt"), 16.5)
     with pytest.raises(LowbitError, match="are of different models that are both named fp: /w1a1"):
         collect_results([first.folder, renamed.folder])
+    retrained = [
+        put(tmp_path / key, "fp", replace(settings, checkpoint=key))
+        for key, settings in (("one", KS), ("two", replace(ASR, model=KS.model)))
+    ]
+    with pytest.raises(LowbitError, match=r"/w1a1\.pt was changed between .*one.* and .*two"):
+        collect_results([result.folder for result in retrained])
     put(tmp_path / "again", "fp")
     with pytest.raises(LowbitError, match="are both ks of fp: name one"):
         collect_results([tmp_path / "fp", tmp_path / "again"])

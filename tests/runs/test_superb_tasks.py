@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from fairseq_lowbit.cli import main
@@ -235,6 +236,31 @@ def test_a_folder_keeps_its_settings(folder: Path, capsys: pytest.CaptureFixture
     (folder / "out/begun.json").write_text(json.dumps(begun))
     printed = refused(capsys, "ks", "model.pt")
     assert "out was begun with learning_rate 0.1, not 0.0001: take another --out" in printed
+
+
+def test_a_checkpoint_that_was_trained_again_is_another_model(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether its task is finished or only begun."""
+    pytest.importorskip("s3prl")
+    from fairseq_lowbit.runs.superb import running
+
+    corpora.write_commands(folder / "data")
+    monkeypatch.setattr(running._Session, "metrics", lambda session: {"ks_accuracy": 0.5})
+    assert main.main(["superb", "ks", "model.pt", "--data", "data", "--out", "out"]) == 0
+    content = (folder / "model.pt").read_bytes()
+    assert json.loads((folder / "out/result.json").read_text())["settings"][
+        "checkpoint"
+    ].startswith(f"{len(content)} bytes, sha256 ")
+    checkpoint = torch.load("model.pt", weights_only=True)
+    checkpoint["model"]["mask_emb"] += 1
+    torch.save(checkpoint, "model.pt")
+    wanted = f"{folder / 'model.pt'} has changed since {folder / 'out'} was begun"
+    for left in ("out/result.json", "out/begun.json"):
+        assert wanted in refused(capsys, "ks", "model.pt")
+        (folder / left).unlink()
+    (folder / "model.pt").write_bytes(content)
+    assert main.main(["superb", "ks", "model.pt", "--data", "data", "--out", "out"]) == 0
 
 
 def test_a_root_of_s3prl_has_to_be_one(

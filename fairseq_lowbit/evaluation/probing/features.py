@@ -1,6 +1,6 @@
 """The frozen features of every recording, computed once for all tasks and seeds."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fairseq_lowbit.evaluation.utterances import Utterances
+from fairseq_lowbit.models import device_of
 
 # A feature that hardly varies, such as a dead one, is not blown up.
 _LEAST_DEVIATION = 1e-5
@@ -24,7 +25,7 @@ class Upstream(Protocol):
     ) -> tuple[Sequence[Tensor], Tensor | None]:
         """L + 1 of [batch, frames, dim], and the padding mask [batch, frames]."""
 
-    def parameters(self) -> Iterable[Tensor]:
+    def parameters(self) -> Iterator[Tensor]:
         """Tensors, by which the device is known."""
 
 
@@ -40,9 +41,10 @@ def frozen_features(model: Upstream, batches: Iterable[Utterances]) -> Features:
     which is 0.1 MB with 4 layers of 192 and 1 MB with a model of base size.
     """
     features = {}
-    device = next(iter(model.parameters())).device
+    device = device_of(model)
     for batch in batches:
-        states, padding = model.representations(batch.waveform.to(device), batch.lengths.to(device))
+        batch = batch.to(device)
+        states, padding = model.representations(batch.waveform, batch.lengths)
         stacked = torch.stack(list(states), 1).transpose(2, 3).float()
         frames = (~padding).sum(1).tolist()
         for line, row, count in zip(batch.lines, stacked, frames, strict=True):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fairseq_lowbit.data.audio import SAMPLE_RATE
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.models import LoadedModel
+from fairseq_lowbit.models import LoadedModel, device_of
 from fairseq_lowbit.models.encoder import EncoderLayer
 from fairseq_lowbit.models.protocols import SpeechModel
 from fairseq_lowbit.monitoring.health import QuantizerHealth, watching
@@ -55,6 +55,7 @@ def dissect(student: LoadedModel, teacher: LoadedModel | None, waveform: Tensor)
         _refuse_other_shape(student, teacher)
         _refuse_unusable(teacher)
     _refuse_unusable(student)
+    waveform = waveform.to(device_of(student.model))
     layers = first_middle_last(range(student.model.shape.encoder_layers))
     with watching(student.model) as found:
         own = _attention_maps(student.model, waveform, layers)

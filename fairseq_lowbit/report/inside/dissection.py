@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -43,35 +44,38 @@ class Dissected:
 
 
 def dissect_all(
-    subjects: Sequence[Subject], progress: Callable[[Subject], None]
+    subjects: Sequence[Subject], device: str, progress: Callable[[Subject], None]
 ) -> Iterator[Dissected]:
     """Takes models apart one by one, each beside the teacher of its run if that is there.
 
     Args:
         subjects: each with a checkpoint.
+        device: that models run on.
         progress: called with each before it is loaded.
     """
-    teachers: dict[Path, LoadedModel] = {}
+    # Runs often share a teacher.
+    open_teacher = lru_cache(maxsize=None)(partial(open_model, device=device))
     for subject in subjects:
         progress(subject)
         try:
-            yield _dissected(subject, teachers)
+            yield _dissected(subject, device, open_teacher)
         except Exception as error:  # one broken checkpoint must not prevent the page
             yield Dissected(subject, describe(error))
 
 
-def _dissected(subject: Subject, teachers: dict[Path, LoadedModel]) -> Dissected:
+def _dissected(
+    subject: Subject, device: str, open_teacher: Callable[[Path], LoadedModel]
+) -> Dissected:
     data, teacher_path = subject.record["data"], subject.record["teacher"]
     if data is None:
         raise LowbitError("its configuration names no data to run it on: give --data")
     teacher, missing = None, "its run names no teacher"
     if teacher_path is not None:
         try:
-            teacher = teachers.get(teacher_path) or open_model(teacher_path)
-            teachers[teacher_path] = teacher
+            teacher = open_teacher(teacher_path)
         except Exception as error:
             missing = describe(error)
-    student = open_model(subject.checkpoint)
+    student = open_model(subject.checkpoint, device)
     waveform, name = held_out_utterance(data, (teacher or student).normalize)
     drawings = anatomy_drawings(subject.name, dissect(student, teacher, waveform))
     if not drawings:

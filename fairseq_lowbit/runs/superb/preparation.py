@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from fairseq_lowbit.data.superb import (
@@ -55,12 +54,13 @@ class Order:
     device: str
 
 
-def check_machine(task: Task, s3prl: Path) -> None:
-    """Raises LowbitError for what a task needs and this machine lacks.
+def check_machine(order: Order, s3prl: Path) -> None:
+    """Raises LowbitError for what a task needs and this machine, or the device asked for, lacks.
 
     Args:
         s3prl: folder of its package.
     """
+    task = order.task
     missing = [
         package
         for module, package in task.modules.items()
@@ -73,10 +73,10 @@ def check_machine(task: Task, s3prl: Path) -> None:
     if task.name == "qbe" and shutil.which("java") is None:
         raise LowbitError("task qbe is scored by the corpus' own program, which needs java")
     if task.name == "asv":
-        _check_verification()
+        _check_verification(order.device)
 
 
-def _check_verification() -> None:
+def _check_verification(device: str) -> None:
     try:
         import torchaudio
 
@@ -85,8 +85,26 @@ def _check_verification() -> None:
         has_effects = False
     if not has_effects:
         raise LowbitError("task asv cuts silence by SoX, which needs torchaudio 2.8 or older")
-    if not torch.cuda.is_available():
+    if not device.startswith("cuda"):
         raise LowbitError("task asv needs a GPU: s3prl's code for it runs nowhere else")
+
+
+def fingerprint(model: str) -> str:
+    """Size and SHA-256 of the file, or the files of the folder, that a model is read from: one path
+    may hold another model tomorrow. "" for an id of a hub.
+
+    Args:
+        model: see :data:`fairseq_lowbit.interop.SOURCES`.
+    """
+    path = Path(model)
+    files = sorted(path.glob("*.*")) if path.is_dir() else [path]
+    size, digest = 0, hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            size += file.stat().st_size
+            with open(file, "rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return f"{size} bytes, sha256 {digest.hexdigest()}" if size else ""
 
 
 def configure(order: Order, template: Path) -> tuple[DictConfig, tuple[str, ...]]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Settings:
         inputs: a digest of the files that the configuration names, such as vocabularies and lexica.
             "" before they are written.
         protocol: see :data:`PROTOCOL`.
+        checkpoint: see :func:`fairseq_lowbit.runs.superb.preparation.fingerprint`; "" where an
+            earlier version has not kept it.
     """
 
     task: str
@@ -46,6 +48,7 @@ class Settings:
     s3prl: str
     inputs: str
     protocol: str = PROTOCOL
+    checkpoint: str = ""
 
     @property
     def differences(self) -> str:
@@ -118,6 +121,12 @@ def read_settings(content: dict[str, Any]) -> Settings:
 
 def check_same_settings(folder: Path, before: Settings, now: Settings) -> None:
     """Raises LowbitError for the first that differs from those that ``folder`` was begun with."""
+    if _is_changed(before, now):
+        raise LowbitError(
+            f"{now.model} has changed since {folder} was begun, so what is there is of another "
+            "model: take another --out, or remove it"
+        )
+    now = replace(now, checkpoint=before.checkpoint)
     for field in fields(Settings):
         was, wanted = getattr(before, field.name), getattr(now, field.name)
         if was != wanted:
@@ -125,6 +134,12 @@ def check_same_settings(folder: Path, before: Settings, now: Settings) -> None:
                 f"{folder} was begun with {field.name} {was}, not {wanted}: take another --out, or "
                 "remove it"
             )
+
+
+def _is_changed(before: Settings, now: Settings) -> bool:
+    """Whether one path holds another checkpoint now, as far as both are known."""
+    fingerprints = {settings.checkpoint for settings in (before, now)} - {""}
+    return before.model == now.model and len(fingerprints) > 1
 
 
 def begin(folder: Path, settings: Settings) -> None:
@@ -179,6 +194,11 @@ def _check_comparable(results: Sequence[Result]) -> None:
             raise LowbitError(
                 f"{other.folder} and {result.folder} are of different models that are both named "
                 f"{result.name}: {other.settings.model} and {settings.model}"
+            )
+        if _is_changed(other.settings, settings):
+            raise LowbitError(
+                f"{settings.model} was changed between {other.folder} and {result.folder}: run "
+                "one of them again, into another folder"
             )
         _check_same_task(first_of.setdefault(settings.task, result), result)
 

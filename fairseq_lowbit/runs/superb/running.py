@@ -21,7 +21,13 @@ from fairseq_lowbit.interop.s3prl.compat import find_s3prl
 from fairseq_lowbit.interop.s3prl.downstream import run_downstream
 from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.profiling import Profile, profile
-from fairseq_lowbit.runs.superb.preparation import Order, check_machine, configure, prepare
+from fairseq_lowbit.runs.superb.preparation import (
+    Order,
+    check_machine,
+    configure,
+    fingerprint,
+    prepare,
+)
 from fairseq_lowbit.runs.superb.results import (
     RESULT,
     Result,
@@ -49,7 +55,7 @@ def run_task(order: Order, template: Path, reference: Profile) -> Result:
             that printed no figure.
     """
     folder, version = find_s3prl()
-    check_machine(order.task, folder)
+    check_machine(order, folder)
     model = open_without_weights(order.model)
     config, changed = configure(order, template)
     settings = _settings(order, config, changed, version)
@@ -89,6 +95,7 @@ def _settings(order: Order, config: DictConfig, changed: tuple[str, ...], versio
         lexicon=order.lexicon,
         s3prl=version,
         inputs="",
+        checkpoint=fingerprint(order.model),
     )
 
 

@@ -47,7 +47,7 @@ def test_beside_a_teacher_or_alone(
     monkeypatch.setattr(dissection, "dissect", dissect)
     seen: list[str] = []
     subjects = subjects_of(*folders)
-    *shown, deaf = dissect_all(subjects, lambda subject: seen.append(subject.name))
+    *shown, deaf = dissect_all(subjects, "cpu", lambda subject: seen.append(subject.name))
     assert seen == ["a", "b", "c", "d"]
     assert teachers == [str(tmp_path / "teacher.pt"), None, None]
     assert [one.drawings for one in shown] == [["a"], ["b"], ["c"]]
@@ -61,7 +61,7 @@ def test_beside_a_teacher_or_alone(
 def test_the_insides_are_those_of_the_model(make_run: Callable) -> None:
     """For real: every kind of figure is there."""
     (subject,) = subjects_of(make_run("run", calibrated("bitla_w2a2")))
-    (one,) = dissect_all([subject], lambda subject: None)
+    (one,) = dissect_all([subject], "cpu", lambda subject: None)
     names = [drawing.name for drawing in one.drawings]
     assert len(set(names)) == len(names) >= 5
     assert all(name.startswith("run_") for name in names)
@@ -109,7 +109,7 @@ def test_without_audio(spoken: Path) -> None:
 
 def test_another_model_is_no_student_of_its_teacher(make_run: Callable, model: Hubert) -> None:
     shallow = Hubert(replace(model.shape, encoder_layers=1))
-    (one,) = dissect_all(subjects_of(make_run("run", shallow)), lambda subject: None)
+    (one,) = dissect_all(subjects_of(make_run("run", shallow)), "cpu", lambda subject: None)
     assert one.has_failed
     assert "layers" in one.note
 
@@ -123,5 +123,5 @@ def test_whatever_goes_wrong_with_one_is_its_own(
     monkeypatch.setattr(dissection, "dissect", fail)
     student = calibrated("bitla_w1a1")
     subjects = subjects_of(make_run("a", student), make_run("b", student))
-    shown = list(dissect_all(subjects, lambda subject: None))
+    shown = list(dissect_all(subjects, "cpu", lambda subject: None))
     assert [one.note for one in shown] == ["TypeError: no number"] * 2
