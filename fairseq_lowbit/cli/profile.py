@@ -25,6 +25,7 @@ from fairseq_lowbit.profiling.tables import (
     profile_row,
     profile_table,
 )
+from fairseq_lowbit.runs.collection import with_form
 from fairseq_lowbit.terminal import print_table
 
 logger = logging.getLogger(__name__)
@@ -144,6 +145,8 @@ def _count_all(
 
 def _count(target: Target, lengths: Iterable[float]) -> _Counted:
     model, name = target.read(), target.name
+    if target.has_weights:  # of a configuration the name has it, if it was asked for
+        name = with_form(name, model.plan.form)
     return _Counted(name, target, {seconds: profile(model, name, seconds) for seconds in lengths})
 
 
@@ -214,7 +217,9 @@ def _print_tables(rows: list[ProfileRow], args: argparse.Namespace) -> None:
 def _paper(reference: Profile, args: argparse.Namespace) -> int:
     cells: list[ProfileRow] = []
     for published in TABLE:
-        model = meta_model(model_config(published.precision, [f"model={published.model}"]))
+        model = meta_model(
+            model_config(published.precision, [f"model={published.model}", "form=paper"])
+        )
         counted = profile(model, published.name, _PAPER_SECONDS)
         if published.without_final_projection:
             costs = tuple(c for c in counted.costs if c.module != "final_proj")
