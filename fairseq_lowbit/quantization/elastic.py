@@ -91,6 +91,9 @@ class ElasticQuantizer(LearnedQuantizer):
         if levels.origin and shift_shape is None:
             raise ValueError("levels with an origin need a shift, which the origin is added to")
         self.is_per_frame = is_per_frame
+        if levels.origin:
+            # Read by nobody; it keeps the state dict of another form from being taken for this one.
+            self.register_buffer("origin", torch.tensor(levels.origin))
         self.gradient_scale = 1.0 / math.sqrt(gradient_values * levels.gradient_divisor)
         shape = () if scales is None else (scales, 1)
         self.log_scale = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
