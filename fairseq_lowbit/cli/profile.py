@@ -12,6 +12,7 @@ from fairseq_lowbit.cli.profile_targets import Target
 from fairseq_lowbit.configurations import meta_model, model_config
 from fairseq_lowbit.errors import LowbitError, describe, require_number
 from fairseq_lowbit.interop import SOURCES
+from fairseq_lowbit.precision.rules import with_form
 from fairseq_lowbit.profiling import Profile, profile
 from fairseq_lowbit.profiling.cost import CONVERSION_RATE
 from fairseq_lowbit.profiling.paper import REASONS, SOURCE, TABLE
@@ -25,7 +26,6 @@ from fairseq_lowbit.profiling.tables import (
     profile_row,
     profile_table,
 )
-from fairseq_lowbit.runs.collection import with_form
 from fairseq_lowbit.terminal import print_table
 
 logger = logging.getLogger(__name__)

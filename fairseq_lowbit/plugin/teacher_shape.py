@@ -86,7 +86,7 @@ def _refuse_rules(precision: dict[str, Any]) -> None:
         what = "rules" if is_refined else f"form={precision['form']}"
         raise LowbitError(
             f"{what} beside quant=as_teacher, which takes the whole precision from a checkpoint: "
-            "leave it out, or choose another quant="
+            "drop that, or choose another quant="
         )
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from fairseq_lowbit.precision.grammar import FLOAT_BITS
 from fairseq_lowbit.precision.plan import Plan, PlanEntry
+from fairseq_lowbit.precision.rules import with_form
 from fairseq_lowbit.precision.storage import FLOAT_BYTES
 
 PLAN_HEADS = ("module", "decided by", "method", "weight", "activation", "parameters", "kB")
@@ -18,7 +19,8 @@ Item = TypeVar("Item")
 
 def plan_table(plan: Plan) -> Table:
     """The plan, see :func:`plan_rows`."""
-    table = Table(title=f"precision {plan.precision.name}", title_justify="left")
+    name = with_form(plan.precision.name, plan.form)
+    table = Table(title=f"precision {name}", title_justify="left")
     module, *texts, weight, activation, parameters, size = PLAN_HEADS
     table.add_column(module, no_wrap=True)
     for column in texts:

@@ -141,6 +141,11 @@ class Precision:
             rule.check()
 
 
+def with_form(name: str, form: str | None) -> str:
+    """The name of a precision or a model, with its form if it has another than the default."""
+    return f"{name}, {form} form" if form not in (None, ASYMMETRIC) else name
+
+
 def check_squash_std(value: float | None, where: str) -> None:
     """Raises LowbitError for a standard deviation that is not a positive number."""
     if value is not None and not 0 < value < math.inf:

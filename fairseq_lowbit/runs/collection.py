@@ -9,7 +9,7 @@ from typing import Any
 
 from fairseq_lowbit.errors import describe
 from fairseq_lowbit.interop.huggingface_directory import is_model_directory
-from fairseq_lowbit.precision.rules import ASYMMETRIC
+from fairseq_lowbit.precision.rules import with_form
 from fairseq_lowbit.profiling.paper import paper_wer
 from fairseq_lowbit.runs.columns import (
     COSINE,
@@ -195,11 +195,6 @@ def _common_overrides(entries: Iterable[Entry]) -> set[str]:
 def unnamed_overrides(record: ModelRecord) -> list[str]:
     """The overrides that are not part of the name; the folders of a sweep are named by theirs."""
     return [t for t in record["overrides"] or () if job_folder([t]) not in record["name"]]
-
-
-def with_form(name: str, form: str | None) -> str:
-    """The name of a precision, with its form if it is not the usual one."""
-    return f"{name}, {form} form" if form not in (None, ASYMMETRIC) else name
 
 
 def precision_text(record: ModelRecord) -> str:

@@ -7,8 +7,9 @@ import numpy as np
 
 from fairseq_lowbit.evaluation.intervals import Interval, difference_interval, rate_interval
 from fairseq_lowbit.evaluation.probing.result import Difference
+from fairseq_lowbit.precision.rules import with_form
 from fairseq_lowbit.profiling.paper import SOURCE, paper_wer
-from fairseq_lowbit.runs.collection import Entry, with_form
+from fairseq_lowbit.runs.collection import Entry
 from fairseq_lowbit.runs.columns import PHONE_ERROR, UNKNOWN, WORD_ERROR, Column
 from fairseq_lowbit.runs.run import Run
 from fairseq_lowbit.runs.schedules import ONE_STEP, students_of, updates_since_teacher, way_of

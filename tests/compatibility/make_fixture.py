@@ -2,8 +2,8 @@
 
     python tests/compatibility/make_fixture.py FOLDER
 
-It was run by the commit before a change of what is stored. The tests of later versions load,
-measure and resume what it has written.
+It was run by the commit before a change of what is stored, with the runs that the change is about.
+The tests of later versions load, measure and resume what it has written.
 """
 
 import json
@@ -26,15 +26,26 @@ OVERLAPPING = (
     "model.precision.rules=[{match: 'encoder.layers.*', granularity: per_channel},"
     "{match: encoder.layers.0.fc1, weight_bits: 4}]"
 )
-# name, configuration and overrides of runs of three updates
+FRONT_END = (
+    "model.precision.rules=[{match: 'feature_extractor.*', weight_bits: 8, activation_bits: 3}]"
+)
+# By folder: name, configuration and overrides of runs of three updates; what is calibrated only.
 RUNS = {
-    "front_end": ("bitla_w1a1", "rules=front_end_w8a8"),
-    "stretched": ("bitl_w2a2", "rules=stretched"),
-    "overlapping_rules": ("bitl_w2a2", OVERLAPPING),
-    "squashed_configuration": ("sqwq_w8",),
-    "squashed_by_name": ("sqwq_w2", "model.precision.name=sqwq_w8"),
-    "hubert": ("bitla_w4a4", "loss=hubert"),
+    "v0_1": {
+        "front_end": ("bitla_w1a1", "rules=front_end_w8a8"),
+        "stretched": ("bitl_w2a2", "rules=stretched"),
+        "overlapping_rules": ("bitl_w2a2", OVERLAPPING),
+        "squashed_configuration": ("sqwq_w8",),
+        "squashed_by_name": ("sqwq_w2", "model.precision.name=sqwq_w8"),
+        "hubert": ("bitla_w4a4", "loss=hubert"),
+    },
+    # Inputs behind a GELU, of few bits and of many.
+    "v0_4": {
+        "front_end": ("bitla_w1a1", FRONT_END),
+        "many_bits": ("bitl_w8a8",),
+    },
 }
+CALIBRATED = {"v0_1": "minmax_w4a4", "v0_4": "bitla_w4a4"}
 TINIER = (
     "model.conv_feature_layers='[(4,10,5)]+[(4,3,2)]*4+[(8,2,2)]*2'",
     "model.encoder_embed_dim=16",
@@ -79,12 +90,12 @@ def main(folder: Path) -> None:
         teacher,
     )
     strip(teacher)
-    for name, (config, *overrides) in RUNS.items():
+    for name, (config, *overrides) in RUNS[folder.name].items():
         last = run(name, config, f"task.teacher={teacher}", "optimization.max_update=3", *overrides)
         shutil.copy(last, folder / f"{name}.pt")
         strip(folder / f"{name}.pt")
     command = [str(Path(sys.executable).with_name("fairseq-lowbit")), "ptq", str(teacher)]
-    command += ["--data", str(trainer.data), "--precision", "minmax_w4a4"]
+    command += ["--data", str(trainer.data), "--precision", CALIBRATED[folder.name]]
     subprocess.run([*command, "--out", str(folder / "calibrated.pt")], check=True)
     write_expected(folder)
     half_done(folder, run, work, teacher)
