@@ -99,17 +99,26 @@ def main(folder: Path) -> None:
     subprocess.run([*command, "--out", str(folder / "calibrated.pt")], check=True)
     write_expected(folder)
     half_done(folder, run, work, teacher)
+    anonymize(folder)
 
 
 def strip(path: Path) -> None:
     """Without the optimizer's state, which only a resumed run needs."""
     state = torch.load(path, weights_only=False)
     state.pop("last_optimizer_state", None)
-    torch.save(anonymous(state), path)
+    torch.save(state, path)
+
+
+def anonymize(folder: Path) -> None:
+    """Replaces the folders of the machine in checkpoints and records."""
+    for path in folder.rglob("*.pt"):
+        torch.save(anonymous(torch.load(path, weights_only=False)), path)
+    for path in folder.rglob("*.yaml"):
+        path.write_text(re.sub(r"(?<=[\s=])/[^\s,']*/", "/before/", path.read_text()))
 
 
 def anonymous(value: Any) -> Any:
-    """With the folders of the machine replaced, in nested dictionaries and lists."""
+    """In nested dictionaries and lists."""
     if isinstance(value, dict):
         return {key: anonymous(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -158,11 +167,6 @@ def half_done(folder: Path, run, work: Path, teacher: Path) -> None:
     ):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / name, target / name)
-    for name in (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml"):
-        text = (target / name).read_text()
-        (target / name).write_text(
-            text.replace(str(work), "/before").replace(str(folder), "/before")
-        )
     run("half_done", config, *given, "optimization.max_update=12")
     ended = torch.load(last, weights_only=False)["model"]
     save_file({k: v.contiguous() for k, v in ended.items()}, folder / "half_done_ended.safetensors")
