@@ -36,13 +36,16 @@ all_rows=(
     "ptq_absmax_w4a4             0  absmax_w4a4"
     "ptq_minmax_w4a4             0  minmax_w4a4"
     "ptq_bitl_w4a4               0  bitl_w4a4"
+    "ptq_bitl_w4a4_paper         0  bitl_w4a4   form=paper"
     "ptq_absmax_w2a8             0  absmax_w2a8"
     "ptq_minmax_w2a8             0  minmax_w2a8"
     "ptq_bitl_w2a8               0  bitl_w2a8"
     "ptq_sqwq_w2                 0  sqwq_w2"
     "ptq_bitl_w2a2               0  bitl_w2a2"
+    "ptq_bitl_w2a2_paper         0  bitl_w2a2   form=paper"
     "ptq_bitla_w2a2              0  bitla_w2a2"
     "ptq_bitla_w1a1              0  bitla_w1a1"
+    "ptq_bitla_w1a1_paper        0  bitla_w1a1  form=paper"
     # weights alone; linears; linears and attention
     "sqwq_w8                     1  sqwq_w8     model.precision.squash_std=0.84"
     "sqwq_w4                     1  sqwq_w4     model.precision.squash_std=0.84"
@@ -60,6 +63,12 @@ all_rows=(
     "bitla_w2a2                  1  bitla_w2a2"
     "bitla_w1a2                  1  bitla_w1a2"
     "bitla_w1a1                  1  bitla_w1a1"
+    # as the paper has them: behind a GELU nothing is added back
+    "bitl_w8a8_paper             1  bitl_w8a8   form=paper"
+    "bitl_w4a4_paper             1  bitl_w4a4   form=paper"
+    "bitl_w2a2_paper             1  bitl_w2a2   form=paper"
+    "bitl_w1a1_paper             1  bitl_w1a1   form=paper"
+    "bitla_w1a1_paper            1  bitla_w1a1  form=paper"
     # the HuBERT loss instead of distillation
     "sqwq_w2_hubert              1  sqwq_w2     loss=demo_hubert"
     "bitl_w1a1_hubert            1  bitl_w1a1   loss=demo_hubert"
@@ -76,6 +85,11 @@ all_rows=(
     "bitl_w2a8_per_channel       1  bitl_w2a2   model.precision.name=bitl_w2a8 rules=per_channel"
     "bitl_w2a8_per_group         1  bitl_w2a2   model.precision.name=bitl_w2a8 rules=per_group"
     "bitl_w2a8_stretched         1  bitl_w2a2   model.precision.name=bitl_w2a8 rules=stretched"
+    # a scale per frame for the inputs of linears, and two bits where one costs most
+    "bitl_w2a2_per_frame         1  bitl_w2a2   rules=per_frame"
+    "bitla_w1a1_per_frame        1  bitla_w1a1  rules=per_frame"
+    "bitla_w1a1_ffn_a2           1  bitla_w1a1  rules=ffn_inputs_a2"
+    "bitla_w1a1_ffn_a2_per_frame 1  bitla_w1a1  rules=[ffn_inputs_a2,per_frame]"
     # what the paper leaves at 16 bits
     "bitla_w1a1_front_end_w8a8   1  bitla_w1a1  rules=front_end_w8a8"
     "bitla_w1a1_front_end_w4a4   1  bitla_w1a1  rules=front_end_w4a4"
@@ -175,10 +189,13 @@ train_row() {
 }
 
 calibrate_row() {
-    local setting overrides=()
-    for setting in "run=$student_run" "${given[@]}"; do overrides+=(--override "$setting"); done
+    local setting settings overrides=()
+    read -ra settings <<<"${settings_of[$1]}"
+    for setting in "run=$student_run" "${settings[@]:1}" "${given[@]}"; do
+        overrides+=(--override "$setting")
+    done
     OMP_NUM_THREADS=1 fairseq-lowbit ptq "$teacher" --data "$data" "${overrides[@]}" \
-        --precision "${settings_of[$1]}" --out "$work/ptq/${1#ptq_}.pt" >"$work/$1.log" ||
+        --precision "${settings[0]}" --out "$work/ptq/${1#ptq_}.pt" >"$work/$1.log" ||
         die "calibration failed; its log is $work/$1.log"
 }
 

@@ -21,7 +21,7 @@ from fairseq_lowbit.quantization.quantizer import LearnedQuantizer
 # Weights and two moments in each of four checkpoints, of which one is being written; the teacher,
 # calibration alone and three exports.
 _COPIES = 4 * 3 + 5
-_OF_PRECISION = ("rules=", "model.precision.")
+_OF_PRECISION = ("rules=", "form=", "model.precision.")
 
 
 def outlook(name: str, precision: str, work: Path, overrides: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ from fairseq_lowbit.cli.profile_targets import Target
 from fairseq_lowbit.configurations import meta_model, model_config
 from fairseq_lowbit.errors import LowbitError, describe, require_number
 from fairseq_lowbit.interop import SOURCES
+from fairseq_lowbit.precision.rules import with_form
 from fairseq_lowbit.profiling import Profile, profile
 from fairseq_lowbit.profiling.cost import CONVERSION_RATE
 from fairseq_lowbit.profiling.paper import REASONS, SOURCE, TABLE
@@ -144,6 +145,8 @@ def _count_all(
 
 def _count(target: Target, lengths: Iterable[float]) -> _Counted:
     model, name = target.read(), target.name
+    if target.has_weights:  # of a configuration the name has it, if it was asked for
+        name = with_form(name, model.plan.form)
     return _Counted(name, target, {seconds: profile(model, name, seconds) for seconds in lengths})
 
 
@@ -214,7 +217,9 @@ def _print_tables(rows: list[ProfileRow], args: argparse.Namespace) -> None:
 def _paper(reference: Profile, args: argparse.Namespace) -> int:
     cells: list[ProfileRow] = []
     for published in TABLE:
-        model = meta_model(model_config(published.precision, [f"model={published.model}"]))
+        model = meta_model(
+            model_config(published.precision, [f"model={published.model}", "form=paper"])
+        )
         counted = profile(model, published.name, _PAPER_SECONDS)
         if published.without_final_projection:
             costs = tuple(c for c in counted.costs if c.module != "final_proj")

@@ -72,7 +72,7 @@ def read(state: dict[str, Any], path: str | Path) -> Source:
         shape,
         weights,
         normalize=bool((task or {}).get("normalize", False)),
-        precision=Precision.from_mapping(precision) if precision else None,
+        precision=_precision(precision, path) if precision else None,
         updates=updates_of(state),
         is_calibrated_only=is_calibrated_only(state),
         left_out=left_out,
@@ -89,6 +89,13 @@ def _shape(config: dict[str, Any], path: str | Path) -> Architecture:
     try:
         return Architecture.from_mapping(config)
     except LowbitError as error:  # of a setting that could be the student's as well
+        raise LowbitError(f"checkpoint {path}: {error}") from error
+
+
+def _precision(stored: dict[str, Any], path: str | Path) -> Precision:
+    try:
+        return Precision.from_mapping(stored)
+    except LowbitError as error:
         raise LowbitError(f"checkpoint {path}: {error}") from error
 
 

@@ -149,7 +149,7 @@ def _metadata(model: Hubert, normalize: bool) -> dict[str, str]:
     - ``sample_rate`` in Hz, ``samples_per_frame``, and ``fewest_samples`` of an utterance;
     - ``normalize``: "true" where the caller has to bring every utterance to zero mean and unit
       variance before, as the model was trained;
-    - ``precision``: its name, and ``precision_rules``: its rules in JSON.
+    - ``precision``: its name, ``precision_rules``: its rules in JSON, and ``precision_form``.
     """
     precision = model.plan.precision
     rules = [{"match": rule.match} | rule.settings() for rule in precision.rules]
@@ -160,6 +160,7 @@ def _metadata(model: Hubert, normalize: bool) -> dict[str, str]:
         "normalize": str(normalize).lower(),
         "precision": precision.name,
         "precision_rules": json.dumps(rules),
+        "precision_form": precision.form,
     }
 
 

@@ -7,7 +7,7 @@ What of ``docs/numerics.md`` these two operators can say:
   half steps of 8 bits fit in no byte: there the half step is added behind.
 - An **input** with a learned scale and levels that are their own codes, rounded to the even one in
   a tie: signed sets from 2 bits on, non-negative ones from 2 bits on. A shift is subtracted before,
-  and a width below 8 bits clips before.
+  a width below 8 bits clips before, and the origin of the levels is added behind.
 - Any other input stays what it is, plain float arithmetic of the same values: QuantizeLinear has
   no threshold of its own for one bit, and no scale per frame.
 """
@@ -26,6 +26,7 @@ from fairseq_lowbit.quantization import (
     Quantizer,
     formulas,
 )
+from fairseq_lowbit.quantization.elastic import affine_of, frame_magnitude
 
 _INTEGERS = {dtype: torch.iinfo(dtype) for dtype in (torch.int8, torch.uint8)}
 
@@ -55,6 +56,7 @@ def has_quantize_linear(quantizer: Quantizer) -> bool:
         and (levels.step, levels.offset, levels.stride) == (1, 0, 1)
         and levels.size > 2
         and not levels.ties_up
+        and not quantizer.is_per_frame
         and integer_type(levels.lo, levels.hi) is not None
     )
 
@@ -64,10 +66,9 @@ class LearnedInput(nn.Module):
 
     def __init__(self, quantizer: ElasticQuantizer) -> None:
         super().__init__()
-        self.levels = quantizer.levels
-        scale, shift, _ = quantizer.affine(quantizer.log_scale)
-        self.register_buffer("scale", scale)
-        self.register_buffer("shift", shift)
+        self.levels, self.is_per_frame = quantizer.levels, quantizer.is_per_frame
+        self.register_buffer("scale", quantizer.scale)
+        self.register_buffer("shift", quantizer.shift)
         zero_point = None
         if has_quantize_linear(quantizer):
             zero_point = torch.zeros((), dtype=integer_type(self.levels.lo, self.levels.hi))
@@ -75,10 +76,9 @@ class LearnedInput(nn.Module):
 
     def forward(self, x: Tensor, length_ratio: Tensor | None = None) -> Tensor:
         """See :meth:`fairseq_lowbit.quantization.Quantizer.forward`."""
-        scale, shift = self.scale, self.shift
-        if length_ratio is not None:
-            ratio = length_ratio.reshape(())
-            scale, shift = scale * ratio, None if shift is None else shift * ratio
+        ratio = None if length_ratio is None else length_ratio.reshape(())
+        ratio = frame_magnitude(x) if self.is_per_frame else ratio
+        scale, shift, _ = affine_of(self.levels, self.scale, self.shift, ratio)
         if self.zero_point is None:
             code = formulas.encode(self.levels, x, scale, shift)
             return formulas.decode_(self.levels, code, scale)
@@ -90,7 +90,8 @@ class LearnedInput(nn.Module):
             # Rounding of the products does not matter: lo and hi stay the nearest codes.
             x = _onnx("Clip", (x, lo * scale, hi * scale), x.dtype, x.shape)
         code = _onnx("QuantizeLinear", (x, scale, self.zero_point), dtype, x.shape)
-        return _onnx("DequantizeLinear", (code, scale, self.zero_point), scale.dtype, x.shape)
+        values = _onnx("DequantizeLinear", (code, scale, self.zero_point), scale.dtype, x.shape)
+        return values + self.levels.origin if self.levels.origin else values
 
 
 class StoredWeight(nn.Module):

@@ -185,7 +185,9 @@ def build_quantizer(
         return UniformQuantizer(operand.scale, operand.bits, operand.group_size, frame_dim)
     scales = None if operand.group_size is None else operand.scales
     shift_shape = {0: None, 1: ()}.get(operand.shifts, (operand.shifts,))
-    return ElasticQuantizer(operand.levels, values, scales, operand.group_size, shift_shape)
+    return ElasticQuantizer(
+        operand.levels, values, scales, operand.group_size, shift_shape, operand.is_per_frame
+    )
 
 
 def _attach_operator(model: nn.Module, entry: PlanEntry) -> None:

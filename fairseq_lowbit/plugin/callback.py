@@ -5,7 +5,6 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -84,6 +83,7 @@ class FairseqJob(Callback):
         folder = Path(start, config.hydra.run.dir, config.checkpoint.save_dir)
         try:
             adopt_teacher(config, folder)
+            adopt_stored_form(config, folder)
             # Before Hydra replaces the record of what has made the checkpoints.
             refuse_other_run(config, folder)
         except LowbitError as mistake:
@@ -177,6 +177,7 @@ def _settle(config: DictConfig, start: str, folder: Path) -> None:
     job of a sweep gets its own configuration, which nobody has seen before."""
     _make_paths_absolute(config, start)
     adopt_teacher(config, folder / config.checkpoint.save_dir)
+    adopt_stored_form(config, folder / config.checkpoint.save_dir)
 
 
 def _write_record(config: DictConfig, folder: Path) -> None:
@@ -238,9 +239,6 @@ def _train_to_end(config: DictConfig, stage: Stage | None = None) -> bool:
     Raises:
         SharedError: no word of its end could be left.
     """
-    last = Path(config.checkpoint.save_dir) / LAST_CHECKPOINT
-    with suppress(LowbitError):  # none yet, or one of which fairseq will say that it is damaged
-        adopt_stored_form(config, read_checkpoint(last, mmap=True))
     _hydra_main(config)
     # The first process decides and writes: others may not see its checkpoint yet.
     with together():

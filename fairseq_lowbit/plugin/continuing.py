@@ -18,6 +18,7 @@ from fairseq_lowbit.configurations import fold_rules
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.interop import read_checkpoint, updates_of
 from fairseq_lowbit.plugin.stages import OWN_DIR, Schedule, read_stages, stage_configs
+from fairseq_lowbit.precision.rules import BEFORE_THE_KEY
 from fairseq_lowbit.runs.folder import LAST_CHECKPOINT, has_finished
 
 MODELS = ("task.teacher", "task.init_from")  # paths, or ids of Hugging Face's hub
@@ -116,7 +117,6 @@ def _changes(config: DictConfig, folder: Path, is_last: bool) -> list[Change]:
     """What has changed and may; raises OtherRun for what may not."""
     try:
         state = read_checkpoint(folder / LAST_CHECKPOINT, mmap=True)
-        adopt_stored_form(config, state)
         own = _settings(config)
     except (LowbitError, OmegaConfBaseException):
         return []  # none yet, or the run itself will say what is wrong with it
@@ -138,21 +138,27 @@ def _changes(config: DictConfig, folder: Path, is_last: bool) -> list[Change]:
     return changes if is_last else []
 
 
-def adopt_stored_form(config: DictConfig, state: dict[str, Any]) -> None:
-    """A run that an earlier version began goes on in its form: defaults that have changed since are
-    those that it was begun with.
+def adopt_stored_form(config: DictConfig, folder: Path) -> None:
+    """A run that an earlier version began goes on in its form, all stages of it: defaults that have
+    changed since are those that it was begun with.
 
     Args:
-        config: of the run, which is changed.
-        state: of its last checkpoint.
+        config: of the whole run, which is changed.
+        folder: of its checkpoints.
     """
-    stored = state["cfg"]["model"].get("precision") or {}
-    if "rules_decide" in stored or "precision" not in config.model:
+    if OmegaConf.select(config, "model.precision") is None:
         return
+    try:
+        schedule = Schedule(read_stages(config), folder)
+        begun = schedule.checkpoint(0) if schedule.stages else folder / LAST_CHECKPOINT
+        stored = read_checkpoint(begun, mmap=True)["cfg"]["model"].get("precision") or {}
+    except (LowbitError, OmegaConfBaseException):
+        return  # none yet, or the run itself will say what is wrong with it
+    missing = {key: value for key, value in BEFORE_THE_KEY.items() if key not in stored}
     with read_write(config), open_dict(config):
         precision = config.model.precision
-        precision.rules_decide = "modules"
-        if precision.get("squash_std") is None:
+        precision.update(missing)
+        if "rules_decide" in missing and precision.get("squash_std") is None:
             precision.squash_std = stored.get("squash_std")
 
 

@@ -17,6 +17,7 @@ from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.interop import Source, read_source
 from fairseq_lowbit.models import Architecture
 from fairseq_lowbit.precision import Precision
+from fairseq_lowbit.precision.rules import ASYMMETRIC
 from fairseq_lowbit.runs.folder import LAST_CHECKPOINT
 
 # Fields of Architecture that belong to a training, not to a model. All others are its shape.
@@ -80,10 +81,12 @@ def _open_shape(given: dict[str, Any]) -> list[str]:
 
 
 def _refuse_rules(precision: dict[str, Any]) -> None:
-    if any(precision.get("rule_files", {}).values()) or precision.get("rules"):
+    is_refined = any(precision.get("rule_files", {}).values()) or precision.get("rules")
+    if is_refined or precision.get("form", ASYMMETRIC) != ASYMMETRIC:
+        what = "rules" if is_refined else f"form={precision['form']}"
         raise LowbitError(
-            "rules beside quant=as_teacher, which takes the whole precision from a checkpoint: "
-            "leave them out, or choose another quant="
+            f"{what} beside quant=as_teacher, which takes the whole precision from a checkpoint: "
+            "drop that, or choose another quant="
         )
 
 

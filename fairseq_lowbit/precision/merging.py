@@ -98,7 +98,8 @@ def check_reach(rule: Rule, sites: Sequence[Site], examples: str) -> None:
         raise LowbitError(
             f"precision rule {rule.match!r} matches no module; quantizable modules are {examples}"
         )
-    changes_activations = rule.activation_bits is not None or rule.method is not None
+    on_activations = (rule.activation_bits, rule.method, rule.activation_granularity)
+    changes_activations = any(value is not None for value in on_activations)
     if rule.settings() and not changes_activations and all(s.kind == "operand" for s in matched):
         raise LowbitError(
             f"precision rule {rule.match!r} reaches attention operands only, which have no "

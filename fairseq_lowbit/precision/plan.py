@@ -16,14 +16,14 @@ from fairseq_lowbit.precision.grammar import (
     parse_precision,
 )
 from fairseq_lowbit.precision.merging import Decision, check_reach, deciding, merge, name_of
-from fairseq_lowbit.precision.rules import Precision, Rule
+from fairseq_lowbit.precision.rules import ASYMMETRIC, PER_FRAME, Precision, Rule
 from fairseq_lowbit.precision.sites import InputKind, Site, SiteKind
 from fairseq_lowbit.precision.storage import FLOAT_BYTES, quantizer_bytes, weight_bytes
 from fairseq_lowbit.quantization import LevelSet, Operand, mid_rise, non_negative, signed
 from fairseq_lowbit.quantization.squashed import default_squash_std
 
-# Inputs with a small negative lobe or none: up to so many bits the levels are best spent on the
-# positive side alone (docs/numerics.md has the errors).
+# Inputs with a small negative lobe or none: where no level is moved by an origin, those of up to so
+# many bits are best spent on the positive side alone (docs/numerics.md has the errors).
 _NON_NEGATIVE_BITS = {
     InputKind.ANY: 0,
     InputKind.SILU: 3,
@@ -84,6 +84,13 @@ class Plan:
         return self.other_parameters + sum(entry.parameters for entry in self.entries)
 
     @property
+    def form(self) -> str | None:
+        """Of its learned scales; None where no input has one."""
+        inputs = (entry.input for entry in self.entries if entry.input is not None)
+        has_learned = any(operand.scale == "learned" for operand in inputs)
+        return self.precision.form if has_learned else None
+
+    @property
     def bytes(self) -> float:
         """Stored size of the model; unquantized parameters at 16 bits."""
         return FLOAT_BYTES * self.other_parameters + sum(entry.bytes for entry in self.entries)
@@ -98,8 +105,10 @@ class Plan:
         }
 
 
-def input_levels(kind: InputKind, bits: int) -> LevelSet:
-    """The level set of least error for an input of so many bits."""
+def input_levels(kind: InputKind, bits: int, form: str) -> LevelSet:
+    """The level set of an input of so many bits, by one of the forms of :class:`Precision`."""
+    if form == ASYMMETRIC and kind.origin:
+        return non_negative(bits, kind.origin)
     return non_negative(bits) if bits <= _NON_NEGATIVE_BITS[kind] else signed(bits)
 
 
@@ -179,6 +188,12 @@ def _check_effect(
             f"{where}: granularity {rule.granularity} has no effect on {decided[0].module}, whose "
             "weight is float: give weight_bits and activation_bits too",
         )
+    if rule.activation_granularity == PER_FRAME:
+        _require(
+            any(entry.input is not None for entry in decided),
+            f"{where}: activation_granularity has no effect on {decided[0].module}, whose input is "
+            "float: give activation_bits too",
+        )
     if "squash_std" in settings:
         _require(
             any(entry.method == "squashed" for entry in decided),
@@ -202,6 +217,7 @@ class _Choice:
     granularity: str = "per_tensor"
     group_size: int | None = None
     squash_std: float | None = None
+    is_per_frame: bool = False
 
 
 def _choice(site: Site, preset: Preset, decision: Decision, precision: Precision) -> _Choice:
@@ -216,6 +232,8 @@ def _choice(site: Site, preset: Preset, decision: Decision, precision: Precision
         choice = replace(choice, granularity="per_channel", squash_std=std)
     if choice.weight_bits == choice.activation_bits == FLOAT_BITS:
         choice = replace(choice, method="none")
+    if choice.activation_bits == FLOAT_BITS:
+        choice = replace(choice, is_per_frame=False)
     return choice
 
 
@@ -254,6 +272,8 @@ def _refined(site: Site, rule: Rule, where: str, choice: _Choice) -> _Choice:
     weight_bits = weight_bits or choice.weight_bits
     if weight_bits < FLOAT_BITS:
         _check_scales(site, rule, where, method)
+    if rule.activation_granularity == PER_FRAME:
+        _check_per_frame(site, where, method)
     return _Choice(
         method,
         weight_bits,
@@ -261,10 +281,13 @@ def _refined(site: Site, rule: Rule, where: str, choice: _Choice) -> _Choice:
         rule.granularity or choice.granularity,
         rule.group_size,
         rule.squash_std,
+        rule.activation_granularity == PER_FRAME,
     )
 
 
 def _refined_operand(site: Site, rule: Rule, where: str, choice: _Choice) -> _Choice:
+    if rule.activation_granularity == PER_FRAME:
+        _check_per_frame(site, where, choice.method)
     if choice.activation_bits == FLOAT_BITS and rule.activation_bits is None:
         if rule.method is not None:
             raise LowbitError(
@@ -308,6 +331,25 @@ def _check_scales(site: Site, rule: Rule, where: str, method: Method) -> None:
         )
 
 
+def _check_per_frame(site: Site, where: str, method: Method) -> None:
+    """Only a factor per row of the product is free."""
+    obstacle = ""
+    if site.kind == "operand":
+        obstacle = "an operand of attention"
+    elif site.kind != "linear":
+        obstacle = f"no linear but a {site.kind}"
+    elif site.input_kind != InputKind.ANY:
+        obstacle = f"a linear behind a {site.input_kind}, whose lowest value is the same everywhere"
+    elif method not in LEARNED_SCALE:
+        obstacle = f"{method}, whose inputs have a range of every frame anyway"
+    if obstacle:
+        raise LowbitError(
+            f"{where}: activation_granularity {PER_FRAME} is for learned scales of the inputs of "
+            f"linears, and {site.name} is {obstacle}: write a narrower pattern, as "
+            "config/rules/per_frame.yaml does"
+        )
+
+
 def _check_ties(sites: Sequence[Site], choices: Sequence[_Choice]) -> None:
     """A weight that two modules share has one quantizer."""
     by_name = {site.name: choice for site, choice in zip(sites, choices, strict=True)}
@@ -326,7 +368,7 @@ def _check_ties(sites: Sequence[Site], choices: Sequence[_Choice]) -> None:
 
 def _weight_choice(choice: _Choice) -> _Choice:
     method = choice.method if choice.weight_bits < FLOAT_BITS else "none"
-    return replace(choice, method=method, activation_bits=FLOAT_BITS)
+    return replace(choice, method=method, activation_bits=FLOAT_BITS, is_per_frame=False)
 
 
 def _entry(site: Site, choice: _Choice, rule: str, precision: Precision) -> PlanEntry:
@@ -374,8 +416,9 @@ def _input_operand(site: Site, choice: _Choice, precision: Precision) -> Operand
     bits, is_probabilities = choice.activation_bits, site.input_kind == InputKind.PROBABILITIES
     if choice.method in LEARNED_SCALE:
         return Operand(
-            input_levels(site.input_kind, bits),
+            input_levels(site.input_kind, bits, precision.form),
             shifts=site.shifts,
+            is_per_frame=choice.is_per_frame,
             is_length_scaled=is_probabilities and precision.length_scaled,
         )
     # Of values that are never negative, min-max with its zero point at 0 is the absmax.

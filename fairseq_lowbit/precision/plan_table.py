@@ -10,6 +10,7 @@ from rich.table import Table
 
 from fairseq_lowbit.precision.grammar import FLOAT_BITS
 from fairseq_lowbit.precision.plan import Plan, PlanEntry
+from fairseq_lowbit.precision.rules import with_form
 from fairseq_lowbit.precision.storage import FLOAT_BYTES
 
 PLAN_HEADS = ("module", "decided by", "method", "weight", "activation", "parameters", "kB")
@@ -18,7 +19,8 @@ Item = TypeVar("Item")
 
 def plan_table(plan: Plan) -> Table:
     """The plan, see :func:`plan_rows`."""
-    table = Table(title=f"precision {plan.precision.name}", title_justify="left")
+    name = with_form(plan.precision.name, plan.form)
+    table = Table(title=f"precision {name}", title_justify="left")
     module, *texts, weight, activation, parameters, size = PLAN_HEADS
     table.add_column(module, no_wrap=True)
     for column in texts:
@@ -42,7 +44,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
             entries[0].rule,
             _method(entries[0]),
             "-" if entries[0].kind == "operand" else _bits(entries[0].weight_bits),
-            _bits(entries[0].activation_bits),
+            _activation(entries[0]),
             f"{sum(e.parameters for e in entries):,}",
             f"{sum(e.bytes for e in entries) / 1e3:,.1f}",
         )
@@ -61,6 +63,12 @@ def _method(entry: PlanEntry) -> str:
     if entry.granularity == "per_group":
         return f"{entry.method} per {entry.group_size} weights"
     return f"{entry.method} per channel" if entry.granularity == "per_channel" else entry.method
+
+
+def _activation(entry: PlanEntry) -> str:
+    is_scaled = entry.input is not None and entry.input.scale == "learned"
+    bits = _bits(entry.activation_bits)
+    return f"{bits} per frame" if is_scaled and entry.input.is_per_frame else bits
 
 
 def _bits(bits: int) -> str:

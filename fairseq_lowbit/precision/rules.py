@@ -1,14 +1,22 @@
 """The declarative precision: a name for the default and an ordered list of rules that refine it."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
+from fairseq_lowbit import __version__
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.precision.grammar import Method, check_bits
 
 METHODS = get_args(Method)
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
+PER_FRAME = "per_frame"
+ACTIVATION_GRANULARITIES = ("per_tensor", PER_FRAME)
+PAPER, ASYMMETRIC = "paper", "asymmetric"
+FORMS = (PAPER, ASYMMETRIC)
+# What a precision that was written without a key means: what all had before the key was there.
+BEFORE_THE_KEY = {"rules_decide": "modules", "form": PAPER}
 
 
 @dataclass
@@ -31,6 +39,8 @@ class Rule:
         granularity: what shares a weight scale: ``per_tensor``, ``per_channel`` (output channel)
             or ``per_group``.
         group_size: weights of one group, along an output channel's inputs; divides their number.
+        activation_granularity: ``per_tensor``, or ``per_frame``: a learned scale and shift of a
+            linear's input are in units of each frame's mean magnitude.
         squash_std: standard deviation of the unsquashed weights of ``squashed`` modules.
     """
 
@@ -41,6 +51,7 @@ class Rule:
     granularity: str | None = None
     group_size: int | None = None
     squash_std: float | None = None
+    activation_granularity: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """The fields that it sets. What shares a scale is one setting of two fields."""
@@ -57,15 +68,17 @@ class Rule:
         _check_choice(self.granularity, GRANULARITIES, f"{where}: granularity")
         for key in ("weight_bits", "activation_bits"):
             value = getattr(self, key)
-            if value is None:
-                continue
-            check_bits(value, f"{where}: {key}")
-            if self.method == "none":
+            if value is not None:
+                check_bits(value, f"{where}: {key}")
+        for key in ("weight_bits", "activation_bits", "activation_granularity"):
+            if self.method == "none" and getattr(self, key) is not None:
                 raise LowbitError(f"{where}: method none leaves the module float, so drop {key}")
         self._check_granularity(where)
         check_squash_std(self.squash_std, where)
 
     def _check_granularity(self, where: str) -> None:
+        allowed = ACTIVATION_GRANULARITIES
+        _check_choice(self.activation_granularity, allowed, f"{where}: activation_granularity")
         if (self.granularity == "per_group") != (self.group_size is not None):
             raise LowbitError(f"{where}: granularity per_group and group_size belong together")
         if self.group_size is not None and self.group_size < 1:
@@ -85,6 +98,9 @@ class Precision:
             student starts from and the loss term holds it to; None for the default of their width.
         rules_decide: ``fields``, or ``modules`` as before version 0.2, where the last rule that
             matches a module decided all of its fields.
+        form: of learned scales behind a GELU or SiLU: ``asymmetric``, levels from the function's
+            lowest value up; or ``paper`` as before version 0.5, levels from 0 up, with many bits
+            signed ones.
     """
 
     name: str = "float"
@@ -93,15 +109,23 @@ class Precision:
     reference_frames: int = 500
     squash_std: float | None = None
     rules_decide: str = "fields"
+    form: str = ASYMMETRIC
 
     @classmethod
-    def from_mapping(cls, values: dict[str, Any]) -> "Precision":
-        """Back from plain data, for example a checkpoint's configuration; unknown keys raise.
+    def from_mapping(cls, values: Mapping[str, Any]) -> "Precision":
+        """Back from plain data, for example a checkpoint's configuration. What was written before
+        there was a key has its value in :data:`BEFORE_THE_KEY`, or else its default.
 
-        What was written before version 0.2 does not know ``rules_decide``.
+        Raises:
+            LowbitError: a key or a form that only a newer version knows.
         """
-        rules = [Rule(**rule) for rule in values.get("rules") or []]
-        return cls(**{"rules_decide": "modules", **values, "rules": rules})
+        given = values.get("rules") or []
+        for entry, kind in ((values, cls), *((rule, Rule) for rule in given)):
+            _refuse_newer(entry, kind)
+        rules = [Rule(**rule) for rule in given]
+        precision = cls(**{**BEFORE_THE_KEY, **values, "rules": rules})
+        _check_form(precision.form)
+        return precision
 
     def to_mapping(self) -> dict[str, Any]:
         return asdict(self)
@@ -112,14 +136,38 @@ class Precision:
             raise LowbitError(f"precision.reference_frames is {self.reference_frames}; want >= 1")
         check_squash_std(self.squash_std, "precision")
         _check_choice(self.rules_decide, ("fields", "modules"), "precision.rules_decide")
+        _check_form(self.form)
         for rule in self.rules:
             rule.check()
+
+
+def with_form(name: str, form: str | None) -> str:
+    """The name of a precision or a model, with its form if it has another than the default."""
+    return f"{name}, {form} form" if form not in (None, ASYMMETRIC) else name
 
 
 def check_squash_std(value: float | None, where: str) -> None:
     """Raises LowbitError for a standard deviation that is not a positive number."""
     if value is not None and not 0 < value < math.inf:
         raise LowbitError(f"{where}: squash_std is {value}; want more than 0")
+
+
+def _refuse_newer(entry: Mapping[str, Any], kind: type[Rule] | type[Precision]) -> None:
+    known = {field.name for field in fields(kind)}
+    for key in entry.keys() - known:
+        where = "precision" if kind is Precision else f"precision rule {entry.get('match')!r}"
+        raise LowbitError(
+            f"{where}: {key} {entry[key]!r} is nothing that fairseq_lowbit {__version__} knows "
+            f"({', '.join(sorted(known))}): it takes the version that wrote it, or a newer one"
+        )
+
+
+def _check_form(form: str) -> None:
+    if form not in FORMS:
+        raise LowbitError(
+            f"precision.form {form!r}; fairseq_lowbit {__version__} knows {', '.join(FORMS)}: what "
+            "has another was written by a newer version"
+        )
 
 
 def _check_choice(value: str | None, allowed: tuple[str, ...], where: str) -> None:

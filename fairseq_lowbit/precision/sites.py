@@ -30,6 +30,17 @@ class InputKind(StrEnum):
     SILU = "silu"
     PROBABILITIES = "probabilities"
 
+    @property
+    def origin(self) -> float:
+        """The lowest value of an activation function, rounded to the 8 significant bits of bf16, so
+        that it is exact in every dtype (docs/numerics.md); 0 of what is nowhere negative, or is
+        negative without such a bound."""
+        return _ORIGINS.get(self, 0.0)
+
+
+# The minima are -0.16997 and -0.27846.
+_ORIGINS = {InputKind.GELU: -87 / 512, InputKind.SILU: -143 / 512}
+
 
 @dataclass(frozen=True)
 class Site:

@@ -63,11 +63,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class Profile:
-    """All costs of one model for ``seconds`` of audio at 16 kHz."""
+    """All costs of one model for ``seconds`` of audio at 16 kHz.
+
+    Attributes:
+        form: of the plan, see :attr:`fairseq_lowbit.precision.Plan.form`.
+    """
 
     name: str
     seconds: float
     costs: tuple[Cost, ...]
+    form: str | None = None
 
     @cached_property
     def parameters(self) -> int:
@@ -147,7 +152,7 @@ def profile(
     ]
     other = model.plan.other_parameters
     costs.append(Cost("(norms, embeddings)", other, other * FLOAT_BYTES))
-    return Profile(name, seconds, tuple(costs))
+    return Profile(name, seconds, tuple(costs), model.plan.form)
 
 
 def _costs(

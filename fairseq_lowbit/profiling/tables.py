@@ -19,6 +19,7 @@ def profile_row(profile: Profile, reference: Profile, conversion_rate: float) ->
     """One profile as plain data; ``runtime`` is relative to ``reference``."""
     return {
         "name": profile.name,
+        "form": profile.form,
         "seconds": profile.seconds,
         "parameters": profile.parameters,
         "storage_bytes": profile.storage_bytes,

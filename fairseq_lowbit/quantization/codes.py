@@ -29,8 +29,8 @@ class Codes:
     zero_point: Tensor | None = None
 
     def decode(self) -> Tensor:
-        """scale * (level(code) - zero point), fp32, of ``shape``. An elastic quantizer's shift is
-        not added back (docs/numerics.md)."""
+        """scale * (level(code) - zero point) + origin of the levels, fp32, of ``shape``. An elastic
+        quantizer's shift is not added back (docs/numerics.md)."""
         return self._decode(self.integers.to(self.scale.dtype)).reshape(self.shape)
 
     @property

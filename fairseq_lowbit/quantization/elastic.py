@@ -1,6 +1,7 @@
 """Elastic quantization with a learned scale and threshold (BiT, arXiv 2205.13016; Yeh et al. 1.2).
 
-u = (x - shift)/scale in fp32, by division; decode = scale * level(code). Gradients after LSQ.
+u = (x - shift - origin)/scale in fp32, by division; decode = scale * level(code) + origin, with the
+constant origin of the level set. Gradients after LSQ.
 """
 
 import math
@@ -64,6 +65,8 @@ class ElasticQuantizer(LearnedQuantizer):
         scales: number of scales of a weight; None for a single one.
         group_size: values that share a scale, where there are several.
         shift_shape: None without shift, () per tensor, (features,) per channel.
+        is_per_frame: scale and shift are in units of each frame's mean magnitude, see
+            :func:`frame_magnitude`.
 
     Parameters: ``log_scale`` () or [scales, 1] and ``relative_shift``, in units of the scale, so
     that a learning rate means the same for small values, such as probabilities, as for large ones.
@@ -82,8 +85,15 @@ class ElasticQuantizer(LearnedQuantizer):
         scales: int | None = None,
         group_size: int | None = None,
         shift_shape: tuple[int, ...] | None = None,
+        is_per_frame: bool = False,
     ) -> None:
         super().__init__(levels, group_size)
+        if levels.origin and shift_shape is None:
+            raise ValueError("levels with an origin need a shift, which the origin is added to")
+        self.is_per_frame = is_per_frame
+        if levels.origin:
+            # Read by nobody; it keeps the state dict of another form from being taken for this one.
+            self.register_buffer("origin", torch.tensor(levels.origin))
         self.gradient_scale = 1.0 / math.sqrt(gradient_values * levels.gradient_divisor)
         shape = () if scales is None else (scales, 1)
         self.log_scale = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
@@ -109,7 +119,8 @@ class ElasticQuantizer(LearnedQuantizer):
     @property
     def is_per_tensor(self) -> bool:
         shift = self.relative_shift
-        return self.log_scale.dim() == 0 and (shift is None or shift.dim() == 0)
+        is_scalar = self.log_scale.dim() == 0 and (shift is None or shift.dim() == 0)
+        return is_scalar and not self.is_per_frame
 
     def forward(
         self, x: Tensor, length_ratio: Tensor | None = None, dtype: torch.dtype | None = None
@@ -117,16 +128,13 @@ class ElasticQuantizer(LearnedQuantizer):
         """See :meth:`Quantizer.forward`; scale and shift are multiplied by ``length_ratio``
         (attention probabilities shrink as 1/length)."""
         if self._calibrator is not None:
-            self._calibrate_on(x if length_ratio is None else x / length_ratio)
+            self._calibrate_on(x, length_ratio)
         scale, shift, _ = self.affine(x, length_ratio)
         return _FakeQuantize.apply(x, scale, shift, self, dtype)
 
     def affine(self, rows: Tensor, length_ratio: Tensor | None = None) -> Affine:
         self.check_calibrated()
-        if length_ratio is None:
-            return Affine(self.scale, self.shift)
-        shift = None if self.relative_shift is None else self.shift * length_ratio
-        return Affine(self.scale * length_ratio, shift)
+        return affine_of(self.levels, self.scale, self.shift, self._ratio(rows, length_ratio))
 
     def share_at_floor(self) -> float:
         return float((self.scale < 1.01 * SCALE_FLOOR).float().mean())
@@ -156,6 +164,31 @@ class ElasticQuantizer(LearnedQuantizer):
         if self.relative_shift is not None:
             self.relative_shift.param_group = SHIFT_GROUP
 
-    def _calibrate_on(self, x: Tensor) -> None:
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}{', per frame' if self.is_per_frame else ''}"
+
+    def _ratio(self, x: Tensor, length_ratio: Tensor | None) -> Tensor | None:
+        """What scale and shift are multiplied by for these values."""
+        return frame_magnitude(x) if self.is_per_frame else length_ratio
+
+    def _calibrate_on(self, x: Tensor, length_ratio: Tensor | None) -> None:
+        ratio, origin = self._ratio(x, length_ratio), self.levels.origin
+        x = x if ratio is None else x / ratio
+        x = x.float() - origin if origin else x
         with_shift = self.levels.lowest == 0 and self.relative_shift is not None
         self.set_scale(*self._calibrator.fit(x, self.levels, with_shift))
+
+
+def affine_of(
+    levels: LevelSet, scale: Tensor, shift: Tensor | None, ratio: Tensor | None
+) -> Affine:
+    """Scale and shift, times a ratio where there is one, with the origin added to the shift."""
+    if ratio is not None:
+        scale, shift = scale * ratio, None if shift is None else shift * ratio
+    return Affine(scale, shift + levels.origin if levels.origin else shift)
+
+
+def frame_magnitude(x: Tensor) -> Tensor:
+    """m_t = mean |x_t| over the features of each frame, at least 1e-5: [..., features] ->
+    [..., 1], fp32, without graph."""
+    return x.detach().float().abs().mean(-1, keepdim=True).clamp_min(SCALE_FLOOR)

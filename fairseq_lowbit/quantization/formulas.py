@@ -36,9 +36,10 @@ def encode(
 def decode_(
     levels: LevelSet, code: Tensor, scale: Tensor, zero_point: Tensor | None = None
 ) -> Tensor:
-    """scale * (level(code) - zero point), in place of fp32 codes."""
+    """scale * (level(code) - zero point) + origin, in place of fp32 codes."""
     level = levels.value_(code)
-    return (level if zero_point is None else level.sub_(zero_point)).mul_(scale)
+    decoded = (level if zero_point is None else level.sub_(zero_point)).mul_(scale)
+    return decoded.add_(levels.origin) if levels.origin else decoded
 
 
 def normalize(x: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor | None = None) -> Tensor:

@@ -17,7 +17,8 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class LevelSet:
-    """Evenly spaced levels: code k stands for ``step * k + offset``, in units of the scale.
+    """Evenly spaced levels: code k stands for ``step * k + offset``, in units of the scale, counted
+    from ``origin``.
 
     Attributes:
         name: for people to read; nothing is decided by it.
@@ -29,6 +30,8 @@ class LevelSet:
         ties_up: a value half-way between two levels takes the upper one instead of the even code.
             A set of two levels has one threshold, half-way, and always does.
         clip_margin: how far beyond the outermost levels a gradient still passes.
+        origin: in the unit of the values. Encoding takes it off first and decoding adds it again;
+            with a learned shift only, which it is added to.
 
     >>> signed(1).encode(torch.tensor([-0.2, 0.0, 3.0]))
     tensor([-1.,  1.,  1.])
@@ -50,6 +53,7 @@ class LevelSet:
     offset: float = 0.0
     ties_up: bool = False
     clip_margin: float = 0.0
+    origin: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -147,9 +151,10 @@ def signed(bits: int) -> LevelSet:
     return LevelSet("signed", bits, -half, half - 1)
 
 
-def non_negative(bits: int) -> LevelSet:
-    """The set for softmax outputs: 0 .. 2**bits - 1."""
-    return LevelSet("non_negative", bits, 0, 2 ** _checked(bits) - 1)
+def non_negative(bits: int, origin: float = 0.0) -> LevelSet:
+    """The set for values that are nowhere below ``origin``, such as softmax outputs:
+    0 .. 2**bits - 1."""
+    return LevelSet("non_negative", bits, 0, 2 ** _checked(bits) - 1, origin=origin)
 
 
 def mid_rise(bits: int) -> LevelSet:

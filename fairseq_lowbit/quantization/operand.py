@@ -23,9 +23,8 @@ class Operand:
         group_size: how many values share a scale, along axis 1 of a weight that is seen as [output
             channels, inputs]: all of them for a scale per output channel; None for one scale.
         shifts: number of learned shifts: 0, 1, or one per channel.
-        shift_is_added_back: whether decoding adds the shift again. Without, as in every method of
-            today, it only moves the thresholds.
-        is_per_frame: whether every frame has a range of its own.
+        is_per_frame: whether every frame has a range of its own; a learned scale and shift are then
+            in units of the frame's mean magnitude.
         is_length_scaled: whether scale and shift are multiplied by reference length over valid
             length.
         squash_std: of a squashed weight, the standard deviation of P that it is fitted to; None
@@ -37,7 +36,6 @@ class Operand:
     scales: int = 1
     group_size: int | None = None
     shifts: int = 0
-    shift_is_added_back: bool = False
     is_per_frame: bool = False
     is_length_scaled: bool = False
     squash_std: float | None = None

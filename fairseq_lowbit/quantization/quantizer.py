@@ -27,7 +27,8 @@ def keep_dtype(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 
 class Affine(NamedTuple):
-    """The numbers of one call, fp32 and broadcastable to the values; None for what there is not."""
+    """The numbers of one call, fp32 and broadcastable to the values; None for what there is not.
+    The shift is all that is taken off a value: a threshold and the origin of its levels."""
 
     scale: Tensor
     shift: Tensor | None = None

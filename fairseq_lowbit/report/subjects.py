@@ -150,6 +150,7 @@ def _with_cost(subject: Subject, model: SpeechModel, reference: Profile) -> Subj
         "flops": counted.flops,
         "quantops": counted.quantops,
         "runtime": counted.runtime(reference),
+        "form": model.plan.form,
     }
     if record["precision"] is None:  # a teacher that was not measured is known by its path only
         precision = model.plan.precision

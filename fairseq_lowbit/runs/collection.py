@@ -9,6 +9,7 @@ from typing import Any
 
 from fairseq_lowbit.errors import describe
 from fairseq_lowbit.interop.huggingface_directory import is_model_directory
+from fairseq_lowbit.precision.rules import with_form
 from fairseq_lowbit.profiling.paper import paper_wer
 from fairseq_lowbit.runs.columns import (
     COSINE,
@@ -27,7 +28,7 @@ from fairseq_lowbit.runs.run_quality import RunQuality
 
 # What every record holds, in the order of the CSV file's columns.
 FIELDS = (
-    *("name", "status", "message", "precision", "rules", "loss", "overrides"),
+    *("name", "status", "message", "precision", "rules", "form", "loss", "overrides"),
     *("updates", "planned", "best_loss", "storage_mb", "masked_accuracy", "masked_chance"),
     *("cosine", "snr_db"),
     *(f"{column.key}{part}" for column in PROBES for part in ("", "_margin")),
@@ -121,6 +122,7 @@ def _record(entry: Entry, common: set[str]) -> ModelRecord:
         message=run.failure or entry.problem,
         precision=run.precision,
         rules=run.rules,
+        form=run.form,
         loss=run.loss,
         overrides=tuple(text for text in run.overrides if text not in common),
         updates=run.updates if is_trained else None,  # the teacher's otherwise
@@ -196,10 +198,12 @@ def unnamed_overrides(record: ModelRecord) -> list[str]:
 
 
 def precision_text(record: ModelRecord) -> str:
-    """Name, number of rules, and how it was trained where that is not distillation; empty if
-    nothing is known."""
+    """Name, number of rules, form if it is not the usual one, and how it was trained where that is
+    not distillation; empty if nothing is known."""
     precision, rules, loss = (record[key] for key in ("precision", "rules", "loss"))
     if rules:
         precision = f"{precision} + {rules} rule{'s' if rules > 1 else ''}"
+    if precision:
+        precision = with_form(precision, record["form"])
     is_usual = loss == "distillation" or (record["precision"] == "float" and not rules)
     return ", ".join(filter(None, (precision, None if is_usual else loss)))

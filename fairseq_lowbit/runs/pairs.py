@@ -7,6 +7,7 @@ import numpy as np
 
 from fairseq_lowbit.evaluation.intervals import Interval, difference_interval, rate_interval
 from fairseq_lowbit.evaluation.probing.result import Difference
+from fairseq_lowbit.precision.rules import with_form
 from fairseq_lowbit.profiling.paper import SOURCE, paper_wer
 from fairseq_lowbit.runs.collection import Entry
 from fairseq_lowbit.runs.columns import PHONE_ERROR, UNKNOWN, WORD_ERROR, Column
@@ -71,7 +72,7 @@ class Pair:
 
 def find_pairs(entries: Iterable[Entry]) -> list[Pair]:
     """Pairs of measured runs that differ in loss or schedule and in nothing else that a run tells:
-    teacher, data, precision, number of rules, updates since the teacher.
+    teacher, data, precision, number of rules, form, updates since the teacher.
 
     They are compared over the seeds that both have. A seed with several such runs is left out: they
     differ in something that is not known here.
@@ -80,7 +81,8 @@ def find_pairs(entries: Iterable[Entry]) -> list[Pair]:
     for entry in students_of(entries):
         run = entry.run
         if run.is_finished and entry.quality is not None:
-            alike = (run.teacher, run.data, run.precision, run.rules, updates_since_teacher(run))
+            precision = (run.precision, run.rules, run.form)
+            alike = (run.teacher, run.data, precision, updates_since_teacher(run))
             seeds = ways.setdefault(alike, {}).setdefault((run.loss, way_of(run)), {})
             seeds.setdefault(run.seed, []).append(entry)
     return [
@@ -111,7 +113,7 @@ def _pairs(shared: Sequence[tuple[Entry, Entry]]) -> Iterator[Pair]:
         errors = np.mean([[probe.errors for probe in both] for both in probes], axis=0)
         runs = [entry.run for entry in shared[0]]
         yield Pair(
-            precision=runs[0].precision,
+            precision=with_form(runs[0].precision, runs[0].form),
             other=", ".join(part for part in (runs[1].loss, way_of(runs[1])) if part not in _USUAL),
             column=column,
             rates=tuple(rate_interval(each, like.sizes, like.groups) for each in errors),

@@ -14,6 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.interop import is_calibrated_only, read_checkpoint, updates_of
 from fairseq_lowbit.interop.huggingface_directory import is_model_directory
+from fairseq_lowbit.precision import parse_precision
+from fairseq_lowbit.precision.grammar import LEARNED_SCALE
+from fairseq_lowbit.precision.rules import BEFORE_THE_KEY
 from fairseq_lowbit.runs.folder import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -54,6 +57,8 @@ class Run:
     Attributes:
         folder: of a checkpoint outside of any run, the checkpoint itself.
         precision: name of the precision; ``rules`` refine it.
+        form: of its learned scales, see :class:`fairseq_lowbit.precision.Precision`; None where it
+            has none.
         loss: ``distillation``, ``hubert``, the name of another criterion, or ``calibration``.
         data: None when the configuration names none.
         teacher: or else the checkpoint it started from; None for neither. Of a stage, that of its
@@ -74,6 +79,7 @@ class Run:
     checkpoint: Path
     precision: str
     rules: int
+    form: str | None
     loss: str
     data: Path | None
     teacher: Path | None
@@ -192,14 +198,26 @@ def _named_settings(select: Callable[[str], Any]) -> dict[str, Any]:
     data, criterion = select("task.data"), str(select("criterion._name"))
     # Those that rules=[...] chose, by file.
     files = select("model.precision.rule_files") or {}
+    precision = str(select("model.precision.name") or "float")
+    rules = len(select("model.precision.rules") or ()) + sum(map(len, files.values()))
     return {
-        "precision": str(select("model.precision.name") or "float"),
-        "rules": len(select("model.precision.rules") or ()) + sum(map(len, files.values())),
+        "precision": precision,
+        "rules": rules,
+        "form": form_of(precision, rules, select("model.precision.form")),
         "loss": LOSSES.get(criterion, criterion),
         "data": Path(data) if data else None,
         "teacher": Path(teacher) if teacher else None,
         "seed": select("common.seed"),
     }
+
+
+def form_of(precision: str, rules: int, stored: str | None) -> str | None:
+    """The form of a precision's learned scales: what is stored, or what all had before it was. None
+    where the name has none and no rule could give any."""
+    with suppress(LowbitError):  # of a name that no version knows
+        if rules or (precision != "float" and parse_precision(precision).method in LEARNED_SCALE):
+            return stored or BEFORE_THE_KEY["form"]
+    return None
 
 
 def _stages(config: DictConfig) -> tuple[PlannedStage, ...]:

@@ -23,6 +23,7 @@ _SHARED = {
     "method": lambda run: run.precision.partition("_")[0],
     "loss": lambda run: run.loss,
     "number of rules": lambda run: run.rules,
+    "form": lambda run: run.form,
 }
 _Seed = int | None
 _Members = dict[tuple[str, str], dict[_Seed, Entry]]

@@ -20,6 +20,7 @@ from fairseq_lowbit.runs.columns import (
     Column,
 )
 from fairseq_lowbit.runs.pairs import Pair
+from fairseq_lowbit.runs.run import form_of
 
 _RUN_COLUMNS = (VALIDATION_LOSS, STORAGE, *QUALITIES)
 _LEFT = ("run", "precision", "overrides", "status", "other way")
@@ -146,12 +147,19 @@ def read_csv(path: Path) -> list[ModelRecord]:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             rows, heads = list(reader), reader.fieldnames or ()
-        missing = [field for field in FIELDS if field not in heads]
+        missing = [field for field in FIELDS if field not in (*heads, "form")]
         if missing:
             raise ValueError(f"there is no column {missing[0]}")
-        return [{field: _read_cell(field, row[field]) for field in FIELDS} for row in rows]
+        return [_read_record(row) for row in rows]
     except (OSError, csv.Error, TypeError, ValueError) as error:
         raise LowbitError(f"{path} is not a table of sweep-table --csv: {error}") from error
+
+
+def _read_record(row: Mapping[str, str]) -> ModelRecord:
+    record = {field: _read_cell(field, row.get(field, "")) for field in FIELDS}
+    if "form" not in row and record["precision"]:  # written before version 0.5
+        record["form"] = form_of(record["precision"], record["rules"], None)
+    return record
 
 
 def _read_cell(field: str, cell: str) -> Any:
@@ -160,7 +168,7 @@ def _read_cell(field: str, cell: str) -> Any:
 
 
 _KINDS: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("name", "status", "message", "precision", "loss"), str),
+    **dict.fromkeys(("name", "status", "message", "precision", "form", "loss"), str),
     **dict.fromkeys(
         (field for field in FIELDS if field.endswith("_layers")),
         lambda cell: tuple(map(float, cell.split())),

@@ -60,6 +60,15 @@ def test_configurations_and_any_name_of_the_grammar(
     assert "encoder.layers.4.fc2" not in found
 
 
+def test_form_and_scales_per_frame_stand_in_the_table(capsys: pytest.CaptureFixture) -> None:
+    assert main(["plan", "bitl_w2a2", TINY, "form=paper", "rules=per_frame"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("precision bitl_w2a2, paper form ")
+    rows = {line.split("│")[1].strip(): line for line in printed.splitlines() if "│" in line}
+    assert "│ 2 per frame │" in rows["encoder.layers.{0-3}.fc1"]
+    assert "per frame" not in rows["encoder.layers.{0-3}.fc2"]
+
+
 def test_overrides_with_rules(capsys: pytest.CaptureFixture) -> None:
     rules = (
         "model.precision.rules=[{match: encoder.layers.0.*, weight_bits: 4, activation_bits: 8},"

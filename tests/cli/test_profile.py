@@ -116,6 +116,17 @@ def test_every_difference_has_its_reason(paper_cells: list[dict]) -> None:
             assert any(kind in r and any(f in r for f in families) for r in REASONS), cell
 
 
+def test_a_checkpoint_of_the_other_form_says_so(tmp_path: Path, capsys) -> None:
+    paper = Hubert(TINY, classes=5, precision=Precision("bitla_w2a2", form="paper"))
+    old = str(save(paper, tmp_path / "old.pt"))
+    found = rows(capsys, old, "bitla_w2a2", "sqwq_w2")
+    assert [row["name"] for row in found] == [f"{old}, paper form", "bitla_w2a2", "sqwq_w2"]
+    assert [row["form"] for row in found] == ["paper", "asymmetric", None]
+    (given,) = rows(capsys, "bitla_w2a2", "--set", "form=paper")
+    assert (given["name"], given["form"]) == ("bitla_w2a2 form=paper", "paper")
+    assert given["storage_bytes"] == found[1]["storage_bytes"]
+
+
 def test_one_bad_target_leaves_the_others(checkpoint: Path, tmp_path: Path, capsys) -> None:
     truncated = tmp_path / "truncated.pt"
     truncated.write_bytes(checkpoint.read_bytes()[:1000])

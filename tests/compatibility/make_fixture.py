@@ -2,8 +2,8 @@
 
     python tests/compatibility/make_fixture.py FOLDER
 
-It was run by the commit before a change of what is stored. The tests of later versions load,
-measure and resume what it has written.
+It was run by the commit before a change of what is stored, with the runs that the change is about.
+The tests of later versions load, measure and resume what it has written.
 """
 
 import json
@@ -26,15 +26,26 @@ OVERLAPPING = (
     "model.precision.rules=[{match: 'encoder.layers.*', granularity: per_channel},"
     "{match: encoder.layers.0.fc1, weight_bits: 4}]"
 )
-# name, configuration and overrides of runs of three updates
+FRONT_END = (
+    "model.precision.rules=[{match: 'feature_extractor.*', weight_bits: 8, activation_bits: 3}]"
+)
+# By folder: name, configuration and overrides of runs of three updates; what is calibrated only.
 RUNS = {
-    "front_end": ("bitla_w1a1", "rules=front_end_w8a8"),
-    "stretched": ("bitl_w2a2", "rules=stretched"),
-    "overlapping_rules": ("bitl_w2a2", OVERLAPPING),
-    "squashed_configuration": ("sqwq_w8",),
-    "squashed_by_name": ("sqwq_w2", "model.precision.name=sqwq_w8"),
-    "hubert": ("bitla_w4a4", "loss=hubert"),
+    "v0_1": {
+        "front_end": ("bitla_w1a1", "rules=front_end_w8a8"),
+        "stretched": ("bitl_w2a2", "rules=stretched"),
+        "overlapping_rules": ("bitl_w2a2", OVERLAPPING),
+        "squashed_configuration": ("sqwq_w8",),
+        "squashed_by_name": ("sqwq_w2", "model.precision.name=sqwq_w8"),
+        "hubert": ("bitla_w4a4", "loss=hubert"),
+    },
+    # Inputs behind a GELU, of few bits and of many.
+    "v0_4": {
+        "front_end": ("bitla_w1a1", FRONT_END),
+        "many_bits": ("bitl_w8a8",),
+    },
 }
+CALIBRATED = {"v0_1": "minmax_w4a4", "v0_4": "bitla_w4a4"}
 TINIER = (
     "model.conv_feature_layers='[(4,10,5)]+[(4,3,2)]*4+[(8,2,2)]*2'",
     "model.encoder_embed_dim=16",
@@ -79,26 +90,35 @@ def main(folder: Path) -> None:
         teacher,
     )
     strip(teacher)
-    for name, (config, *overrides) in RUNS.items():
+    for name, (config, *overrides) in RUNS[folder.name].items():
         last = run(name, config, f"task.teacher={teacher}", "optimization.max_update=3", *overrides)
         shutil.copy(last, folder / f"{name}.pt")
         strip(folder / f"{name}.pt")
     command = [str(Path(sys.executable).with_name("fairseq-lowbit")), "ptq", str(teacher)]
-    command += ["--data", str(trainer.data), "--precision", "minmax_w4a4"]
+    command += ["--data", str(trainer.data), "--precision", CALIBRATED[folder.name]]
     subprocess.run([*command, "--out", str(folder / "calibrated.pt")], check=True)
     write_expected(folder)
     half_done(folder, run, work, teacher)
+    anonymize(folder)
 
 
 def strip(path: Path) -> None:
     """Without the optimizer's state, which only a resumed run needs."""
     state = torch.load(path, weights_only=False)
     state.pop("last_optimizer_state", None)
-    torch.save(anonymous(state), path)
+    torch.save(state, path)
+
+
+def anonymize(folder: Path) -> None:
+    """Replaces the folders of the machine in checkpoints and records."""
+    for path in folder.rglob("*.pt"):
+        torch.save(anonymous(torch.load(path, weights_only=False)), path)
+    for path in folder.rglob("*.yaml"):
+        path.write_text(re.sub(r"(?<=[\s=])/[^\s,']*/", "/before/", path.read_text()))
 
 
 def anonymous(value: Any) -> Any:
-    """With the folders of the machine replaced, in nested dictionaries and lists."""
+    """In nested dictionaries and lists."""
     if isinstance(value, dict):
         return {key: anonymous(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -147,11 +167,6 @@ def half_done(folder: Path, run, work: Path, teacher: Path) -> None:
     ):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / name, target / name)
-    for name in (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml"):
-        text = (target / name).read_text()
-        (target / name).write_text(
-            text.replace(str(work), "/before").replace(str(folder), "/before")
-        )
     run("half_done", config, *given, "optimization.max_update=12")
     ended = torch.load(last, weights_only=False)["model"]
     save_file({k: v.contiguous() for k, v in ended.items()}, folder / "half_done_ended.safetensors")

@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import pytest
+import torch
 
 from fairseq_lowbit.cli.main import main
 from fairseq_lowbit.interop import open_model
@@ -151,6 +152,23 @@ def test_rules_by_the_name_of_their_file(teacher: LoadedModel, data: Path, tmp_p
     assert ptq(teacher, data, out, *W8A8, "--rules", "per_channel, none") == 0
     entries = open_model(out).model.plan.entries
     assert {entry.granularity for entry in entries if entry.is_quantized} == {"per_channel"}
+
+
+def test_the_form_is_stored_with_the_model(
+    teacher: LoadedModel, data: Path, tmp_path: Path
+) -> None:
+    """The two decode otherwise behind the GELU, and a file is read as it was written."""
+    ends = {}
+    for form in ("asymmetric", "paper"):
+        for suffix in ("pt", "safetensors"):
+            out = tmp_path / f"{form}.{suffix}"
+            override = ("--override", f"form={form}")
+            assert ptq(teacher, data, out, "--precision", "bitl_w4a4", *override) == 0
+            model = open_model(out).model
+            assert model.plan.precision.form == form
+            quantizer = model.encoder.layers[0].fc2.input_quantizer
+            ends[form] = quantizer(torch.full((24,), -1.0)).unique().item()
+    assert ends == {"asymmetric": -87 / 512, "paper": 0.0}
 
 
 def test_the_audio_is_chosen(teacher: LoadedModel, data: Path, tmp_path: Path) -> None:

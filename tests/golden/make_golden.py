@@ -7,10 +7,12 @@ arithmetic is on exact fractions; a number is rounded once, to float64, when it 
 1/sqrt(N Qp), which is irrational, is a float64 factor).
 
 Codes must be *equal* in fp32, ties and clip edges included, so u = (x - beta)/alpha must be the
-same number there. Inputs are therefore made backwards: u is a multiple of 1/16, alpha and beta
-have few significant bits, the length ratio is a dyadic number, and x = u * alpha + beta. Every
-intermediate value (alpha and beta times the ratio, x, x - beta) is checked to be an fp32 number;
-then fp32's subtraction is exact and its division, correctly rounded, returns u itself.
+same number there. Inputs are therefore made backwards: u is a multiple of 1/16, alpha, beta and the
+origin o have few significant bits, the length ratio is a dyadic number, and
+x = u * alpha + beta + o. Every intermediate value (alpha and beta times the ratio, beta + o, x,
+x - (beta + o)) is checked to be an fp32 number; then fp32's subtraction is exact and its division,
+correctly rounded, returns u itself. Where frames have a scale of their own, every frame is filled
+up to a mean magnitude that is the ratio.
 """
 
 import json
@@ -28,6 +30,8 @@ SETS += [("non_negative", bits) for bits in range(1, 9)]
 SETS += [("mid_rise", bits) for bits in range(1, 9)]
 REFERENCE_FRAMES = 500
 RANGES = (Fraction(3, 16), Fraction(5, 4))
+# The lowest values of GELU and SiLU, as docs/numerics.md rounds them.
+ORIGINS = {"gelu": Fraction(-87, 512), "silu": Fraction(-143, 512)}
 Rows = list[list[Fraction]]
 
 
@@ -116,6 +120,7 @@ def case(
     beta: list[Fraction] | None,
     ratio: list[Fraction] | None,
     gradient_values: int,
+    origin: Fraction = Fraction(0),
 ) -> dict[str, Any]:
     """One golden case.
 
@@ -137,13 +142,13 @@ def case(
         for c in range(columns):
             u, gradient = us[r][c], g[r][c]
             b = c % len(beta) if beta else 0
-            shift = exact(beta[b] * scale_ratio) if beta else Fraction(0)
+            shift = exact(exact(beta[b] * scale_ratio) + origin) if beta else Fraction(0)
             x[r].append(exact(exact(u * scale) + shift))
             code = encode(u, kind, bits)
             inside = lo <= u <= hi
             codes[r].append(code)
             value = level(code, kind, bits)
-            decoded[r].append(exact(scale * value))
+            decoded[r].append(exact(exact(scale * value) + origin))
             dx[r].append(gradient if inside else Fraction(0))
             slope = value - u if inside and kind != "sign" else value
             dalpha[a] += gradient * slope * scale_ratio
@@ -152,6 +157,7 @@ def case(
     factor = 1 / math.sqrt(gradient_values * divisor(kind, bits))
     result = {
         "name": name,
+        **({"origin": numbers(origin)} if origin else {}),
         "x": numbers(x),
         "alpha": numbers(alpha),
         "beta": numbers(beta) if beta else None,
@@ -200,6 +206,26 @@ def cases(kind: str, bits: int) -> Iterator[dict[str, Any]]:
         ratios = [Fraction(REFERENCE_FRAMES, frames) for frames in (400, 160)]
         alpha, beta = [Fraction(3, 256)], [Fraction(-1, 512)]
         yield case("length_scaled", kind, bits, rows, alpha, beta, ratios, 12 * REFERENCE_FRAMES)
+        for function, origin in ORIGINS.items():
+            yield case(function, kind, bits, [us], [fine], negative, None, 24, origin)
+    if kind in ("sign", "signed"):
+        yield per_frame_case(kind, bits, rows)
+
+
+def per_frame_case(kind: str, bits: int, rows: Rows) -> dict[str, Any]:
+    """Scale and shift in units of each frame's mean magnitude, which is the ratio. A frame is
+    filled up to a power of two, for an exact mean, and ends with the value that gives it this mean:
+    far above the highest level."""
+    alpha, beta = Fraction(3, 2 ** (bits + 3)), Fraction(-1, 32)
+    ratios, features = [Fraction(4), Fraction(1, 2)], 16
+    frames = []
+    for row in rows:
+        us = [u for u in row if abs(u) < 500]
+        us += [Fraction(0)] * (features - 1 - len(us))
+        # In units of the ratio, so that the mean magnitude is 1.
+        last = features - sum(abs(u * alpha + beta) for u in us)
+        frames.append([*us, (last - beta) / alpha])
+    return case("per_frame", kind, bits, frames, [alpha], [beta], ratios, features)
 
 
 def dump(kind: str, bits: int) -> str:

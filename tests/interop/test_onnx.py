@@ -51,6 +51,7 @@ FRONT_END, FRONT_END_MINMAX = (
     ]
     for method in ("elastic", "minmax")
 )
+PER_FRAME = [Rule("encoder.layers.*_proj", activation_granularity="per_frame")]
 PER_GROUP = [Rule("encoder.layers.*.fc?", granularity="per_group", group_size=8)]
 
 
@@ -103,6 +104,7 @@ def check_same_states(path: Path, model: Hubert) -> None:
         pytest.param(FAST, "bitl_w8a8", PER_GROUP, marks=pytest.mark.full),
         pytest.param(FAST, "bitla_w4a4", (), marks=pytest.mark.full),
         pytest.param(FAST, "bitla_w1a1", (), marks=pytest.mark.full),
+        pytest.param(FAST, "bitl_w4a4", PER_FRAME, marks=pytest.mark.full),
         pytest.param(FAST, "sqwq_w8", (), marks=pytest.mark.full),
         pytest.param(FAST, "absmax_w8a8", (), marks=pytest.mark.full),
         pytest.param(FAST, "minmax_w4a8", (), marks=pytest.mark.full),
@@ -235,7 +237,7 @@ LEARNED = [
     for levels in (signed, non_negative)
     for bits in (1, 3, 8)
     for shift in (None, (3,))
-]
+] + [ElasticQuantizer(non_negative(bits, -87 / 512), 1, shift_shape=()) for bits in (1, 3, 8)]
 OF_A_FRAME = [
     UniformQuantizer(kind, bits, frame_dim=-1) for kind in ("absmax", "minmax") for bits in (1, 8)
 ]
@@ -259,6 +261,21 @@ def test_inputs_have_torchs_codes_at_ties_at_the_ends_and_beyond() -> None:
         assert torch.equal(decoded, values)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_scale_per_frame_is_computed_in_the_graph() -> None:
+    quantizers = [
+        ElasticQuantizer(signed(bits), 1, shift_shape=(), is_per_frame=True) for bits in (1, 4)
+    ]
+    for quantizer in quantizers:
+        quantizer.set_scale(torch.tensor(0.25), torch.tensor(0.1))
+    x = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0))
+    ratio = torch.ones(1)
+    inputs = Inputs([*map(LearnedInput, quantizers)]).eval()
+    found = run(exported(inputs, x, ratio), x, ratio)
+    for decoded, quantizer in zip(found, quantizers, strict=False):
+        torch.testing.assert_close(decoded, quantizer(x).detach())
+
+
 def test_quantize_linear_has_no_form_for_one_bit_and_for_half_steps() -> None:
     has_form = {
         levels.name + str(levels.bits): has_quantize_linear(ElasticQuantizer(levels, 1))
@@ -272,6 +289,7 @@ def test_quantize_linear_has_no_form_for_one_bit_and_for_half_steps() -> None:
         "non_negative8": True,
     }
     assert not has_quantize_linear(ElasticQuantizer(mid_rise(4), 1))
+    assert not has_quantize_linear(ElasticQuantizer(signed(8), 1, is_per_frame=True))
     assert not has_quantize_linear(UniformQuantizer("absmax", 8, frame_dim=-1))
 
 

@@ -109,8 +109,24 @@ def test_level_sets_follow_the_contract() -> None:
         expected |= {f"encoder.layers.{i}.self_attn.probabilities_quantizer"}
     assert non_negative == expected
     assert {kind for name, kind in sets.items() if name not in non_negative} == {"signed"}
+    with_origin = {name for name, q in quantizers(model) if q.levels.origin}
+    assert with_origin == {name for name in non_negative if "probabilities" not in name}
     one_bit = {q.levels.name for _, q in quantizers(Hubert(TINY, precision=Precision("bitl_w1a1")))}
     assert one_bit == {"sign", "non_negative"}
+
+
+def test_scales_per_frame_reach_the_quantizers_that_the_rule_names() -> None:
+    rules = [
+        Rule("encoder.layers.*_proj", activation_granularity="per_frame"),
+        Rule("encoder.layers.1.fc1", activation_granularity="per_frame"),
+    ]
+    model = build(*rules, name="bitla_w1a1")
+    found = {name for name, q in quantizers(model) if getattr(q, "is_per_frame", False)}
+    expected = {f"encoder.layers.{n}.self_attn.input_quantizer" for n in range(2)}
+    expected |= {f"encoder.layers.{n}.self_attn.out_proj.input_quantizer" for n in range(2)}
+    assert found == expected | {"encoder.layers.1.fc1.input_quantizer"}
+    calibrate(model, [waveform()], lambda x: run(model))
+    assert run(model).isfinite().all()
 
 
 def test_scales_shifts_and_gradient_values_follow_the_contract() -> None:
@@ -286,7 +302,7 @@ def test_the_plan_stores_what_the_state_dict_holds(name: str, rules: tuple[Rule,
     bits = {f"{entry.module}.weight": entry.weight_bits for entry in model.plan.entries}
     total = 0.0
     for key, tensor in model.state_dict().items():
-        if key == "label_embs_concat" or key.endswith(".calibrated"):
+        if key == "label_embs_concat" or key.endswith((".calibrated", ".origin")):
             continue
         is_scalar = "_quantizer." in key and tensor.numel() == 1
         total += tensor.numel() * (32 if is_scalar else bits.get(key, 16)) / 8

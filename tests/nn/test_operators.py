@@ -97,6 +97,31 @@ def test_positional_convolution_alone_and_padded_agree(shift: float | None) -> N
         torch.testing.assert_close(batch[row, :, :length], alone, rtol=1e-5, atol=1e-6)
 
 
+ORIGIN = -87 / 512
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_a_kernel_adds_the_origin_times_the_weights_of_a_channel(bits: int) -> None:
+    linear, x = Linear(12, 5), F.gelu(random(4, 12))
+    linear.weight_quantizer = quantizer(signed(bits), 0.25)
+    linear.input_quantizer = quantizer(non_negative(bits, ORIGIN), 0.5, 0.0625)
+    weight, codes = linear.weight_quantizer(linear.weight).detach(), linear.input_quantizer.codes(x)
+    products = codes.integers.float() @ weight.T
+    expected = codes.scale * products + ORIGIN * weight.sum(1) + linear.bias
+    torch.testing.assert_close(linear(x), expected)
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+def test_a_padded_convolution_adds_the_origin_for_the_taps_inside(padding: int) -> None:
+    conv, x = Conv1d(6, 4, 5, padding=padding), F.gelu(random(2, 6, 11))
+    conv.input_quantizer = quantizer(non_negative(2, ORIGIN), 0.5, 0.0)
+    codes = conv.input_quantizer.codes(x)
+    products = F.conv1d(codes.integers.float(), conv.weight, padding=padding)
+    taps = F.conv1d(torch.ones(1, 6, 11), conv.weight, padding=padding)
+    expected = codes.scale * products + ORIGIN * taps + conv.bias[:, None]
+    torch.testing.assert_close(conv(x), expected)
+
+
 def test_weight_gradient_is_straight_through() -> None:
     linear, x = Linear(6, 4, bias=False), random(5, 6)
     linear.weight_quantizer = quantizer(signed(8), 0.01)

@@ -321,15 +321,20 @@ def test_settings_of_the_task_that_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("rules", "message"), [([], "task.init_from is not set"), (["r.yaml"], "leave them out")]
+    ("rules", "form", "message"),
+    [
+        ([], "asymmetric", "task.init_from is not set"),
+        (["r.yaml"], "asymmetric", "rules beside quant=as_teacher.*drop that"),
+        ([], "paper", "form=paper beside quant=as_teacher.*drop that"),
+    ],
 )
 def test_a_precision_as_the_teachers_needs_one(
-    rules: list[str], message: str, tmp_path: Path
+    rules: list[str], form: str, message: str, tmp_path: Path
 ) -> None:
     register()
     from fairseq_lowbit.plugin.teacher_shape import adopt_teacher
 
-    precision = {"name": "as_teacher", "rule_files": {"rules": rules}}
+    precision = {"name": "as_teacher", "form": form, "rule_files": {"rules": rules}}
     config = OmegaConf.create({"task": {"init_from": None}, "model": {"precision": precision}})
     with pytest.raises(LowbitError, match=message):
         adopt_teacher(config, tmp_path)

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from fairseq_lowbit.configurations import compose_config
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.plugin import callback
+from fairseq_lowbit.plugin.continuing import adopt_stored_form
 from fairseq_lowbit.plugin.stages import Schedule, read_stages, stage_configs, stops_early
 from fairseq_lowbit.runs.folder import write_finished
 
@@ -131,6 +132,16 @@ def test_the_configuration_of_each_stage(tmp_path: Path) -> None:
         "/t.pt",
     ]
     assert run.model.precision.name == "bitla_w2a2"
+
+
+def test_a_schedule_that_an_earlier_version_began_ends_in_its_form(tmp_path: Path) -> None:
+    run = config(THREE, checkpoint__save_dir=str(tmp_path))
+    adopt_stored_form(run, tmp_path)
+    assert run.model.precision.form == "asymmetric"
+    schedule = Schedule.from_config(run)
+    finish(schedule, 0)  # with checkpoints that know no form
+    adopt_stored_form(run, tmp_path)
+    assert [c.model.precision.form for c in stage_configs(run, schedule)] == ["paper"] * 3
 
 
 def test_a_start_of_its_own_is_the_first_stages(tmp_path: Path) -> None:

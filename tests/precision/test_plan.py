@@ -1,22 +1,26 @@
 import json
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models import Architecture, Hubert
 from fairseq_lowbit.precision import InputKind, Plan, Precision, Role, Rule, Site, resolve_plan
 from fairseq_lowbit.precision.plan import input_levels
-from fairseq_lowbit.quantization import LevelSet, non_negative, signed
-from fairseq_lowbit.quantization.calibration import fit_scale
+from fairseq_lowbit.quantization import ElasticQuantizer, LevelSet, non_negative, signed
+from fairseq_lowbit.quantization.calibration import Calibrator
 
 PLAIN_FRONT_END = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
 
 
-def base_plan(precision: str = "float", rules: tuple[Rule, ...] = (), **changes) -> Plan:
+def base_plan(
+    name: str = "float", rules: Sequence[Rule] = (), form: str = "asymmetric", **changes
+) -> Plan:
     with torch.device("meta"):
-        return Hubert(Architecture(**changes), precision=Precision(precision, list(rules))).plan
+        return Hubert(Architecture(**changes), precision=Precision(name, [*rules], form=form)).plan
 
 
 def test_parameters_at_base_size() -> None:
@@ -180,9 +184,9 @@ def test_plan_and_precision_survive_json() -> None:
     assert [entry["module"] for entry in stored["entries"]] == [e.module for e in plan.entries]
 
 
-def test_what_was_stored_before_rules_decided_fields_keeps_its_meaning() -> None:
+def test_what_was_stored_before_there_was_a_key_keeps_its_meaning() -> None:
     stored = Precision.from_mapping({"name": "bitl_w1a1", "rules": None})
-    assert stored == Precision("bitl_w1a1", rules_decide="modules")
+    assert stored == Precision("bitl_w1a1", rules_decide="modules", form="paper")
     assert Precision.from_mapping(Precision("bitl_w1a1").to_mapping()) == Precision("bitl_w1a1")
 
 
@@ -230,19 +234,64 @@ def test_what_the_names_leave_float_is_most_of_a_one_bit_model() -> None:
     assert smaller.bytes / one_bit.bytes == pytest.approx(0.72, abs=0.01)
 
 
+def error(values: Tensor, levels: LevelSet) -> float:
+    """Of the best fit."""
+    quantizer = ElasticQuantizer(levels, 1, shift_shape=())
+    quantizer.start_calibration(Calibrator())
+    return float((quantizer(values).detach() - values).square().mean())
+
+
+def activations(kind: InputKind, mean: float = 0.0) -> Tensor:
+    normal = mean + torch.randn(4_096, generator=torch.Generator().manual_seed(0))
+    return getattr(torch.nn.functional, kind)(normal)
+
+
 @pytest.mark.parametrize("kind", [InputKind.GELU, InputKind.SILU, InputKind.RELU])
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_the_set_behind_an_activation_function_is_the_better_one(
+def test_the_papers_set_behind_an_activation_function_is_the_better_one(
     kind: InputKind, bits: int
 ) -> None:
-    normal = torch.randn(1, 16_384, generator=torch.Generator().manual_seed(0))
-    values = getattr(torch.nn.functional, kind)(normal)
-
-    def error(levels: LevelSet) -> float:
-        scale, shift = fit_scale(values, levels, with_shift=levels.lowest == 0)
-        decoded = levels.encode((values - (0.0 if shift is None else shift)) / scale) * scale
-        return float((decoded - values).square().mean())
-
-    chosen = input_levels(kind, bits)
+    chosen = input_levels(kind, bits, "paper")
     other = signed(bits) if chosen == non_negative(bits) else non_negative(bits)
-    assert error(chosen) < error(other)
+    assert error(activations(kind), chosen) < error(activations(kind), other)
+
+
+@pytest.mark.parametrize("mean", [0.0, -1.0])
+@pytest.mark.parametrize("kind", [InputKind.GELU, InputKind.SILU])
+@pytest.mark.parametrize("bits", range(3, 9))
+def test_from_three_bits_on_levels_from_the_lowest_value_are_the_best(
+    kind: InputKind, bits: int, mean: float
+) -> None:
+    chosen = error(activations(kind, mean), input_levels(kind, bits, "asymmetric"))
+    for other in (signed(bits), non_negative(bits)):
+        assert chosen < 0.8 * error(activations(kind, mean), other)
+
+
+@pytest.mark.parametrize("kind", [InputKind.GELU, InputKind.SILU])
+def test_an_origin_is_the_lowest_value_and_exact_in_every_dtype(kind: InputKind) -> None:
+    lowest = getattr(torch.nn.functional, kind)(torch.linspace(-3, 0, 10_001)).min()
+    assert kind.origin == pytest.approx(lowest.item(), rel=4e-3)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.tensor(kind.origin, dtype=dtype).item() == kind.origin
+
+
+def test_forms_differ_behind_activation_functions_and_nowhere_else() -> None:
+    rules = [Rule("feature_extractor.*", "elastic", 4, 6)]
+    paper, own = (
+        {e.module: e.input for e in base_plan("bitla_w4a4", rules, form=form).entries}
+        for form in ("paper", "asymmetric")
+    )
+    differing = {module for module in own if own[module] != paper[module]}
+    assert differing == {
+        *(f"encoder.layers.{n}.fc2" for n in range(12)),
+        *(f"feature_extractor.conv_layers.{n}.0" for n in range(1, 13)),
+    }
+    for module in differing:
+        assert own[module].levels == non_negative(own[module].bits, InputKind.GELU.origin)
+
+
+def test_only_learned_scales_have_a_form() -> None:
+    for name in ("bitl_w2a2", "bitla_w1a1"):
+        assert base_plan(name, form="paper").form == "paper"
+    for name in ("float", "sqwq_w2", "minmax_w4a4", "bitl_w2a16"):
+        assert base_plan(name).form is None

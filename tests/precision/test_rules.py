@@ -2,8 +2,9 @@ from dataclasses import replace
 
 import pytest
 
+from fairseq_lowbit import __version__
 from fairseq_lowbit.errors import LowbitError
-from fairseq_lowbit.precision import PlanEntry, Precision, Role, Rule, Site, resolve_plan
+from fairseq_lowbit.precision import InputKind, PlanEntry, Precision, Role, Rule, Site, resolve_plan
 
 LAYER = "encoder.layers.0"
 SITES = [
@@ -352,9 +353,66 @@ def test_a_granularity_for_everything_is_for_what_is_quantized(name: str, scales
         assert not entries[module].is_quantized
 
 
-def test_misspelt_key_of_a_stored_rule_raises() -> None:
-    with pytest.raises(TypeError, match="weight_bit"):
-        Precision.from_mapping({"name": "float", "rules": [{"match": "*", "weight_bit": 1}]})
+@pytest.mark.parametrize(
+    "stored, message",
+    [
+        ({"rules": [{"match": "*", "weight_bit": 1}]}, r"rule '\*': weight_bit 1 is nothing that"),
+        ({"codebook": 16}, rf"precision: codebook 16 is nothing .* {__version__} knows \(form, "),
+        ({"form": "trellis"}, rf"form 'trellis'; .* {__version__} knows paper, asymmetric.*newer"),
+    ],
+)
+def test_what_only_a_newer_version_knows_is_refused(stored: dict, message: str) -> None:
+    with pytest.raises(LowbitError, match=message):
+        Precision.from_mapping({"name": "float", **stored})
+
+
+PER_FRAME = {"activation_granularity": "per_frame"}
+
+
+def test_a_scale_per_frame_is_for_what_the_rule_reaches() -> None:
+    entries = plan("bitl_w2a2", Rule(f"{LAYER}.*", **PER_FRAME), Rule("*_proj", **PER_FRAME))
+    frames = {
+        module for module, entry in entries.items() if entry.input and entry.input.is_per_frame
+    }
+    assert frames == {f"{LAYER}.self_attn.q_proj", f"{LAYER}.fc1"}
+    assert entries[f"{LAYER}.fc1"].bytes == plan("bitl_w2a2")[f"{LAYER}.fc1"].bytes
+    again = Rule("*.fc1", activation_granularity="per_tensor")
+    entries = plan("bitl_w2a2", Rule(f"{LAYER}.*", **PER_FRAME), again)
+    assert not entries[f"{LAYER}.fc1"].input.is_per_frame
+
+
+@pytest.mark.parametrize(
+    "name, rule, obstacle",
+    [
+        ("bitla_w2a2", Rule("*.query", **PER_FRAME), "an operand of attention"),
+        ("bitla_w2a2", Rule("*.probabilities", **PER_FRAME), "an operand of attention"),
+        ("bitl_w2a2", Rule("encoder.pos_conv.0", None, 4, 4, **PER_FRAME), "no linear but a conv"),
+        ("absmax_w2a2", Rule("*.fc1", **PER_FRAME), "absmax, whose inputs have a range of every"),
+        ("sqwq_w2", Rule("*.fc1", **PER_FRAME), "squashed, whose inputs have a range of every"),
+        ("bitl_w2a2", Rule("*.fc1", "minmax", **PER_FRAME), "minmax, whose inputs have a range"),
+    ],
+)
+def test_a_scale_per_frame_where_it_is_no_factor_of_a_row_is_refused(
+    name: str, rule: Rule, obstacle: str
+) -> None:
+    with pytest.raises(LowbitError, match=f"is {obstacle}.*config/rules/per_frame.yaml"):
+        plan(name, rule)
+
+
+@pytest.mark.parametrize("kind", [InputKind.GELU, InputKind.SILU, InputKind.RELU])
+def test_a_scale_per_frame_behind_an_activation_function_is_refused(kind: InputKind) -> None:
+    site = replace(SITES[-2], name="fc2", input_kind=kind)
+    with pytest.raises(LowbitError, match=f"fc2 is a linear behind a {kind}"):
+        resolve_plan(Precision("bitl_w2a2", [Rule("fc2", **PER_FRAME)]), [site], 0)
+
+
+def test_a_scale_per_frame_of_a_float_input_is_refused() -> None:
+    with pytest.raises(LowbitError, match="no effect on .*fc1, whose input is float"):
+        plan("bitl_w2a16", Rule("*.fc1", **PER_FRAME))
+    with pytest.raises(LowbitError, match="method none.*drop activation_granularity"):
+        plan("bitl_w2a2", Rule("*.fc1", method="none", **PER_FRAME))
+    with pytest.raises(LowbitError, match="'per_row'; allowed are per_tensor, per_frame"):
+        plan("bitl_w2a2", Rule("*.fc1", activation_granularity="per_row"))
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,128 @@ def test_sign_set_is_linear_in_alpha() -> None:
     torch.testing.assert_close(quantizer.log_scale.grad, (g * x.sign()).sum())
 
 
+ORIGIN = -87 / 512
+WITH_ORIGIN = pytest.mark.parametrize("bits", range(1, 9))
+
+
+@WITH_ORIGIN
+def test_levels_with_an_origin_are_those_of_the_values_less_it(bits: int) -> None:
+    """Codes, decoded values and gradients: of multiples of 1/512, so that nothing is rounded."""
+    moved = quantizer_of(non_negative(bits, ORIGIN), 0.25, 0.125)
+    plain = quantizer_of(non_negative(bits), 0.25, 0.125)
+    x = (torch.randint(-2000, 4000, (300,), generator=torch.Generator().manual_seed(0))) / 512
+    g = torch.randn(300, generator=torch.Generator().manual_seed(1))
+    found, expected = x.clone().requires_grad_(), (x - ORIGIN).requires_grad_()
+    assert torch.equal(moved.codes(found).integers, plain.codes(expected).integers)
+    assert torch.equal(moved.codes(found).decode(), plain.codes(expected).decode() + ORIGIN)
+    assert torch.equal(moved(found), moved.codes(found).decode())
+    moved(found).backward(g)
+    plain(expected).backward(g)
+    assert torch.equal(found.grad, expected.grad)
+    assert torch.equal(moved.log_scale.grad, plain.log_scale.grad)
+    assert torch.equal(moved.relative_shift.grad, plain.relative_shift.grad)
+
+
+@WITH_ORIGIN
+def test_the_lowest_level_is_the_origin_whatever_was_learned(bits: int) -> None:
+    levels = non_negative(bits, ORIGIN)
+    for scale, shift in ((0.013, 0.0), (0.7, -0.3), (0.2, 0.1)):
+        lowest, highest = quantizer_of(levels, scale, shift).codes(torch.zeros(3)).decoded_range
+        assert lowest == ORIGIN
+        assert highest.item() == pytest.approx(scale * levels.hi + ORIGIN, rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_calibration_leaves_no_error_of_one_sign_behind_a_gelu(bits: int) -> None:
+    x = F.gelu(torch.randn(20_000, generator=torch.Generator().manual_seed(0)) - 0.5)
+    means = []
+    for levels in (non_negative(bits), non_negative(bits, ORIGIN)):
+        quantizer = ElasticQuantizer(levels, 8, shift_shape=())
+        quantizer.start_calibration(Calibrator())
+        means.append((quantizer(x) - x).mean().abs().item())
+    assert means[1] < 0.2 * means[0]
+
+
+def test_levels_with_an_origin_need_a_shift() -> None:
+    with pytest.raises(ValueError, match="need a shift"):
+        ElasticQuantizer(non_negative(2, ORIGIN), 8)
+
+
+def test_a_state_dict_of_the_other_form_is_refused() -> None:
+    plain, moved = (
+        quantizer_of(non_negative(2), 0.5, 0.1),
+        quantizer_of(non_negative(2, ORIGIN), 0.5, 0.1),
+    )
+    for source, target in ((plain, moved), (moved, plain)):
+        with pytest.raises(RuntimeError, match="origin"):
+            target.load_state_dict(source.state_dict())
+
+
+def per_frame(levels: LevelSet, scale: float = 0.3, shift: float = 0.1) -> ElasticQuantizer:
+    quantizer = ElasticQuantizer(levels, 8, shift_shape=(), is_per_frame=True)
+    quantizer.set_scale(torch.tensor(scale), torch.tensor(shift))
+    return quantizer
+
+
+SIGNED = pytest.mark.parametrize("levels", [signed(n) for n in (1, 2, 4, 8)], ids=str)
+
+
+@SIGNED
+def test_a_louder_frame_has_the_same_codes(levels: LevelSet) -> None:
+    quantizer, x = per_frame(levels), torch.randn(2, 5, 8, generator=torch.manual_seed(0))
+    factors = torch.tensor([1.0, 4.0, 0.125, 64.0, 0.5])[:, None]
+    louder = quantizer.codes(factors * x)
+    assert torch.equal(louder.integers, quantizer.codes(x).integers)
+    assert torch.equal(louder.decode(), factors * quantizer(x).detach())
+    assert torch.equal(quantizer(factors * x), louder.decode())
+
+
+@SIGNED
+def test_a_frame_alone_is_that_of_a_batch(levels: LevelSet) -> None:
+    quantizer, x = per_frame(levels), torch.randn(3, 7, 33, generator=torch.manual_seed(0))
+    together = quantizer.codes(x)
+    for row in range(3):
+        alone = quantizer.codes(x[row : row + 1, : 4 + row])
+        assert torch.equal(alone.integers[0], together.integers[row, : 4 + row])
+        assert torch.equal(alone.scale[0], together.scale[row, : 4 + row])
+
+
+@SIGNED
+def test_the_magnitude_of_a_frame_is_a_constant_to_the_gradient(levels: LevelSet) -> None:
+    x = torch.randn(2, 3, 8, generator=torch.manual_seed(0), requires_grad=True)
+    g = torch.randn(2, 3, 8, generator=torch.manual_seed(1))
+    measured, given = per_frame(levels), quantizer_of(levels, 0.3, 0.1)
+    found = torch.autograd.grad(measured(x), [x, *measured.parameters()], g)
+    ratio = x.detach().abs().mean(-1, keepdim=True)
+    expected = torch.autograd.grad(given(x, ratio), [x, *given.parameters()], g)
+    assert all(map(torch.equal, found, expected))
+
+
+@SIGNED
+def test_a_frame_of_zeros_is_decoded_near_zero_and_has_finite_gradients(levels: LevelSet) -> None:
+    quantizer, x = per_frame(levels), torch.randn(1, 3, 8, generator=torch.manual_seed(0))
+    x[:, 1] = 0
+    x.requires_grad_()
+    decoded = quantizer(x)
+    assert decoded[:, 1].abs().max() < 1e-5
+    decoded.sum().backward()
+    for tensor in (x, *quantizer.parameters()):
+        assert tensor.grad.isfinite().all()
+
+
+def test_calibration_per_frame_fits_frames_in_units_of_their_magnitude() -> None:
+    x = torch.randn(40, 64, generator=torch.manual_seed(0))
+    factors = 2.0 ** torch.randint(-4, 5, (40, 1), generator=torch.manual_seed(1))
+    scales = []
+    for values in (x, factors * x):
+        quantizer = ElasticQuantizer(signed(2), 8, shift_shape=(), is_per_frame=True)
+        quantizer.start_calibration(Calibrator())
+        quantizer(values)
+        scales.append(quantizer.scale.item())
+    assert scales[0] == scales[1]
+    assert not quantizer.is_per_tensor
+
+
 def test_scale_has_a_floor_through_which_the_gradient_passes() -> None:
     quantizer = quantizer_of(signed(2), 1.0)
     with torch.no_grad():

@@ -4,6 +4,7 @@ numbers, gradients to 1e-5."""
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fairseq_lowbit.precision import InputKind
 from fairseq_lowbit.quantization import (
     ElasticQuantizer,
     LevelSet,
@@ -65,9 +67,17 @@ def build(case: dict[str, Any], levels: LevelSet) -> tuple[GivenScale, Tensor | 
     beta = None if case["beta"] is None else torch.tensor(case["beta"])
     if beta is not None and len(beta) == 1:
         beta = beta[0]
-    quantizer = GivenScale(alpha, beta, levels=levels, gradient_values=case["gradient_values"])
+    is_per_frame = case["name"] == "per_frame"
+    quantizer = GivenScale(
+        alpha,
+        beta,
+        levels=replace(levels, origin=case.get("origin", 0.0)),
+        gradient_values=case["gradient_values"],
+        is_per_frame=is_per_frame,
+    )
+    # The quantizer measures the ratio of a frame itself.
     ratio = None if case["ratio"] is None else torch.tensor(case["ratio"])[:, None]
-    return quantizer, ratio
+    return quantizer, None if is_per_frame else ratio
 
 
 def assert_close(actual: Tensor, expected: list[float]) -> None:
@@ -81,6 +91,13 @@ def test_golden_files_cover_every_level_set() -> None:
     expected = ["sign", *(f"signed_{n}" for n in range(2, 9))]
     expected += [f"{kind}_{n}" for kind in ("non_negative", "mid_rise") for n in range(1, 9)]
     assert sorted(SETS) == sorted(expected)
+
+
+@pytest.mark.parametrize("kind", [InputKind.GELU, InputKind.SILU])
+def test_golden_files_have_the_origins_of_the_activation_functions(kind: InputKind) -> None:
+    for bits in range(1, 9):
+        cases = json.loads((FOLDER / f"non_negative_{bits}.json").read_text())["cases"]
+        assert [case["origin"] for case in cases if case["name"] == kind] == [kind.origin]
 
 
 def test_generator_alone_writes_the_committed_files(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def entry(bits: str, snr: float | None, seed: int = 1, stages: tuple = (), **mor
     known = {
         "precision": f"bitla_{bits}",
         "rules": 0,
+        "form": "asymmetric",
         "loss": "distillation",
         "data": Path("data"),
         "teacher": Path("teacher.pt"),
@@ -132,6 +133,7 @@ def test_the_teacher_is_no_point() -> None:
         ({"data": Path("elsewhere")}, "data data, w4a4_1_of_0 has elsewhere"),
         ({"loss": "hubert"}, "loss distillation, w4a4_1_of_0 has hubert"),
         ({"rules": 3}, "number of rules 0, w4a4_1_of_0 has 3"),
+        ({"form": "paper"}, "form asymmetric, w4a4_1_of_0 has paper"),
         ({"precision": "bitl_w4a4"}, "method bitla, w4a4_1_of_0 has bitl"),
     ],
 )

@@ -15,11 +15,13 @@ from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.evaluation.compare import compare
 from fairseq_lowbit.evaluation.quality import Candidate, Reference, read_held_out
 from fairseq_lowbit.models import Hubert, LoadedModel
+from fairseq_lowbit.precision import Precision
 from fairseq_lowbit.profiling.paper import paper_wer
 from fairseq_lowbit.runs import run_quality
 from fairseq_lowbit.runs.collection import Entry, model_records
 from fairseq_lowbit.runs.run import Run
-from tests.evaluation.conftest import calibrated
+from fairseq_lowbit.runs.tables import read_csv
+from tests.evaluation.conftest import SHAPE, calibrated
 
 
 class Shown:
@@ -308,6 +310,7 @@ def entry(name: str, size: float | None, best: float | None, updates: int) -> En
         checkpoint=Path(name),
         precision="float",
         rules=0,
+        form=None,
         loss="distillation",
         data=None,
         teacher=None,
@@ -348,6 +351,45 @@ def test_what_the_paper_says() -> None:
     with_rules = replace(entry("a", 1.0, 0.5, 9).run, precision="bitla_w1a1", rules=1)
     (((record,)),) = model_records([Entry("a", with_rules)], "name")
     assert record["paper_wer"] is None
+
+
+def test_the_form_of_before_is_named_and_never_taken_for_todays(
+    table: Callable, make_run: Callable, tmp_path: Path
+) -> None:
+    for name, precision in (
+        ("own", Precision("bitla_w1a1")),
+        ("old", Precision("bitla_w1a1", form="paper")),
+        ("squashed", Precision("sqwq_w1", form="paper")),
+    ):
+        make_run(f"exp/{name}", Hubert(SHAPE, precision=precision))
+    # As a version wrote it that did not know the key.
+    config = tmp_path / "exp/old/.hydra/config.yaml"
+    config.write_text(re.sub(r" *form: paper\n", "", config.read_text()))
+    shown = table(tmp_path / "exp", "--no-evaluate")
+    assert {name: row["form"] for name, row in shown.rows.items() if "/" not in name} == {
+        "own": "asymmetric",
+        "old": "paper",
+        "squashed": "",
+    }
+    assert "| old | bitla_w1a1, paper form |" in shown.markdown
+    assert "| own | bitla_w1a1 |" in shown.markdown
+    assert "| squashed | sqwq_w1 |" in shown.markdown
+
+
+def test_a_table_of_before_there_were_forms_is_read(
+    table: Callable, make_run: Callable, tmp_path: Path
+) -> None:
+    make_run("exp/a", calibrated("bitl_w2a2"))
+    make_run("exp/b", calibrated("sqwq_w2"))
+    shown = table(tmp_path / "exp", "--no-evaluate")
+    old = tmp_path / "old.csv"
+    with open(old, "w", newline="") as file:
+        rows = [{k: v for k, v in row.items() if k != "form"} for row in shown.rows.values()]
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    forms = {record["name"]: record["form"] for record in read_csv(old)}
+    assert (forms["a"], forms["b"]) == ("paper", None)
 
 
 def test_results_are_plain_json(table: Callable, make_run: Callable, tmp_path: Path) -> None:
