@@ -31,26 +31,23 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from accuracy.results import Plan, Results
-from accuracy.rows import chosen_rows
+from accuracy.rows import PEERS, Row, chosen_rows
 from accuracy.table import as_markdown, as_table, cells, differences
 from accuracy.teachers import own_teachers
-from accuracy.training import REPORT, Outcome, Run, Setting, Teacher, measure
+from accuracy.training import REPORT, SPLITS, Outcome, Run, Setting, Teacher, measure
 
 from fairseq_lowbit.data.manifest import read_manifest
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.files import atomic_write, check_writable
 from fairseq_lowbit.machine import this_machine, usable_cores
 from fairseq_lowbit.terminal import print_table
-
-SPLITS = ("train", "valid", "test")
-_VERSIONS = ("fairseq-lowbit", "torch", "torchao", "brevitas")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -63,12 +60,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--teacher", action="append", type=Path, help="checkpoint of a float model; repeatable"
     )
     own.add_argument(
-        "--data",
-        action="append",
-        type=Path,
-        help="of each teacher: a folder with manifests",
+        "--data", action="append", type=Path, help="of each teacher: a folder with manifests"
     )
-    own.add_argument("--minutes", type=positive, default=20, help="of a synthesized corpus (20)")
+    own.add_argument("--minutes", type=positive, default=20, help="of speech of a corpus (20)")
     own.add_argument("--teacher-updates", type=whole, default=1500, help="of its teacher (1500)")
     what = parser.add_argument_group("what is measured")
     what.add_argument("--rows", nargs="+", default=["*"], metavar="ROW", help="names, * for any")
@@ -109,29 +103,19 @@ def given_teachers(given: argparse.Namespace) -> list[Teacher]:
     return teachers
 
 
-def about() -> dict[str, str]:
-    """What a figure may depend on."""
-    return {"machine": str(this_machine()), "Python": platform.python_version()} | {
-        name: _version(name) for name in _VERSIONS
-    }
+def versions(rows: list[Row]) -> dict[str, str]:
+    """Of what the rows compute with."""
+    names = {"fairseq-lowbit": None, "torch": None}
+    names |= {row.library: None for row in rows if row.library in PEERS}
+    return {name: version(name) for name in names}
 
 
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def settings(setting: Setting, teachers: list[Teacher]) -> dict[str, Any]:
-    """What runs have to share to be compared, without any path."""
-    digests = {}
-    for teacher in teachers:
-        data = sha256(teacher.checkpoint.read_bytes())
-        for split in SPLITS:
-            data.update(read_manifest(teacher.data / f"{split}.tsv").digest().encode())
-        digests[teacher.name] = data.hexdigest()[:16]
-    return {**asdict(setting), **digests}
+def digest(teacher: Teacher) -> str:
+    """Equal for the same weights and the same recordings, wherever they are."""
+    known = sha256(teacher.checkpoint.read_bytes())
+    for split in SPLITS:
+        known.update(read_manifest(teacher.data / f"{split}.tsv").digest().encode())
+    return known.hexdigest()[:16]
 
 
 def run_missing(results: Results, plan: Plan, setting: Setting, jobs: int) -> None:
@@ -212,19 +196,25 @@ def bench(given: argparse.Namespace) -> None:
     else:
         teachers = own_teachers(out, given.minutes, given.teacher_updates, given.jobs)
     plan = Plan(teachers, rows, given.rates, given.seeds)
-    facts = about()
-    results = Results(out / "results.json", settings(setting, teachers), facts)
+    shared = {**asdict(setting), **versions(rows), **{t.name: digest(t) for t in teachers}}
+    results = Results(out / "results.json", shared, str(this_machine()))
     run_missing(results, plan, setting, given.jobs)
+    write_table(results, plan, out / "table.md")
+
+
+def write_table(results: Results, plan: Plan, path: Path) -> None:
+    """On the terminal and as Markdown."""
     lines = cells(results, plan)
+    shared = ", ".join(f"{name} {value}" for name, value in results.setting.items())
+    seeds, rates = f"1 to {plan.seeds}", ", ".join(f"{rate:g}" for rate in plan.rates)
     notes = [
-        *(f"{name}: {value}" for name, value in facts.items()),
-        f"{setting.updates} updates of {setting.batch} x {setting.seconds:g} s; seeds 1 to "
-        f"{plan.seeds}; rates {', '.join(f'{rate:g}' for rate in plan.rates)}",
         *differences(results, plan),
+        f"{shared}; seeds {seeds}; rates {rates}",
+        f"{results.machine}; Python {platform.python_version()}",
     ]
     print_table(as_table(lines), wide=True)
     print("\n".join(notes))
-    with atomic_write(out / "table.md") as file:
+    with atomic_write(path) as file:
         file.write(as_markdown(lines) + "\n" + "".join(f"- {note}.\n" for note in notes))
 
 

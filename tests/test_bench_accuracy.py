@@ -158,7 +158,7 @@ def test_other_libraries_are_compared_seed_by_seed(bench: ModuleType, tmp_path: 
 
     rows = [ROWS[name] for name in ("ours_w1a1", "minmax_w1a1", "torchao_w1a1", "brevitas_w1a1")]
     plan = Plan([Teacher("a", tmp_path, tmp_path)], rows, [0.001], 3)
-    results = Results(tmp_path / "results.json", {}, {})
+    results = Results(tmp_path / "results.json", {}, "")
     ratios = {"ours": (7, 9, 8), "minmax": (9, 9, 9), "torchao": (4, 6, 8), "brevitas": (1, 2, 3)}
     for row in rows:
         for seed, ratio in enumerate(ratios[row.name.partition("_")[0]], start=1):

@@ -38,15 +38,15 @@ class Results:
     """Finished runs, in a file that is whole after every one of them.
 
     Args:
-        setting: what runs have to share to be compared.
-        about: what else is worth keeping.
+        setting: what runs have to share to be compared; what earlier ones were made with is kept.
+        machine: that this start runs on.
 
     Raises:
         LowbitError: the file has runs of another setting, or is another kind of file.
     """
 
-    def __init__(self, path: Path, setting: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-        self.path, self.setting, self.about = path, dict(setting), dict(about)
+    def __init__(self, path: Path, setting: Mapping[str, Any], machine: str) -> None:
+        self.path, self.setting, self.machine = path, dict(setting), machine
         self.outcomes: dict[Run, Outcome] = {}
         if path.exists():
             self._read()
@@ -61,18 +61,20 @@ class Results:
                 f"{self.path} is no file of this script ({error}): take another --out"
             ) from error
         for key, value in self.setting.items():
-            if setting.get(key) != value:
+            if setting.get(key, value) != value:
                 raise LowbitError(
-                    f"{self.path} has runs with {key} {setting.get(key)}, not {value}, which would "
-                    "not compare: take another --out, or what they have"
+                    f"{self.path} has runs with {key} {setting[key]}, not {value}, which would not "
+                    "compare: take another --out, or what they have"
                 )
+        self.setting = setting | self.setting
 
     def add(self, run: Run, outcome: Outcome) -> None:
         """Raises LowbitError if the file cannot be written."""
         self.outcomes[run] = outcome
         runs = [{"run": asdict(r), "outcome": asdict(o)} for r, o in self.outcomes.items()]
+        kept = {"machine": self.machine, "setting": self.setting, "runs": runs}
         with atomic_write(self.path) as file:
-            json.dump({"about": self.about, "setting": self.setting, "runs": runs}, file, indent=1)
+            json.dump(kept, file, indent=1)
             file.write("\n")
 
     def known(self, plan: Plan) -> list[Run]:

@@ -6,7 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from accuracy.training import Teacher
+from accuracy.training import SPLITS, TRAIN, Teacher
 from fairseq_lowbit.cli.main import main as lowbit
 from fairseq_lowbit.data.manifest import read_manifest, write_manifest
 from fairseq_lowbit.data.synthetic.speech import synthesize_corpus
@@ -15,7 +15,6 @@ from fairseq_lowbit.interop import open_model
 
 # A corpus has every other voice of each split, so two of them have none in common.
 CORPORA = ("a", "b")
-_SPLITS = ("train", "valid", "test")
 _LABELS = ("--clusters", "50")
 _HYDRA_TRAIN = "from fairseq_cli.hydra_train import cli_main; cli_main()"
 
@@ -43,7 +42,7 @@ def _teacher(folder: Path, name: str, minutes: float, updates: int) -> Teacher:
 
 
 def _prepare(data: Path, place: int, minutes: float) -> None:
-    if not (data / f"{_SPLITS[0]}.tsv").exists():
+    if not (data / f"{TRAIN}.tsv").exists():
         _make_corpus(data, place, minutes)
     if not (data / "dict.km.txt").exists() and lowbit(["labels", str(data), *_LABELS]):
         raise LowbitError(f"labelling {data} failed, see above")
@@ -56,7 +55,7 @@ def _make_corpus(out: Path, place: int, minutes: float) -> None:
     # All voices together say as much as all corpora together.
     synthesize_corpus(speech, minutes=len(CORPORA) * minutes, seed=place)
     out.mkdir(exist_ok=True)
-    for split in reversed(_SPLITS):  # what tells that all is there comes last
+    for split in reversed(SPLITS):  # what tells that all is there comes last
         _keep_voices(speech, out, split, place)
 
 

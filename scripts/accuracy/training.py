@@ -30,7 +30,7 @@ from fairseq_lowbit.models import Hubert
 from fairseq_lowbit.models.extractor import receptive_field
 
 # Rates are compared on one split, and what is reported is measured on the other.
-CHOICE, REPORT = "valid", "test"
+SPLITS = TRAIN, CHOICE, REPORT = "train", "valid", "test"
 _BETAS, _EPSILON, _CLIP_NORM = (0.9, 0.98), 1e-6, 10.0
 _WARM_UP = 0.1  # of the updates
 _LAST = 10  # updates over which the loss is averaged
@@ -141,7 +141,7 @@ class Bench:
     def _recordings(self, seed: int, least: int) -> Recordings:
         """Those of at least ``least`` samples."""
         options = AudioOptions(normalize=self.normalize, min_size=least, seed=seed)
-        return Recordings(read_manifest(self.data / "train.tsv"), options)
+        return Recordings(read_manifest(self.data / f"{TRAIN}.tsv"), options)
 
     def _calibration(self, seed: int) -> Iterator[Tensor]:
         audio = CalibrationAudio(seed=seed)
@@ -185,7 +185,7 @@ class Bench:
         recordings, batch = self._recordings(seed, samples), self.setting.batch
         if len(recordings) < batch:
             raise LowbitError(
-                f"{self.data / 'train.tsv'}: {len(recordings)} recordings have "
+                f"{recordings.manifest.path}: {len(recordings)} recordings have "
                 f"{self.setting.seconds:g} s, and a batch takes {batch}: lower --seconds or --batch"
             )
         random = np.random.default_rng(seed)
