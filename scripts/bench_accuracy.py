@@ -144,12 +144,9 @@ class Clock:
 
 
 def describe(run: Run, outcome: Outcome) -> str:
-    before, after = (
-        f"{values[REPORT]:.1f}" if values else otherwise
-        for values, otherwise in ((outcome.calibrated, "float"), (outcome.trained, "diverged"))
-    )
     where = f"{run.teacher}, {run.row}, rate {run.rate:g}, seed {run.seed}"
-    return f"{where}: {before} -> {after} dB in {outcome.seconds:.0f} s"
+    after = f"{outcome.trained[REPORT]:.1f} dB" if outcome.trained else "diverged"
+    return f"{where}: {outcome.calibrated[REPORT]:.1f} -> {after} in {outcome.seconds:.0f} s"
 
 
 def run_one(teachers: dict[str, Teacher], setting: Setting, run: Run) -> tuple[Run, Outcome]:

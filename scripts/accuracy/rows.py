@@ -35,7 +35,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Row:
-    """A method at one width; the float student has 16 bits.
+    """A method at one width; the float student has 16 bits, see students.py.
 
     Attributes:
         precision: of ours, its name.
@@ -65,7 +65,7 @@ METHODS = (
 
 
 def _rows() -> Iterator[Row]:
-    yield Row("float", "float student", FLOAT, 16, 16)
+    yield Row("float", "float, from 8-bit weights", FLOAT, 16, 16)
     for method in METHODS:
         for weights, inputs in method.widths:
             width = f"w{weights}a{inputs}"

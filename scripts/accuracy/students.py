@@ -12,6 +12,7 @@ import fairseq_lowbit
 from accuracy.rows import FLOAT, OURS, Row
 from fairseq_lowbit.configurations import model_config
 from fairseq_lowbit.models import Hubert
+from fairseq_lowbit.nn import decoded_state
 
 
 def build_student(row: Row, teacher: Hubert, batches: list[Tensor]) -> Hubert:
@@ -21,14 +22,25 @@ def build_student(row: Row, teacher: Hubert, batches: list[Tensor]) -> Hubert:
         batches: to calibrate on, [batch, samples] each, without padding.
     """
     student = deepcopy(teacher)
-    if row.library == OURS:
+    if row.library == FLOAT:
+        _round_weights(student)
+    elif row.library == OURS:
         _quantize(student, row, batches)
-    elif row.library != FLOAT:
+    else:
         # A module for each, as neither has to be installed.
         import_module(f"accuracy.by_{row.library}").quantize(student, row, batches)
     student.requires_grad_(True)
     student.feature_extractor.requires_grad_(False)
     return student.eval()
+
+
+def _round_weights(student: Hubert) -> None:
+    """A student that is its teacher has nothing to learn. This one starts as close as 8-bit weights
+    are, and shows how close training at a rate comes when nothing is quantized."""
+    fairseq_lowbit.quantize(student, "minmax_w8a16")
+    weights = decoded_state(student)
+    fairseq_lowbit.quantize(student, "float")
+    student.load_state_dict(weights)
 
 
 def _quantize(student: Hubert, row: Row, batches: list[Tensor]) -> None:

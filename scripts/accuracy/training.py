@@ -76,8 +76,7 @@ class Outcome:
     """What a run gave.
 
     Attributes:
-        calibrated: signal-to-noise ratio of the last layer in dB by split, before training; empty
-            for the float student, which begins as its teacher.
+        calibrated: signal-to-noise ratio of the last layer in dB by split, before training.
         trained: the same after the last update; empty for a run that diverged.
         loss: mean of the last updates.
         seconds: that the run took.
@@ -129,7 +128,7 @@ class Bench:
 
     def measure(self, row: Row, rate: float, seed: int, start: float) -> Outcome:
         student = build_student(row, self.teacher, list(self._calibration(seed)))
-        calibrated = self._snr(student) if row.library != "float" else {}
+        calibrated = self._snr(student)
         losses = self._train(student, rate, seed)
         trained = self._snr(student) if losses else {}
         if not all(map(math.isfinite, trained.values())):
