@@ -23,6 +23,7 @@ Interrupted, the same command goes on. OUT has results.json, with every run, and
 """
 
 import argparse
+import logging
 import platform
 import sys
 import time
@@ -63,7 +64,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--data", action="append", type=Path, help="of each teacher: a folder with manifests"
     )
     own.add_argument("--minutes", type=positive, default=20, help="of speech of a corpus (20)")
-    own.add_argument("--teacher-updates", type=whole, default=1500, help="of its teacher (1500)")
+    own.add_argument("--teacher-updates", type=whole, default=1000, help="of its teacher (1000)")
     what = parser.add_argument_group("what is measured")
     what.add_argument("--rows", nargs="+", default=["*"], metavar="ROW", help="names, * for any")
     what.add_argument("--rates", nargs="+", type=positive, default=[3e-4, 1e-3, 3e-3])
@@ -71,7 +72,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     what.add_argument("--updates", type=whole, default=150, help="of a student (150)")
     what.add_argument("--batch", type=whole, default=6, help="utterances of an update (6)")
     what.add_argument("--seconds", type=positive, default=3.0, help="of each of those (3)")
-    what.add_argument("--held-out", type=positive, default=120.0, help="seconds of a split (120)")
+    what.add_argument("--held-out", type=positive, default=60.0, help="seconds of a split (60)")
     parser.add_argument("--jobs", type=whole, default=usable_cores(), help="runs at once (cores)")
     parser.add_argument("--out", type=Path, default=Path("exp/bench_accuracy"), metavar="DIR")
     given = parser.parse_args(arguments)
@@ -168,6 +169,8 @@ def workers(jobs: int) -> Iterator[Callable[..., Iterator[tuple[Run, Outcome]]]]
 
 def start_worker() -> None:
     torch.set_num_threads(1)
+    # Every run would tell again which files are shorter than a cut.
+    logging.getLogger("fairseq_lowbit.data.recordings").setLevel(logging.ERROR)
 
 
 def main(arguments: list[str] | None = None) -> int:
