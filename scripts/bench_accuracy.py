@@ -2,7 +2,7 @@
 """Accuracy at equal bits, data and updates: this package beside torchao's and Brevitas'
 quantization-aware training, and a float student.
 
-    python scripts/bench_accuracy.py                       # an hour on 2 cores
+    python scripts/bench_accuracy.py                       # about 70 minutes on 2 cores
     python scripts/bench_accuracy.py --rows float 'ours_*' 'torchao_*' --seeds 1
     python scripts/bench_accuracy.py --teacher TEACHER.pt --data DIR --out exp/mine
 
