@@ -78,6 +78,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if len(given.teacher or ()) != len(given.data or ()):
         parser.error("--teacher and --data go together: give the data of every teacher")
+    given.rates = sorted(set(given.rates))
     return given
 
 
