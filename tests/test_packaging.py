@@ -129,7 +129,7 @@ def test_metadata(wheel: Path) -> None:
     assert message["Name"] == "fairseq-lowbit"
     assert message["Version"] == fairseq_lowbit.__version__
     assert message["Requires-Python"] == ">=3.11"
-    extras = {"asr", "demo", "dev", "hf", "lm", "onnx", "superb", "sweep"}
+    extras = {"asr", "bench", "demo", "dev", "hf", "lm", "onnx", "superb", "sweep"}
     assert set(message.get_all("Provides-Extra")) == extras
     assert any(line.startswith("fairseq-fixed") for line in message.get_all("Requires-Dist"))
     assert "fairseq-lowbit = fairseq_lowbit.cli.main:main" in metadata(wheel, "entry_points.txt")
