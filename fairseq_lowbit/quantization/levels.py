@@ -4,8 +4,11 @@ The tables of ``docs/numerics.md``; training, calibration, counting and kernels 
 :meth:`LevelSet.encode` and :meth:`LevelSet.value`, so a code means the same thing everywhere.
 """
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,6 +98,13 @@ class LevelSet:
     def clip_range(self) -> tuple[float, float]:
         """Both ends of the range of u outside of which no gradient passes."""
         return self.lowest - self.clip_margin, self.highest + self.clip_margin
+
+    @cached_property
+    def beyond(self) -> tuple[float, float]:
+        """The fp32 numbers next to ``clip_range``, outside of it."""
+        lowest, highest = np.float32(self.clip_range)
+        infinity = np.float32(math.inf)
+        return float(np.nextafter(lowest, -infinity)), float(np.nextafter(highest, infinity))
 
     @property
     def gradient_divisor(self) -> float:
