@@ -25,8 +25,7 @@ SCALE_FLOOR = 1e-5
 
 
 class _ScaleAndShift(torch.autograd.Function):
-    """alpha = exp(rho), at least ``SCALE_FLOOR``, whose gradient passes the floor, and
-    beta = delta alpha, or None."""
+    """See :meth:`ElasticQuantizer.scale_and_shift`: one node for both."""
 
     @staticmethod
     def forward(ctx: Any, log_scale: Tensor, relative_shift: Tensor | None):
@@ -127,15 +126,20 @@ class ElasticQuantizer(LearnedQuantizer):
         self.name_groups()
         self._calibrator: Calibrator | None = None
 
+    def scale_and_shift(self) -> tuple[Tensor, Tensor | None]:
+        """alpha = exp(log_scale), at least 1e-5, whose gradient passes the floor; and
+        beta = relative_shift * alpha, in the unit of the values, None without shift."""
+        return _ScaleAndShift.apply(self.log_scale, self.relative_shift)
+
     @property
     def scale(self) -> Tensor:
-        """alpha = exp(log_scale), at least 1e-5; the gradient passes the floor."""
-        return _ScaleAndShift.apply(self.log_scale, None)[0]
+        """alpha."""
+        return self.scale_and_shift()[0]
 
     @property
     def shift(self) -> Tensor | None:
-        """beta = relative_shift * alpha, in the unit of the values; None without shift."""
-        return _ScaleAndShift.apply(self.log_scale, self.relative_shift)[1]
+        """beta; None without shift."""
+        return self.scale_and_shift()[1]
 
     @property
     def is_per_tensor(self) -> bool:
@@ -159,7 +163,7 @@ class ElasticQuantizer(LearnedQuantizer):
 
     def affine(self, rows: Tensor, length_ratio: Tensor | None = None) -> Affine:
         self.check_calibrated()
-        scale, shift = _ScaleAndShift.apply(self.log_scale, self.relative_shift)
+        scale, shift = self.scale_and_shift()
         if length_ratio is None:
             return Affine(scale, shift)
         return Affine(scale * length_ratio, None if shift is None else shift * length_ratio)

@@ -6,7 +6,6 @@ The tables of ``docs/numerics.md``; training, calibration, counting and kernels 
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ class LevelSet:
         ties_up: a value half-way between two levels takes the upper one instead of the even code.
             A set of two levels has one threshold, half-way, and always does.
         clip_margin: how far beyond the outermost levels a gradient still passes.
+        beyond: the fp32 numbers next to ``clip_range``, outside of it.
 
     >>> signed(1).encode(torch.tensor([-0.2, 0.0, 3.0]))
     tensor([-1.,  1.,  1.])
@@ -59,6 +59,11 @@ class LevelSet:
             raise LowbitError(f"{self.bits} bits: quantizers have 1 to 8 bits")
         if not 2 <= self.size <= 2**self.bits:
             raise LowbitError(f"level set {self.name!r}: {self.size} levels in {self.bits} bits")
+        # Once, because a compiler cannot follow it.
+        lowest, highest = np.float32(self.clip_range)
+        infinity = np.float32(math.inf)
+        beyond = float(np.nextafter(lowest, -infinity)), float(np.nextafter(highest, infinity))
+        object.__setattr__(self, "beyond", beyond)
 
     @property
     def size(self) -> int:
@@ -98,13 +103,6 @@ class LevelSet:
     def clip_range(self) -> tuple[float, float]:
         """Both ends of the range of u outside of which no gradient passes."""
         return self.lowest - self.clip_margin, self.highest + self.clip_margin
-
-    @cached_property
-    def beyond(self) -> tuple[float, float]:
-        """The fp32 numbers next to ``clip_range``, outside of it."""
-        lowest, highest = np.float32(self.clip_range)
-        infinity = np.float32(math.inf)
-        return float(np.nextafter(lowest, -infinity)), float(np.nextafter(highest, infinity))
 
     @property
     def gradient_divisor(self) -> float:

@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Shapes = tuple[torch.Size, torch.Size]
-Gradients = tuple[Tensor | None, Tensor | None]
+Needed = tuple[bool, bool, bool]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 Operand = Callable[[], Tensor]
 
 
@@ -93,11 +94,9 @@ class _Kind(Protocol):
     def compute(self, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor: ...
 
     def gradients(
-        self, grad: Tensor, left: Operand, right: Operand, needed: tuple[bool, bool], shapes: Shapes
+        self, grad: Tensor, left: Operand, right: Operand, needed: Needed, shapes: Shapes
     ) -> Gradients:
-        """Of ``left`` and ``right``, None where not needed. Operands are decoded when called."""
-
-    def bias_gradient(self, grad: Tensor) -> Tensor: ...
+        """Of left, right and bias, None where not needed. Operands are decoded when called."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +107,8 @@ class _Linear:
     def gradients(self, grad, left, right, needed, shapes):
         rows = _rows(grad)
         grad_left = (rows @ right()).view(shapes[0]) if needed[0] else None
-        return grad_left, (_rows(left()).T @ rows).T if needed[1] else None
-
-    def bias_gradient(self, grad):
-        return _rows(grad).sum(0)
+        grad_right = rows.T @ _rows(left()) if needed[1] else None
+        return grad_left, grad_right, rows.sum(0) if needed[2] else None
 
 
 @dataclass(frozen=True)
@@ -128,23 +125,19 @@ class _Conv1d:
         # Of an operand that is not decoded, the shape alone is read.
         left = left() if needed[1] else grad.new_empty(shapes[0])
         right = right() if needed[0] else grad.new_empty(shapes[1])
-        grad_left, grad_right, _ = torch.ops.aten.convolution_backward(
+        return torch.ops.aten.convolution_backward(
             grad,
             left,
             right,
-            None,
+            right.shape[:1],
             self.stride,
             self.padding,
             self.dilation,
             False,
             (0,),
             self.groups,
-            (*needed, False),
+            needed,
         )
-        return grad_left, grad_right
-
-    def bias_gradient(self, grad):
-        return grad.sum((0, 2))
 
 
 @dataclass(frozen=True)
@@ -153,8 +146,10 @@ class _Matmul:
         return left @ right
 
     def gradients(self, grad, left, right, needed, shapes):
-        grad_left = grad @ right().transpose(-1, -2) if needed[0] else None
-        return grad_left, left().transpose(-1, -2) @ grad if needed[1] else None
+        # Contiguous first, as torch keeps them: otherwise its kernels sum in another order.
+        grad_left = grad @ right().contiguous().transpose(-1, -2) if needed[0] else None
+        grad_right = left().contiguous().transpose(-1, -2) @ grad if needed[1] else None
+        return grad_left, grad_right, None
 
 
 def _multiply(kind: _Kind, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
@@ -192,17 +187,15 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
         saved, count = ctx.saved_tensors, ctx.count
-        needs_left, needs_right, needs_bias = ctx.needs_input_grad[3:]
         with _without_autocast(grad):
             gradients = ctx.kind.gradients(
                 grad,
                 lambda: ctx.left(*saved[:count]),
                 lambda: ctx.right(*saved[count:]),
-                (needs_left, needs_right),
+                ctx.needs_input_grad[3:],
                 ctx.shapes,
             )
-            bias = ctx.kind.bias_gradient(grad) if needs_bias else None
-        return None, None, None, *gradients, bias
+        return None, None, None, *gradients
 
 
 def _kept(
