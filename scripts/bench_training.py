@@ -65,7 +65,6 @@ from fairseq_lowbit.nn import calibrate, quantizers
 from fairseq_lowbit.plugin import register
 from fairseq_lowbit.precision import Precision, parse_precision
 from fairseq_lowbit.quantization import Quantizer, weights_encoded_once
-from fairseq_lowbit.quantization.product import Source
 from fairseq_lowbit.terminal import print_table
 
 register()
@@ -241,7 +240,7 @@ class PartTimer:
             source = getattr(output, "source", None)
             if source is not None:
                 decode = self._timed(source.decode, part, "again")
-                output.source = Source(source.tensors, decode)
+                output.source = replace(source, decode=decode)
 
         return end
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 Shapes = tuple[torch.Size, torch.Size]
 Needed = tuple[bool, bool, bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-Operand = Callable[[], Tensor]
+Values = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,12 @@ class Source:
     Attributes:
         tensors: inputs of ``decode``, without graph.
         decode: returns the values.
+        version: of the values; what changes them in place makes another one of it.
     """
 
     tensors: tuple[Tensor | None, ...]
     decode: Callable[..., Tensor]
+    version: int = 0
 
 
 def remember(values: Tensor, source: Source) -> Tensor:
@@ -38,7 +40,7 @@ def remember(values: Tensor, source: Source) -> Tensor:
     # A compiler decides itself what it computes again, and nothing is kept without a graph.
     if values.requires_grad and not torch.compiler.is_compiling():
         tensors = tuple(None if t is None else t.detach() for t in source.tensors)
-        values.source = Source(tensors, source.decode)
+        values.source = Source(tensors, source.decode, values._version)
     return values
 
 
@@ -94,7 +96,7 @@ class _Kind(Protocol):
     def compute(self, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor: ...
 
     def gradients(
-        self, grad: Tensor, left: Operand, right: Operand, needed: Needed, shapes: Shapes
+        self, grad: Tensor, left: Values, right: Values, needed: Needed, shapes: Shapes
     ) -> Gradients:
         """Of left, right and bias, None where not needed. Operands are decoded when called."""
 
@@ -166,7 +168,10 @@ def _rows(values: Tensor) -> Tensor:
 
 
 def _source(values: Tensor) -> Source | None:
-    return None if torch.compiler.is_compiling() else getattr(values, "source", None)
+    if torch.compiler.is_compiling():
+        return None
+    source = getattr(values, "source", None)
+    return source if source is not None and source.version == values._version else None
 
 
 class _Product(torch.autograd.Function):
