@@ -273,11 +273,12 @@ def test_a_weight_changed_before_the_backward_is_an_error() -> None:
 
 
 def test_values_changed_behind_their_quantizer_are_kept() -> None:
-    module, x = linear(None, elastic(())), random(5, FEATURES)
-    module.input_quantizer.register_forward_hook(lambda *io: io[2].mul_(2))
-    module(x).sum().backward()
-    expected = 2 * module.input_quantizer.codes(x).decode().sum(0)
-    torch.testing.assert_close(module.weight.grad, expected.expand(4, FEATURES))
+    quantizer, x = elastic(()), random(5, FEATURES)
+    values = product.through(quantizer(x), lambda v: v + 1).mul_(2)
+    weight = random(4, FEATURES, seed=1).requires_grad_()
+    product.linear(values, weight, None).sum().backward()
+    expected = 2 * (quantizer.codes(x).decode() + 1).sum(0)
+    torch.testing.assert_close(weight.grad, expected.expand(4, FEATURES))
 
 
 def test_without_a_graph_nothing_is_remembered() -> None:
