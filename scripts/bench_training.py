@@ -4,27 +4,31 @@ same step of a float student.
 
     python scripts/bench_training.py                        # base size, minutes
     python scripts/bench_training.py --size tiny --precision bitla_w2a2 --precision sqwq_w2
+    python scripts/bench_training.py --updates 1 --updates 4 --compile
     python scripts/bench_training.py --precision bitla_w1a1 --health   # and the health figures
 
 A step is what training does between two updates, with the objects of a training run: the shipped
 configuration, the criterion (teacher and shared frozen front-end on both sides), backward, division
 of the gradients, their clipping, and Adam over its parameter groups. Weights and audio are random.
-Both students compare attention maps with the teacher's, so both compute them explicitly.
+Both students compare attention maps with the teacher's, so both compute them explicitly. With
+--compile two more students run the layers of the encoder compiled, as task.compile does, and their
+teacher too.
 
-Time: the two students of a row live in one process and take turns, so that whatever else the
-machine does hits both. Printed are medians with the smallest and largest value, and as ratio the
-median over neighbouring steps.
+Time: the students of a row live in one process and take turns, so that whatever else the machine
+does hits all of them. Printed are medians with the smallest and largest value, and as ratio the
+median over neighbouring steps: of quantized to float steps, both eager or both compiled.
 
 Memory: each student trains alone in a new process; what counts is its peak of resident memory
 (ru_maxrss) beyond the one that the imported libraries left: teacher, student, gradients, Adam's
 moments and everything that a step holds. Swapped-out pages would be missing: let there be memory.
 On a GPU it is the peak of what tensors take there; and every time is taken when the GPU has done
 all that it was asked for.
+The compiler's own memory would hide that of a compiled student, which is not measured.
 
-Parts: in steps of their own, because timers cost time, every quantizer is timed: in the forward;
-where its operator's backward has it decode again, instead of keeping the decoded values; and in its
-own backward. What is left of the difference is in no quantizer: the regulariser of squashed
-weights, and noise.
+Parts: in steps of their own, because timers cost time, every quantizer is timed: where weights are
+encoded, once per step; in the forward; where its operator's backward decodes again, instead of
+keeping the decoded values; and in its own backward. What is left of the difference is in no
+quantizer: the regulariser of squashed weights, and noise.
 
 Health (with --health): the student takes turns with itself, a step against a step after which the
 health figures of training are measured, on a batch of the configured size, and written. Their share
@@ -44,7 +48,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,12 +67,13 @@ from fairseq_lowbit.monitoring.health import measure_health
 from fairseq_lowbit.nn import calibrate, quantizers
 from fairseq_lowbit.plugin import register
 from fairseq_lowbit.precision import Precision, parse_precision
-from fairseq_lowbit.quantization import Quantizer
+from fairseq_lowbit.quantization import Quantizer, weights_encoded_once
 from fairseq_lowbit.terminal import print_table
 
 register()
 # Importing fairseq leaves it at DEBUG.
 logging.getLogger().setLevel(logging.WARNING)
+from fairseq_lowbit.plugin.compiling import compile_layers  # noqa: E402
 from fairseq_lowbit.plugin.criterions import LowbitKdConfig, LowbitKdCriterion  # noqa: E402
 from fairseq_lowbit.plugin.models import HubertFastConvModel  # noqa: E402
 from fairseq_lowbit.plugin.optimizer import LowbitAdam, LowbitAdamConfig  # noqa: E402
@@ -81,7 +86,7 @@ SAMPLE_RATE = 16_000
 MEMORY_STEPS = 3
 WARM_UP_STEPS = 2
 PART_STEPS = 2
-PHASES = ("forward", "again", "backward")
+PHASES = ("encode", "forward", "again", "backward")
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,11 @@ class Setting:
 class Student:
     """A student with its criterion and optimizer, as a training run builds them."""
 
-    def __init__(self, setting: Setting, precision: str, teacher: Hubert) -> None:
+    def __init__(
+        self, setting: Setting, precision: str, teacher: Hubert, is_compiled: bool = False
+    ) -> None:
         config = compose_config("bitla_w1a1", [f"model=fastconv_{setting.size}"])
+        self.setting = setting
         torch.manual_seed(0)
         samples = int(setting.seconds * SAMPLE_RATE)
         self.samples = [
@@ -126,15 +134,18 @@ class Student:
         self._health_batch = health_batch.to(setting.device)
         self.clock = clock_of(setting.device)
         self.model.train()
+        if is_compiled and not compile_layers(self.model, teacher):
+            raise SystemExit("--compile: torch.compile does not work here")
 
     def step(self) -> None:
         """One update, in the order of fairseq's trainer."""
         self.optimizer.zero_grad()
         frames = 0
-        for sample in self.samples:
-            loss, count, _ = self.criterion(self.model, sample)
-            self.optimizer.backward(loss)
-            frames += count
+        with weights_encoded_once():
+            for sample in self.samples:
+                loss, count, _ = self.criterion(self.model, sample)
+                self.optimizer.backward(loss)
+                frames += count
         self.optimizer.multiply_grads(1 / frames)
         self.optimizer.clip_grad_norm(self.clip_norm)
         self.optimizer.step()
@@ -226,11 +237,14 @@ class PartTimer:
             part = part_of(name)
             handles.append(quantizer.register_forward_pre_hook(self._begin))
             handles.append(quantizer.register_forward_hook(self._end_forward(part)))
+            quantizer.codes = self._timed(quantizer.codes, part, "encode")
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            for _, quantizer in quantizers(student.model):
+                del quantizer.codes
 
     def _begin(self, *_: object) -> None:
         self._start = self._clock()
@@ -245,17 +259,19 @@ class PartTimer:
             if node is not None:
                 node.register_prehook(self._begin)
                 node.register_hook(lambda *_: self._end(part, "backward"))
-            if hasattr(node, "recompute"):
-                node.recompute = self._timed(node.recompute, part)
+            source = getattr(output, "source", None)
+            if source is not None:
+                decode = self._timed(source.decode, part, "again")
+                output.source = replace(source, decode=decode)
 
         return end
 
-    def _timed(self, recompute: Callable[..., torch.Tensor], part: str) -> Callable[..., Any]:
-        def timed(*saved: torch.Tensor) -> torch.Tensor:
+    def _timed(self, function: Callable[..., Any], part: str, phase: str) -> Callable[..., Any]:
+        def timed(*arguments: Any, **named: Any) -> Any:
             self._begin()
-            decoded = recompute(*saved)
-            self._end(part, "again")
-            return decoded
+            result = function(*arguments, **named)
+            self._end(part, phase)
+            return result
 
         return timed
 
@@ -298,36 +314,50 @@ def health_cost(student: Student, repeats: int) -> dict[str, Any]:
     }
 
 
-def measure(setting: Setting, precisions: list[str], health: bool) -> list[dict[str, Any]]:
-    """One row per precision, each with the float student that it took turns with."""
+def measure(
+    setting: Setting, precisions: list[str], health: bool, compiled: bool
+) -> list[dict[str, Any]]:
+    """One row per precision, with the float student that it took turns with, and one more of
+    compiled students."""
     memory = {name: peak_memory(setting, name) for name in (FLOAT, *precisions)}
-    teacher = build_teacher(setting)
-    reference = Student(setting, FLOAT, teacher)
+    ways = (False, True) if compiled else (False,)
+    teachers = {way: build_teacher(setting) for way in ways}
+    references = {way: Student(setting, FLOAT, teachers[way], way) for way in ways}
     rows = []
     for name in precisions:
-        student = Student(setting, name, teacher)
-        float_ms, quantized_ms = take_turns(
-            (reference.step, student.step), setting.repeats, student.clock
-        )
-        pairs = zip(quantized_ms, float_ms, strict=True)
-        parts = time_parts(student)
-        rows.append(
-            {
+        students = {way: Student(setting, name, teachers[way], way) for way in ways}
+        steps = tuple(s.step for way in ways for s in (references[way], students[way]))
+        times = take_turns(steps, setting.repeats, clock_of(setting.device))
+        for way, float_ms, quantized_ms in zip(ways, times[::2], times[1::2], strict=True):
+            row = {
                 "precision": name,
+                "updates": setting.updates,
+                "compiled": way,
                 "float_ms": float_ms,
                 "quantized_ms": quantized_ms,
-                "time_ratio": statistics.median(own / other for own, other in pairs),
-                "float_gb": memory[FLOAT],
-                "quantized_gb": memory[name],
-                "memory_ratio": memory[name] / memory[FLOAT],
-                "parts_ms": [
-                    {"part": part, "phase": phase, "ms": ms} for (part, phase), ms in parts.items()
-                ],
-                "health": health_cost(student, setting.repeats) if health else None,
+                "time_ratio": _ratio(quantized_ms, float_ms),
             }
-        )
-        del student
+            rows.append(row if way else row | _beside(students[way], name, memory, health))
+        del students, steps
     return rows
+
+
+def _ratio(times: list[float], others: list[float]) -> float:
+    return statistics.median(own / other for own, other in zip(times, others, strict=True))
+
+
+def _beside(student: Student, name: str, memory: dict[str, float], health: bool) -> dict[str, Any]:
+    """What is measured of an eager student besides its time."""
+    parts = time_parts(student)
+    return {
+        "float_gb": memory[FLOAT],
+        "quantized_gb": memory[name],
+        "memory_ratio": memory[name] / memory[FLOAT],
+        "parts_ms": [
+            {"part": part, "phase": phase, "ms": ms} for (part, phase), ms in parts.items()
+        ],
+        "health": health_cost(student, student.setting.repeats) if health else None,
+    }
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -345,17 +375,21 @@ def machine(device: str) -> dict[str, Any]:
 def cost_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="distillation step: quantized student against float", title_justify="left")
     table.add_column("precision")
-    for column in ("float ms", "quantized ms", "time", "float GB", "quantized GB", "memory"):
+    table.add_column("layers")
+    for column in ("update_freq", "float ms", "quantized ms", "time"):
+        table.add_column(column, justify="right")
+    memory = {"float GB": "float_gb", "quantized GB": "quantized_gb", "memory": "memory_ratio"}
+    for column in memory:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
             row["precision"],
+            "compiled" if row["compiled"] else "eager",
+            str(row["updates"]),
             _spread(row["float_ms"]),
             _spread(row["quantized_ms"]),
             f"{row['time_ratio']:.2f}",
-            f"{row['float_gb']:.2f}",
-            f"{row['quantized_gb']:.2f}",
-            f"{row['memory_ratio']:.2f}",
+            *(f"{row[key]:.2f}" if key in row else "-" for key in memory.values()),
         )
     return table
 
@@ -368,9 +402,10 @@ def parts_table(row: dict[str, Any]) -> Table:
     """Where the difference of one row goes, in ms per step and per cent of the float step."""
     step = statistics.median(row["float_ms"])
     difference = statistics.median(row["quantized_ms"]) - step
-    table = Table(title=f"{row['precision']}: the difference, in ms", title_justify="left")
+    title = f"{row['precision']}, update_freq {row['updates']}: the difference, in ms"
+    table = Table(title=title, title_justify="left")
     table.add_column("part")
-    for column in ("forward", "decode again", "backward", "% of the float step"):
+    for column in ("encode", "forward", "decode again", "backward", "% of the float step"):
         table.add_column(column, justify="right")
     times: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for entry in row["parts_ms"]:
@@ -379,9 +414,9 @@ def parts_table(row: dict[str, Any]) -> Table:
         cells = (f"{phases[phase]:,.1f}" for phase in PHASES)
         table.add_row(part, *cells, f"{100 * sum(phases.values()) / step:.1f}")
     timed = sum(entry["ms"] for entry in row["parts_ms"])
-    table.add_row("everything else", "", "", "", f"{100 * (difference - timed) / step:.1f}")
+    table.add_row("everything else", "", "", "", "", f"{100 * (difference - timed) / step:.1f}")
     table.add_section()
-    table.add_row("difference", "", "", "", f"{100 * difference / step:.1f}")
+    table.add_row("difference", "", "", "", "", f"{100 * difference / step:.1f}")
     return table
 
 
@@ -413,7 +448,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=_positive(int), default=2, help="utterances")
     parser.add_argument("--seconds", type=_positive(float), default=5.0, help="of each utterance")
     parser.add_argument(
-        "--updates", type=_positive(int), default=1, help="micro-batches per step (update_freq)"
+        "--updates",
+        action="append",
+        type=_positive(int),
+        help="micro-batches per step (update_freq); repeatable; default: 1",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="two students with compiled layers too"
     )
     parser.add_argument(
         "--threads", type=_positive(int), default=os.cpu_count(), help="default: all cores"
@@ -424,6 +465,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     given = parser.parse_args(arguments)
     given.precision = given.precision or list(PRECISIONS)
+    given.updates = given.updates or [1]
     try:
         given.device = read_device(given)
         for name in given.precision:
@@ -446,23 +488,24 @@ def _positive(kind: type) -> Callable[[str], Any]:
 def main(arguments: list[str] | None = None) -> int:
     given = parse_arguments(arguments)
     setting = Setting(
-        given.size,
-        given.batch,
-        given.seconds,
-        given.updates,
-        given.threads,
-        given.repeats,
-        given.device,
+        given.size, given.batch, given.seconds, 1, given.threads, given.repeats, given.device
     )
     torch.set_num_threads(setting.threads)
-    rows = measure(setting, given.precision, given.health)
-    about = {**machine(given.device), **asdict(setting)}
+    rows = [
+        row
+        for updates in given.updates
+        for row in measure(
+            replace(setting, updates=updates), given.precision, given.health, given.compile
+        )
+    ]
+    about = {**machine(given.device), **asdict(setting), "updates": given.updates}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print_table(cost_table(rows))
-    for row in rows:
+    eager = [row for row in rows if not row["compiled"]]
+    for row in eager:
         print_table(parts_table(row))
     if given.health:
-        print_table(health_table(rows))
+        print_table(health_table(eager))
     if given.json:
         given.json.write_text(json.dumps({"setting": about, "rows": rows}, indent=1) + "\n")
     return 0

@@ -36,6 +36,8 @@ def test_measures_both_sides_and_where_the_difference_goes(tmp_path: Path) -> No
     parts = {(entry["part"], entry["phase"]) for entry in row["parts_ms"]}
     operands = {"query", "key", "value", "probabilities"}
     inputs = {f"input of {name}" for name in ("q, k, v", "out_proj", "fc1", "fc2")}
+    assert [row["compiled"], row["updates"]] == [False, 2]
+    assert {part for part, own in parts if own == "encode"} == {"weights"}
     for phase in ("forward", "backward"):
         assert {part for part, own in parts if own == phase} == {"weights"} | operands | inputs
     assert ("weights", "again") in parts

@@ -116,7 +116,9 @@ class StoredWeight(nn.Module):
         self.register_buffer("zero_point", zero_point.to(dtype).reshape(self.scale.shape))
         self.register_buffer("rest", codes.scale * rest if rest else None)
 
-    def forward(self, _: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def forward(
+        self, _: Tensor, dtype: torch.dtype | None = None, codes: Codes | None = None
+    ) -> Tensor:
         """The decoded weight; see :meth:`fairseq_lowbit.quantization.Quantizer.forward`."""
         stored = self.integers, self.scale, self.zero_point
         axis = {"axis": 0} if self.scale.dim() else {}
@@ -133,7 +135,9 @@ class FoldedWeight(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight)
 
-    def forward(self, _: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def forward(
+        self, _: Tensor, dtype: torch.dtype | None = None, codes: Codes | None = None
+    ) -> Tensor:
         """The weight."""
         return self.weight
 

@@ -7,6 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fairseq_lowbit.nn import eagerly
+
 
 @dataclass(frozen=True)
 class NonFinite:
@@ -70,7 +72,8 @@ def _first_on_the_way(
         module.register_forward_hook(partial(_look, found, name)) for name, module in modules
     ]
     try:
-        value = loss()
+        with eagerly():
+            value = loss()
         if not found and not _is_finite(value):
             found.append(NonFinite("the loss itself, from finite outputs of all modules", ""))
         if not found and value.requires_grad:

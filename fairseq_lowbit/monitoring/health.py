@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.models.protocols import LayeredEncoder
-from fairseq_lowbit.nn import quantizers
+from fairseq_lowbit.nn import eagerly, quantizers
 from fairseq_lowbit.quantization import Codes, Quantizer
 from fairseq_lowbit.quantization.calibration import thin
 
@@ -131,7 +131,8 @@ def watching(model: nn.Module) -> Iterator[list[QuantizerHealth]]:
         for name, quantizer in quantizers(model)
     ]
     try:
-        yield found
+        with eagerly():
+            yield found
     finally:
         for handle in handles:
             handle.remove()

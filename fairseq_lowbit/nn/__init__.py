@@ -15,6 +15,7 @@ from fairseq_lowbit.nn.attach import (
     squashed_weights,
 )
 from fairseq_lowbit.nn.attention import AttentionOutput, SelfAttention
+from fairseq_lowbit.nn.eager import eagerly
 from fairseq_lowbit.nn.operators import Conv1d, Linear, PositionalConv1d
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "calibrate",
     "decoded_state",
     "describe_squashing",
+    "eagerly",
     "every_quantizer_called",
     "float_state",
     "forget_calibration",

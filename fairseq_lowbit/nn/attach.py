@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fairseq_lowbit.errors import LowbitError
 from fairseq_lowbit.nn.attention import OPERANDS, SelfAttention
+from fairseq_lowbit.nn.eager import eagerly
 from fairseq_lowbit.nn.operators import Embedding, Linear, Operator
 from fairseq_lowbit.precision import InputKind, Plan, PlanEntry, Precision, Role, Site, resolve_plan
 from fairseq_lowbit.quantization import (
@@ -371,7 +372,8 @@ def every_quantizer_called(model: nn.Module) -> Iterator[None]:
         for name, quantizer in quantizers(model)
     ]
     try:
-        yield
+        with eagerly():
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from fairseq_lowbit.nn.operators import Linear
 from fairseq_lowbit.nn.work import Steps, Work
 from fairseq_lowbit.precision import InputKind, Role
-from fairseq_lowbit.quantization import Quantizer, recomputed
+from fairseq_lowbit.quantization import Quantizer, product
 
 OPERANDS = ("query", "key", "value", "probabilities")
 AttentionMap = Literal["probabilities", "scores"]
@@ -110,9 +110,10 @@ class SelfAttention(nn.Module):
         """
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        query = self._heads(self._operand("query", self.q_proj(x)))
-        key = self._heads(self._operand("key", self.k_proj(x)))
-        value = self._heads(self._operand("value", self.v_proj(x)))
+        query, key, value = (
+            product.through(self._operand(name, projection(x)), self._heads)
+            for name, projection in zip(OPERANDS[:3], self.input_projections, strict=True)
+        )
         if need is None and self.probabilities_quantizer is None:
             attended, attention_map = self._fused(query, key, value, padding_mask, bias), None
         else:
@@ -139,7 +140,8 @@ class SelfAttention(nn.Module):
         self, query, key, value, padding_mask, need, bias
     ) -> tuple[Tensor, Tensor | None]:
         # Scaled before the product: there are fewer queries than scores.
-        scores = (query * (self.dim // self.heads) ** -0.5) @ key.transpose(-1, -2)
+        query = product.through(query, lambda q: q * (self.dim // self.heads) ** -0.5)
+        scores = product.matmul(query, product.through(key, lambda k: k.transpose(-1, -2)))
         scores = scores if bias is None else scores + bias
         padded = None if padding_mask is None else padding_mask[:, None, None]
         logits = scores if padded is None else scores.masked_fill(padded, float("-inf"))
@@ -153,10 +155,12 @@ class SelfAttention(nn.Module):
             weights = self.probabilities_quantizer(probabilities, ratio)
             if padding_mask is not None:
                 # A learned shift below zero gives padded keys a non-zero code: their values go.
-                value = value.masked_fill(padding_mask[:, None, :, None], 0.0)
-        weights = F.dropout(weights.to(value.dtype), self.dropout, self.training)
-        with recomputed(weights):
-            return weights @ value, attention_map if need else None
+                padding = padding_mask[:, None, :, None]
+                value = product.through(value, lambda v: v.masked_fill(padding, 0.0))
+        weights = product.cast(weights, value.dtype)
+        if self.dropout and self.training:
+            weights = F.dropout(weights, self.dropout)
+        return product.matmul(weights, value), attention_map if need else None
 
     def _length_ratio(self, scores: Tensor, padded: Tensor | None) -> Tensor | None:
         """Reference length over valid frames, [batch or 1, 1, 1, 1]; None without such scaling."""

@@ -14,7 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from fairseq_lowbit.nn.work import Steps, Work
 from fairseq_lowbit.precision import InputKind, Role
-from fairseq_lowbit.quantization import Quantizer, SquashedQuantizer, recomputed
+from fairseq_lowbit.quantization import Quantizer, SquashedQuantizer, encoded_once, product
 from fairseq_lowbit.quantization.quantizer import keep_dtype
 from fairseq_lowbit.quantization.squashed import SQUASHED_GROUP
 
@@ -140,9 +140,7 @@ class Linear(Operator, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         x = _quantized(x, self.input_quantizer)
-        weight = _effective_weight(self, x.dtype)
-        with recomputed(x, weight):
-            return F.linear(x, weight, self.bias)
+        return product.linear(x, _effective_weight(self, product.compute_dtype(x)), self.bias)
 
 
 class Conv1d(Operator, nn.Conv1d):
@@ -166,9 +164,14 @@ class Conv1d(Operator, nn.Conv1d):
     def forward(self, x: Tensor) -> Tensor:
         """[batch, in, samples] -> [batch, out, frames]."""
         x = self.quantized_input(x)
-        weight = _effective_weight(self, x.dtype)
-        with recomputed(x, weight):
-            return self._conv_forward(x, weight, self.bias)
+        weight = _effective_weight(self, product.compute_dtype(x))
+        padding, mode = self.padding, self.padding_mode
+        if mode != "zeros" or isinstance(padding, str):
+            widths, mode = self._reversed_padding_repeated_twice, mode.replace("zeros", "constant")
+            x, padding = product.through(x, lambda v: F.pad(v, widths, mode)), (0,)
+        return product.conv1d(
+            x, weight, self.bias, self.stride, padding, self.dilation, self.groups
+        )
 
     def quantized_input(self, x: Tensor) -> Tensor:
         return _quantized(x, self.input_quantizer)
@@ -224,7 +227,8 @@ class WeightNormConv1d(Conv1d):
     def quantized_input(self, x: Tensor) -> Tensor:
         if self.input_quantizer is None:
             return x
-        return self.input_quantizer(x).masked_fill((x == 0).all(1, keepdim=True), 0)
+        is_zero = (x == 0).all(1, keepdim=True)
+        return product.through(self.input_quantizer(x), lambda v: v.masked_fill(is_zero, 0))
 
 
 def weight_norm_hook(module: nn.Module) -> tuple[int, WeightNorm] | None:
@@ -327,10 +331,10 @@ class PositionalConv1d(Operator):
         """
         x = _quantized(x, self.input_quantizer)
         if padding_mask is not None:
-            x = x.masked_fill(padding_mask[:, None], 0)
-        weight = _effective_weight(self, x.dtype)
-        with recomputed(x, weight):
-            y = F.conv1d(x, weight, self.bias, padding=self.kernel // 2, groups=self.groups)
+            x = product.through(x, lambda v: v.masked_fill(padding_mask[:, None], 0))
+        weight = _effective_weight(self, product.compute_dtype(x))
+        padding = (self.kernel // 2,)
+        y = product.conv1d(x, weight, self.bias, padding=padding, groups=self.groups)
         return y[..., : x.shape[-1]]
 
 
@@ -339,7 +343,9 @@ def _quantized(x: Tensor, quantizer: Quantizer | None) -> Tensor:
 
 
 def _effective_weight(operator: Operator, dtype: torch.dtype) -> Tensor:
-    """The weight that the operator computes with, in the dtype of its input."""
-    if operator.weight_quantizer is None:
-        return operator.stored_weight()
-    return operator.weight_quantizer(operator.stored_weight(), dtype=dtype)
+    """The weight that the operator computes with, where it is quantized in ``dtype``."""
+    quantizer, weight = operator.weight_quantizer, operator.stored_weight()
+    if quantizer is None:
+        return weight
+    codes = encoded_once.find(quantizer, weight, operator.weight_parameters)
+    return quantizer(weight, dtype=dtype, codes=codes)

@@ -45,7 +45,7 @@ _COURSE = (
     "common.bf16",
 )
 # Copies of other settings, what optimization.update_freq and max_update say too, what is only
-# watched, and the stages, which are compared one by one.
+# watched, how it is executed, and the stages, which are compared one by one.
 _IGNORED = (
     "optimizer.lr",
     "lr_scheduler.lr",
@@ -57,6 +57,7 @@ _IGNORED = (
     "task.output_dir",
     "task.tensorboard_logdir",
     "task.health_interval",
+    "task.compile",
     "task.max_unusable",
     "task.seconds_per_update",
     "task.stages",

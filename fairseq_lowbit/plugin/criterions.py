@@ -159,19 +159,22 @@ class LowbitHubertCriterion(FrameCriterion):
     def forward(
         self, model: torch.nn.Module, sample: dict[str, Any], reduce: bool = True
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        mask = draw_mask(self.task.model, sample)
+        host_mask = draw_host_mask(self.task.model, sample)
+        mask = _on_device(host_mask, sample)
         targets = frame_targets(sample["targets"][0], mask.shape[1], self.task.label_ratio)
-        predict = targets != NO_LABEL
+        targets, masked, predict = targets.flatten(), mask.flatten(), None
         if not self.unmasked_weight:
-            predict &= mask
+            # Counted on the host, where it is known how many there are: nothing waits for a device.
+            predict = _on_device(host_mask.flatten().nonzero().flatten(), sample)
+            targets, masked = targets[predict], masked[predict]
         squash = self.squash_terms()  # first, as in distillation
         logits, penalty = model(sample["waveform"], sample["lengths"], mask, predict)
-        targets, masked = targets[predict], mask[predict]
-        error = F.cross_entropy(logits, targets, reduction="none")
-        frames = masked.sum().clamp_min(1)
+        error = F.cross_entropy(logits, targets, reduction="none", ignore_index=NO_LABEL)
+        scored = masked & (targets != NO_LABEL)
+        frames = scored.sum().clamp_min(1)
         terms = {
-            "loss_masked": error[masked].sum(),
-            "loss_unmasked": self.unmasked_weight * error[~masked].sum(),
+            "loss_masked": error.masked_fill(~masked, 0).sum(),
+            "loss_unmasked": self.unmasked_weight * error.masked_fill(masked, 0).sum(),
             "loss_features": self.feature_penalty * penalty * frames,
             **{f"loss_{name}": term * frames for name, term in squash.items()},
         }
@@ -179,7 +182,7 @@ class LowbitHubertCriterion(FrameCriterion):
         logged = {
             "loss": loss.detach(),
             **{name: term.detach() for name, term in terms.items()},
-            "correct": (logits.argmax(-1) == targets)[masked].sum(),
+            "correct": ((logits.argmax(-1) == targets) & scored).sum(),
             **counts(sample, frames),
         }
         return loss, frames, logged
@@ -192,10 +195,18 @@ def counts(sample: dict[str, Any], frames: Tensor) -> dict[str, Any]:
 
 def draw_mask(model: Hubert, sample: dict[str, Any]) -> Tensor:
     """Span mask [batch, frames] for a batch, on its device."""
+    return _on_device(draw_host_mask(model, sample), sample)
+
+
+def draw_host_mask(model: Hubert, sample: dict[str, Any]) -> Tensor:
+    """Span mask [batch, frames] for a batch, on the host."""
     lengths = model.frame_lengths(torch.tensor(sample["sizes"]))
     shape = model.shape
-    mask = span_mask(lengths, int(lengths.max()), shape.mask_prob, shape.mask_length)
-    return mask.to(sample["waveform"].device, non_blocking=True)
+    return span_mask(lengths, int(lengths.max()), shape.mask_prob, shape.mask_length)
+
+
+def _on_device(tensor: Tensor, sample: dict[str, Any]) -> Tensor:
+    return tensor.to(sample["waveform"].device, non_blocking=True)
 
 
 def frame_targets(targets: Tensor, frames: int, labels_per_frame: float) -> Tensor:

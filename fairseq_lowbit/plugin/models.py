@@ -57,8 +57,9 @@ class HubertFastConvModel(Hubert, BaseFairseqModel):
 
         With ``teacher``: the terms of :func:`distill`. With ``recognize``: log-probabilities of the
         CTC head, [batch, frames, units]. Else masked prediction: logits
-        [predicted frames, classes] of the frames where ``predict`` [batch, frames] is True, and
-        the mean squared front-end feature (HuBERT's feature penalty).
+        [predicted frames, classes] of the frames that ``predict`` numbers, all frames of the batch
+        in a row, or of every frame without it, and the mean squared front-end feature (HuBERT's
+        feature penalty).
         """
         if teacher is not None:
             return distill(
@@ -76,7 +77,8 @@ class HubertFastConvModel(Hubert, BaseFairseqModel):
         x, _ = self.encode(frames, mask)
         if recognize:
             return self.classify_units(x)
-        return self.label_logits(x[predict]), penalty
+        x = x.flatten(0, 1)
+        return self.label_logits(x if predict is None else x[predict]), penalty
 
     def _extract_for_training(
         self, waveform: Tensor, lengths: Tensor | None

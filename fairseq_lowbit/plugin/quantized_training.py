@@ -23,6 +23,7 @@ from fairseq_lowbit.nn import (
     every_quantizer_called,
     is_calibrated,
 )
+from fairseq_lowbit.plugin.compiling import compile_layers
 from fairseq_lowbit.plugin.processes import (
     is_first,
     refuse_different,
@@ -44,7 +45,7 @@ class QuantizedTraining:
     """Calibration, plan file and health of a model with a ``plan``, for any task of fairseq.
 
     ``task.calibration`` and ``task.health_interval`` are used where the task has such settings. A
-    task may say what its model is run on:
+    task may say what its model is run on, and ``task.compile`` that layers are compiled:
 
     - ``calibration_batches()``: batches without padding, the same in every process;
     - ``forward_for_calibration(model, batch)``: runs all of the model, and returns the outputs of
@@ -87,6 +88,9 @@ class QuantizedTraining:
             self._calibrate()
         # Other hardware may round otherwise, and nothing would even it out again.
         share_weights(self._model)
+        if getattr(self._trainer.cfg.task, "compile", False):
+            teacher = getattr(self._task, "teacher", None)
+            compile_layers(self._model, *([] if teacher is None else [teacher.model]))
 
     def _calibrate(self) -> None:
         is_new = not is_calibrated(self._model)

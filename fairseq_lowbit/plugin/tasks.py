@@ -43,6 +43,7 @@ class SpeechTaskConfig(AudioConfig, FairseqDataclass):
     data: Optional[str] = None  # folder of the manifests
     max_unusable: float = 0.05  # share of unusable files at which a run gives up
     health_interval: int = HEALTH_INTERVAL  # updates between health records; 0: none
+    compile: bool = False  # the layers of the encoder, and of the teacher's, by torch.compile
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     seconds_per_update: Optional[float] = None  # what optimization.update_freq follows from
     stages: list[Stage] = field(default_factory=list)  # on the way; see config/schedule

@@ -28,6 +28,7 @@ from fairseq_lowbit.plugin.processes import (
 from fairseq_lowbit.plugin.quantized_training import QuantizedTraining
 from fairseq_lowbit.plugin.scale import describe_scale
 from fairseq_lowbit.precision import Plan
+from fairseq_lowbit.quantization import weights_encoded_once
 from fairseq_lowbit.runs.folder import LAST_CHECKPOINT
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,9 @@ class LowbitTrainer(Trainer):
         if self._quantized is not None:
             self._quantized.record_health(self.get_num_updates())
         try:
-            logged = super().train_step(samples, raise_oom)
+            # Weights change at the end of it alone, by whatever optimizer.
+            with weights_encoded_once():
+                logged = super().train_step(samples, raise_oom)
         except _Diverged as error:
             self._refuse_to_go_on(samples, "the loss or its gradient", error)
         if not _loss_is_finite(logged):

@@ -4,9 +4,8 @@ A pass of its own, run before the optimizer exists; a forward never initialises 
 pass alone is post-training quantization.
 """
 
-import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +19,8 @@ _COARSE_SCALES = 48
 _REFINED_SCALES = 17
 _SHIFTS = 13
 _WEIGHT_SAMPLE = 131_072
+# Values that are decoded at once while candidates are compared, 4 MB.
+_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -141,22 +142,34 @@ def _search(
     levels: LevelSet,
     scale: Tensor,
     offset: Tensor,
-    factors: Iterable[Tensor],
-    offsets: Iterable[float],
+    factors: Tensor,
+    offsets: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """Best of scale * factor and offset + step, row by row; the shift is offset * scale."""
+    """Best of scale * factor and offset + step, row by row; the shift is offset * scale. Of equals
+    the first one, with the first factor that has one."""
+    scales = factors.repeat_interleave(len(offsets))[:, None] * scale
+    steps = torch.tensor(offsets, device=values.device).repeat(len(factors))
+    shifts = offset + steps[:, None]
     best_error = torch.full_like(scale, math.inf)
     best_scale, best_offset = scale, offset
-    for factor, step in itertools.product(factors, offsets):
-        candidate, candidate_offset = scale * factor, offset + step
-        column, shift = candidate[:, None], (candidate * candidate_offset)[:, None]
-        decoded = levels.value(levels.encode((values - shift) / column)) * column
-        error = (decoded - values).square().mean(1)
+    count = max(1, _AT_ONCE // values.numel())
+    for candidates, candidate_offsets in zip(scales.split(count), shifts.split(count), strict=True):
+        errors = _errors(values, levels, candidates, candidate_offsets)
+        error, index = errors.min(0, keepdim=True)
         better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, candidate, best_scale)
-        best_offset = torch.where(better, candidate_offset, best_offset)
+        best_error = torch.where(better, error, best_error)[0]
+        best_scale = torch.where(better, candidates.gather(0, index), best_scale)[0]
+        best_offset = torch.where(better, candidate_offsets.gather(0, index), best_offset)[0]
     return best_scale, best_offset
+
+
+def _errors(values: Tensor, levels: LevelSet, scales: Tensor, offsets: Tensor) -> Tensor:
+    """Mean squared error of every candidate on each row, [candidates, rows]; infinite where it is
+    no number."""
+    column, shift = scales[..., None], (scales * offsets)[..., None]
+    u = (values - shift).div_(column)
+    decoded = levels.value_(levels.encode(u, u)).mul_(column)
+    return decoded.sub_(values).square_().mean(-1).nan_to_num_(nan=math.inf, posinf=math.inf)
 
 
 def fit_weight_scale(

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fairseq_lowbit.quantization.formulas import decode_
+from fairseq_lowbit.quantization import formulas
+from fairseq_lowbit.quantization.execution import run
 from fairseq_lowbit.quantization.levels import LevelSet
+from fairseq_lowbit.quantization.product import Source
 
 
 @dataclass(frozen=True)
@@ -14,8 +16,9 @@ class Codes:
     """Integer codes of one tensor.
 
     Attributes:
-        integers: int16, each within [levels.lo, levels.hi]; of the tensor's shape, or where a
-            weight has several scales [scales, values of each].
+        integers: int16, or of a weight that is kept for many forwards int8 or uint8; each within
+            [levels.lo, levels.hi]; of the tensor's shape, or where a weight has several scales
+            [scales, values of each].
         scale: fp32, broadcastable to ``integers``.
         levels: the set the integers belong to.
         shape: of the tensor.
@@ -28,16 +31,26 @@ class Codes:
     shape: torch.Size
     zero_point: Tensor | None = None
 
-    def decode(self) -> Tensor:
-        """scale * (level(code) - zero point) + origin of the levels, fp32, of ``shape``. An elastic
-        quantizer's shift is not added back (docs/numerics.md)."""
-        return self._decode(self.integers.to(self.scale.dtype)).reshape(self.shape)
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """scale * (level(code) - zero point) + origin of the levels, computed in fp32, of
+        ``shape``. An elastic quantizer's shift is not added back (docs/numerics.md)."""
+        source = self.source(dtype)
+        return source.decode(*source.tensors)
+
+    def source(self, dtype: torch.dtype) -> Source:
+        """What :meth:`decode` needs, for a product to keep."""
+        levels, shape = self.levels, self.shape
+
+        def again(integers: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+            return _decode(levels, integers, scale, zero_point).view(shape).to(dtype)
+
+        return Source((self.integers, self.scale, self.zero_point), again)
 
     @property
     def decoded_range(self) -> tuple[Tensor, Tensor]:
         """What the lowest and the highest code stand for, each broadcastable to ``integers``."""
         lowest, highest = (
-            self._decode(torch.full_like(self.scale, code))
+            _decode(self.levels, torch.full_like(self.scale, code), self.scale, self.zero_point)
             for code in (self.levels.lo, self.levels.hi)
         )
         return lowest, highest
@@ -58,5 +71,13 @@ class Codes:
         indices = indices.clamp_(0, self.levels.size - 1)
         return torch.bincount(indices, minlength=self.levels.size)
 
-    def _decode(self, codes: Tensor) -> Tensor:
-        return decode_(self.levels, codes, self.scale, self.zero_point)
+
+def _decode(levels: LevelSet, integers: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    out = torch.empty_like(integers, dtype=torch.float32)
+    run(formulas.decode_into, levels, integers, scale, zero_point, out)
+    return out
+
+
+def byte_type(levels: LevelSet) -> torch.dtype:
+    """The type of 8 bits that holds every code."""
+    return torch.int8 if levels.lo < 0 else torch.uint8

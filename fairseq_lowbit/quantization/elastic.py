@@ -5,13 +5,14 @@ constant origin of the level set. Gradients after LSQ.
 """
 
 import math
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fairseq_lowbit.quantization import formulas
 from fairseq_lowbit.quantization.calibration import Calibrator
+from fairseq_lowbit.quantization.codes import Codes
 from fairseq_lowbit.quantization.execution import run
 from fairseq_lowbit.quantization.levels import LevelSet
 from fairseq_lowbit.quantization.quantizer import (
@@ -20,26 +21,56 @@ from fairseq_lowbit.quantization.quantizer import (
     Affine,
     LearnedQuantizer,
 )
-from fairseq_lowbit.quantization.recompute import Recomputable, take_saved
 
 SCALE_FLOOR = 1e-5
 
 
-class _FakeQuantize(Recomputable):
+class _ScaleAndShift(torch.autograd.Function):
+    """See :meth:`ElasticQuantizer.scale_and_shift`: one node for both."""
+
+    @staticmethod
+    def forward(ctx: Any, log_scale: Tensor, relative_shift: Tensor | None):
+        unfloored = log_scale.exp()
+        scale = unfloored.clamp_min(SCALE_FLOOR)
+        ctx.save_for_backward(unfloored, scale, relative_shift)
+        return scale, None if relative_shift is None else relative_shift * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad_scale: Tensor, grad_shift: Tensor | None):
+        unfloored, scale, relative_shift = ctx.saved_tensors
+        grad_log_scale = grad_scale * unfloored
+        if relative_shift is None:
+            return grad_log_scale, None
+        through_shift = (grad_shift * relative_shift).sum_to_size(scale.shape)
+        grad_relative_shift = (grad_shift * scale).sum_to_size(relative_shift.shape)
+        return grad_log_scale + through_shift * unfloored, grad_relative_shift
+
+
+class _FakeQuantize(torch.autograd.Function):
     """Decoded codes forward, the gradients of ``docs/numerics.md`` backward.
 
     Only the inputs are saved: codes and masks are recomputed.
     """
 
     @staticmethod
-    def forward(ctx, x, scale, shift, quantizer: "ElasticQuantizer", dtype: torch.dtype | None):
+    def forward(
+        ctx,
+        x,
+        scale,
+        shift,
+        quantizer: "ElasticQuantizer",
+        dtype: torch.dtype | None,
+        codes: Codes | None,
+    ):
         ctx.save_for_backward(x, scale, shift)
-        ctx.quantizer, ctx.recompute = quantizer, partial(quantizer.decode, dtype=dtype)
-        return ctx.recompute(x, scale, shift)
+        ctx.quantizer = quantizer
+        if codes is None:
+            return quantizer.decode(x, scale, shift, dtype=dtype)
+        return codes.decode(dtype or x.dtype)
 
     @staticmethod
     def backward(ctx, grad_output):
-        x, scale, shift = take_saved(ctx)
+        x, scale, shift = ctx.saved_tensors
         quantizer = ctx.quantizer
         rows, grad_rows = quantizer.rows(x), quantizer.rows(grad_output)
         grad_x = torch.empty_like(rows, dtype=torch.float32)
@@ -52,7 +83,7 @@ class _FakeQuantize(Recomputable):
         for gradient in (grad_scale, grad_shift):
             if gradient is not None:
                 gradient.mul_(quantizer.gradient_scale)
-        return grad_x.view_as(x).to(x.dtype), grad_scale, grad_shift, None, None
+        return grad_x.view_as(x).to(x.dtype), grad_scale, grad_shift, None, None, None
 
 
 class ElasticQuantizer(LearnedQuantizer):
@@ -105,16 +136,20 @@ class ElasticQuantizer(LearnedQuantizer):
         self.name_groups()
         self._calibrator: Calibrator | None = None
 
+    def scale_and_shift(self) -> tuple[Tensor, Tensor | None]:
+        """alpha = exp(log_scale), at least 1e-5, whose gradient passes the floor; and
+        beta = relative_shift * alpha, in the unit of the values, None without shift."""
+        return _ScaleAndShift.apply(self.log_scale, self.relative_shift)
+
     @property
     def scale(self) -> Tensor:
-        """alpha = exp(log_scale), at least 1e-5; the gradient passes the floor."""
-        scale = self.log_scale.exp()
-        return scale + (scale.clamp_min(SCALE_FLOOR) - scale).detach()
+        """alpha."""
+        return self.scale_and_shift()[0]
 
     @property
     def shift(self) -> Tensor | None:
-        """beta = relative_shift * alpha, in the unit of the values; None without shift."""
-        return None if self.relative_shift is None else self.relative_shift * self.scale
+        """beta; None without shift."""
+        return self.scale_and_shift()[1]
 
     @property
     def is_per_tensor(self) -> bool:
@@ -123,18 +158,24 @@ class ElasticQuantizer(LearnedQuantizer):
         return is_scalar and not self.is_per_frame
 
     def forward(
-        self, x: Tensor, length_ratio: Tensor | None = None, dtype: torch.dtype | None = None
+        self,
+        x: Tensor,
+        length_ratio: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        codes: Codes | None = None,
     ) -> Tensor:
         """See :meth:`Quantizer.forward`; scale and shift are multiplied by ``length_ratio``
         (attention probabilities shrink as 1/length)."""
         if self._calibrator is not None:
             self._calibrate_on(x, length_ratio)
         scale, shift, _ = self.affine(x, length_ratio)
-        return _FakeQuantize.apply(x, scale, shift, self, dtype)
+        values = _FakeQuantize.apply(x, scale, shift, self, dtype, codes)
+        return self._remembered(values, codes, (x, scale, shift), self.decode)
 
     def affine(self, rows: Tensor, length_ratio: Tensor | None = None) -> Affine:
         self.check_calibrated()
-        return affine_of(self.levels, self.scale, self.shift, self._ratio(rows, length_ratio))
+        ratio = self._ratio(rows, length_ratio)
+        return affine_of(self.levels, *self.scale_and_shift(), ratio)
 
     def share_at_floor(self) -> float:
         return float((self.scale < 1.01 * SCALE_FLOOR).float().mean())

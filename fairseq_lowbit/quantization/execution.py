@@ -47,7 +47,9 @@ def run(formula: Formula, levels: LevelSet, *tensors: Tensor | None) -> None:
     Args:
         tensors: the first one has the shape that all others broadcast to.
     """
-    EXECUTORS[_chosen](formula, levels, *tensors)
+    # Inside of what is compiled as a whole the compiler decides.
+    chosen = "whole" if torch.compiler.is_compiling() else _chosen
+    EXECUTORS[chosen](formula, levels, *tensors)
 
 
 @contextmanager

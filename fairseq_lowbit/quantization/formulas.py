@@ -5,9 +5,6 @@ nothing of how it is executed; see :mod:`fairseq_lowbit.quantization.execution`.
 zero points are fp32 and broadcast to the values.
 """
 
-import math
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +37,25 @@ def decode_(
     level = levels.value_(code)
     decoded = (level if zero_point is None else level.sub_(zero_point)).mul_(scale)
     return decoded.add_(levels.origin) if levels.origin else decoded
+
+
+def encode_into(
+    levels: LevelSet,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    zero_point: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Codes of ``x`` into ``out``, integers of any type that holds them."""
+    out.copy_(encode(levels, x, scale, shift, zero_point))
+
+
+def decode_into(
+    levels: LevelSet, code: Tensor, scale: Tensor, zero_point: Tensor | None, out: Tensor
+) -> None:
+    """What integer codes stand for, into ``out``, fp32."""
+    decode_(levels, out.copy_(code), scale, zero_point)
 
 
 def normalize(x: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -77,8 +93,7 @@ def add_gradients(
     u = normalize(x, scale, shift)
     # hardtanh stops the gradient at the ends of its range, too.
     lowest, highest = levels.clip_range
-    beyond = _next_float(lowest, -math.inf), _next_float(highest, math.inf)
-    torch.ops.aten.hardtanh_backward.grad_input(grad, u, *beyond, grad_input=grad_x)
+    torch.ops.aten.hardtanh_backward.grad_input(grad, u, *levels.beyond, grad_input=grad_x)
     if grad_shift is not None:
         grad_shift.sub_(grad_x.sum_to_size(grad_shift.shape))
     if grad_scale is None:
@@ -100,6 +115,11 @@ def encode_squashed(levels: LevelSet, x: Tensor, out: Tensor | None = None) -> T
         return levels.encode(x, out)
     squashed = torch.tanh(x, out=out)
     return levels.encode(squashed, squashed)
+
+
+def encode_squashed_into(levels: LevelSet, x: Tensor, out: Tensor) -> None:
+    """Codes of tanh(P) for ``x`` = P into ``out``, integers of any type that holds them."""
+    out.copy_(encode_squashed(levels, x))
 
 
 def quantize_squashed(levels: LevelSet, x: Tensor, gain: Tensor, out: Tensor) -> None:
@@ -128,7 +148,3 @@ def add_squashed_gradients(
         code = levels.encode(squashed, squashed)
     grad_x.mul_(gain)
     grad_gain.add_(levels.value_(code).mul_(grad).sum_to_size(grad_gain.shape))
-
-
-def _next_float(value: float, towards: float) -> float:
-    return float(np.nextafter(np.float32(value), np.float32(towards)))

@@ -4,8 +4,10 @@ The tables of ``docs/numerics.md``; training, calibration, counting and kernels 
 :meth:`LevelSet.encode` and :meth:`LevelSet.value`, so a code means the same thing everywhere.
 """
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ class LevelSet:
         clip_margin: how far beyond the outermost levels a gradient still passes.
         origin: in the unit of the values. Encoding takes it off first and decoding adds it again;
             with a learned shift only, which it is added to.
+        beyond: the fp32 numbers next to ``clip_range``, outside of it.
 
     >>> signed(1).encode(torch.tensor([-0.2, 0.0, 3.0]))
     tensor([-1.,  1.,  1.])
@@ -60,6 +63,11 @@ class LevelSet:
             raise LowbitError(f"{self.bits} bits: quantizers have 1 to 8 bits")
         if not 2 <= self.size <= 2**self.bits:
             raise LowbitError(f"level set {self.name!r}: {self.size} levels in {self.bits} bits")
+        # Once, because a compiler cannot follow it.
+        lowest, highest = np.float32(self.clip_range)
+        infinity = np.float32(math.inf)
+        beyond = float(np.nextafter(lowest, -infinity)), float(np.nextafter(highest, infinity))
+        object.__setattr__(self, "beyond", beyond)
 
     @property
     def size(self) -> int:

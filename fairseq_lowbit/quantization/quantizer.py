@@ -11,6 +11,7 @@ from fairseq_lowbit.quantization import formulas
 from fairseq_lowbit.quantization.codes import Codes
 from fairseq_lowbit.quantization.execution import run
 from fairseq_lowbit.quantization.levels import LevelSet
+from fairseq_lowbit.quantization.product import Source, remember
 
 SCALE_GROUP = "quantizer_scale"
 SHIFT_GROUP = "quantizer_shift"
@@ -51,7 +52,11 @@ class Quantizer(nn.Module):
         self.levels, self.group_size = levels, group_size
 
     def forward(
-        self, x: Tensor, length_ratio: Tensor | None = None, dtype: torch.dtype | None = None
+        self,
+        x: Tensor,
+        length_ratio: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        codes: Codes | None = None,
     ) -> Tensor:
         """Fake quantization: the decoded codes of ``x``, in its shape.
 
@@ -60,16 +65,23 @@ class Quantizer(nn.Module):
                 probabilities; only a learned scale makes use of it.
             dtype: of the result, that of ``x`` by default. Weights are encoded in fp32 whatever
                 the model computes in.
+            codes: those of ``x``, where they are known already.
         """
         raise NotImplementedError
 
     @torch.no_grad()
-    def codes(self, x: Tensor, length_ratio: Tensor | None = None) -> Codes:
+    def codes(
+        self,
+        x: Tensor,
+        length_ratio: Tensor | None = None,
+        integer_type: torch.dtype = torch.int16,
+    ) -> Codes:
         """The integers that :meth:`forward` decodes; arguments as there."""
         rows = self.rows(x)
         affine = self.affine(rows, length_ratio)
-        code = formulas.encode(self.levels, rows, *affine)
-        return Codes(code.to(torch.int16), affine.scale, self.levels, x.shape, affine.zero_point)
+        integers = torch.empty_like(rows, dtype=integer_type)
+        run(formulas.encode_into, self.levels, rows, *affine, integers)
+        return Codes(integers, affine.scale, self.levels, x.shape, affine.zero_point)
 
     def affine(self, rows: Tensor, length_ratio: Tensor | None = None) -> Affine:
         """Scale, shift and zero point for these values (see :meth:`rows`)."""
@@ -89,6 +101,19 @@ class Quantizer(nn.Module):
         decoded = torch.empty_like(rows, dtype=torch.float32)
         run(formulas.quantize, self.levels, rows, scale, shift, zero_point, decoded)
         return decoded.view_as(x).to(dtype or x.dtype)
+
+    def _remembered(
+        self,
+        values: Tensor,
+        codes: Codes | None,
+        tensors: tuple[Tensor | None, ...],
+        decode: Callable[..., Tensor],
+    ) -> Tensor:
+        """``values``, of which a product keeps ``codes``, or without any ``tensors`` and
+        ``decode``."""
+        if codes is None:
+            return remember(values, Source(tensors, partial(decode, dtype=values.dtype)))
+        return remember(values, codes.source(values.dtype))
 
     def target(self, x: Tensor) -> Tensor:
         """The float values that the codes of ``x`` approximate, fp32."""

@@ -6,7 +6,6 @@ learned log-gain g per output channel.
 """
 
 from collections.abc import Iterable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from fairseq_lowbit.quantization.codes import Codes
 from fairseq_lowbit.quantization.execution import blocks, run
 from fairseq_lowbit.quantization.levels import mid_rise
 from fairseq_lowbit.quantization.quantizer import SCALE_GROUP, LearnedQuantizer
-from fairseq_lowbit.quantization.recompute import Recomputable, take_saved
 
 SQUASHED_GROUP = "squashed_weight"
 # Standard deviation of P, up to so many weight bits. 0.84 is where tanh(N(0, s^2)) is closest to
@@ -28,25 +26,34 @@ _TOLERANCE = 0.01
 _SMALLEST_GAIN = 1e-8
 
 
-class _FakeSquash(Recomputable):
+class _FakeSquash(torch.autograd.Function):
     """gain * level(encode(tanh(P))) forward; backward dQ/dW = 1 and dW/dP = 1 - W^2."""
 
     @staticmethod
-    def forward(ctx, unsquashed, gain, quantizer: "SquashedQuantizer", dtype: torch.dtype | None):
+    def forward(
+        ctx,
+        unsquashed,
+        gain,
+        quantizer: "SquashedQuantizer",
+        dtype: torch.dtype | None,
+        codes: Codes | None,
+    ):
         ctx.save_for_backward(unsquashed, gain)
-        ctx.quantizer, ctx.recompute = quantizer, partial(quantizer.decode, dtype=dtype)
-        return ctx.recompute(unsquashed, gain)
+        ctx.quantizer = quantizer
+        if codes is None:
+            return quantizer.decode(unsquashed, gain, dtype=dtype)
+        return codes.decode(dtype or unsquashed.dtype)
 
     @staticmethod
     def backward(ctx, grad_output):
-        unsquashed, gain = take_saved(ctx)
+        unsquashed, gain = ctx.saved_tensors
         quantizer = ctx.quantizer
         rows, grad_rows = quantizer.rows(unsquashed), quantizer.rows(grad_output)
         grad_x = torch.empty_like(rows, dtype=torch.float32)
         grad_gain = torch.zeros_like(gain)
         tensors = (rows, grad_rows, gain, grad_x, grad_gain)
         run(formulas.add_squashed_gradients, quantizer.levels, *tensors)
-        return grad_x.view_as(unsquashed).to(unsquashed.dtype), grad_gain, None, None
+        return grad_x.view_as(unsquashed).to(unsquashed.dtype), grad_gain, None, None, None
 
 
 class SquashedQuantizer(LearnedQuantizer):
@@ -79,10 +86,16 @@ class SquashedQuantizer(LearnedQuantizer):
         return self.log_gain.exp()
 
     def forward(
-        self, x: Tensor, length_ratio: Tensor | None = None, dtype: torch.dtype | None = None
+        self,
+        x: Tensor,
+        length_ratio: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        codes: Codes | None = None,
     ) -> Tensor:
         self.check_calibrated()
-        return _FakeSquash.apply(x, self.gain, self, dtype)
+        gain = self.gain
+        values = _FakeSquash.apply(x, gain, self, dtype, codes)
+        return self._remembered(values, codes, (x, gain), self.decode)
 
     @torch.no_grad()
     def decode(self, x: Tensor, gain: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -93,10 +106,17 @@ class SquashedQuantizer(LearnedQuantizer):
         return decoded.view_as(x).to(dtype or x.dtype)
 
     @torch.no_grad()
-    def codes(self, x: Tensor, length_ratio: Tensor | None = None) -> Codes:
+    def codes(
+        self,
+        x: Tensor,
+        length_ratio: Tensor | None = None,
+        integer_type: torch.dtype = torch.int16,
+    ) -> Codes:
         self.check_calibrated()
-        code = formulas.encode_squashed(self.levels, self.rows(x))
-        return Codes(code.to(torch.int16), self.gain, self.levels, x.shape)
+        rows = self.rows(x)
+        integers = torch.empty_like(rows, dtype=integer_type)
+        run(formulas.encode_squashed_into, self.levels, rows, integers)
+        return Codes(integers, self.gain, self.levels, x.shape)
 
     @torch.no_grad()
     def target(self, x: Tensor) -> Tensor:

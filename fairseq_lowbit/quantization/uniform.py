@@ -1,34 +1,36 @@
 """Plain uniform quantizers whose scale is computed from the values themselves: absmax, min-max."""
 
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fairseq_lowbit.quantization.codes import Codes
 from fairseq_lowbit.quantization.levels import SMALLEST_SCALE, non_negative, signed
 from fairseq_lowbit.quantization.quantizer import Affine, Quantizer
-from fairseq_lowbit.quantization.recompute import Recomputable
 
 Range = Literal["absmax", "minmax"]
 
 
-class _StraightThrough(Recomputable):
+class _StraightThrough(torch.autograd.Function):
     """The decoded values forward, the identity backward: the range is that of the values."""
 
     @staticmethod
-    def forward(ctx, x, quantizer: "UniformQuantizer", dtype: torch.dtype | None):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        quantizer: "UniformQuantizer",
+        dtype: torch.dtype | None,
+        codes: Codes | None,
+    ):
         ctx.dtype = x.dtype
-        recompute = partial(quantizer.decode_by_range, dtype=dtype)
-        if x.is_leaf:
-            # A weight is kept anyway; of an activation only the decoded values need be.
-            ctx.save_for_backward(x)
-            ctx.recompute = recompute
-        return recompute(x)
+        if codes is None:
+            return quantizer.decode_by_range(x, dtype=dtype)
+        return codes.decode(dtype or x.dtype)
 
     @staticmethod
-    def backward(ctx, grad_output):
-        return grad_output.to(ctx.dtype), None, None
+    def backward(ctx: Any, grad_output: Tensor):
+        return grad_output.to(ctx.dtype), None, None, None
 
 
 class UniformQuantizer(Quantizer):
@@ -62,9 +64,16 @@ class UniformQuantizer(Quantizer):
         self.dim = frame_dim if group_size is None else -1
 
     def forward(
-        self, x: Tensor, length_ratio: Tensor | None = None, dtype: torch.dtype | None = None
+        self,
+        x: Tensor,
+        length_ratio: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        codes: Codes | None = None,
     ) -> Tensor:
-        return _StraightThrough.apply(x, self, dtype)
+        values = _StraightThrough.apply(x, self, dtype, codes)
+        if codes is None and not x.is_leaf:
+            return values  # of an activation only the decoded values need be kept
+        return self._remembered(values, codes, (x,), self.decode_by_range)
 
     @torch.no_grad()
     def decode_by_range(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -27,7 +27,7 @@ CONFIGS += [f"sqwq_w{bits}" for bits in (8, 4, 2, 1)]
 QUANTIZERS_PER_LAYER = 6 + 4 + 4
 KNOBS = {
     "task": "data teacher normalize pad_audio random_crop min_sample_size max_keep_size "
-    "max_sample_size max_unusable init_from health_interval calibration stages",
+    "max_sample_size max_unusable init_from health_interval compile calibration stages",
     "criterion": "final_weight layer_weight attention_weight attention mask squash_weight",
     "model": "encoder_layers encoder_embed_dim dropout attention_dropout activation_dropout "
     "dropout_input encoder_layerdrop feature_grad_mult precision",

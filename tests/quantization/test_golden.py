@@ -45,13 +45,8 @@ class GivenScale(ElasticQuantizer):
         self.beta = None if beta is None else nn.Parameter(beta)
         self.set_scale(alpha)
 
-    @property
-    def scale(self) -> Tensor:
-        return self.alpha
-
-    @property
-    def shift(self) -> Tensor | None:
-        return self.beta
+    def scale_and_shift(self) -> tuple[Tensor, Tensor | None]:
+        return self.alpha, self.beta
 
 
 def load(stem: str, index: int) -> tuple[dict[str, Any], LevelSet]:
