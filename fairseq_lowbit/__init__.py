@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from fairseq_lowbit.precision import Precision, Rule
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 Model = TypeVar("Model")
 
 # fairseq imports this package by its --user-dir (`common.user_dir`) and expects tasks, criterions

@@ -13,8 +13,6 @@ from rich.table import Table
 from torch import Tensor
 
 from fairseq_lowbit.precision import InputKind
-from fairseq_lowbit.precision.plan import input_levels
-from fairseq_lowbit.precision.rules import ASYMMETRIC
 from fairseq_lowbit.quantization import LevelSet, non_negative, signed
 from fairseq_lowbit.quantization.calibration import fit_scale
 from fairseq_lowbit.terminal import print_table
@@ -42,7 +40,7 @@ def ways(kind: InputKind) -> Iterator[tuple[str, list[LevelSet]]]:
     """Three ways to place levels, each with a set for every width."""
     yield "signed (sign at 1 bit)", [signed(bits) for bits in WIDTHS]
     yield "non-negative", [non_negative(bits) for bits in WIDTHS]
-    yield "non-negative with origin", [input_levels(kind, bits, ASYMMETRIC) for bits in WIDTHS]
+    yield "non-negative with origin", [non_negative(bits, kind.origin) for bits in WIDTHS]
 
 
 def activations(kind: InputKind, mean: float, std: float) -> Tensor:

@@ -117,7 +117,7 @@ def actions(
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Rates of every action in seconds of audio per second, one per repeat."""
     torch.set_num_threads(1)
-    setting = Setting(given.size, given.batch, given.seconds, 1, 1, given.repeats)
+    setting = Setting(given.size, given.batch, given.seconds, 1, 1, given.repeats, "cpu")
     model = build_teacher(setting) if given.model is None else open_model(given.model).model
     layers = len(model.layers)
     layer = (layers + 1) // 2 if given.layer is None else given.layer

@@ -107,7 +107,7 @@ class Plan:
 
 def input_levels(kind: InputKind, bits: int, form: str) -> LevelSet:
     """The level set of an input of so many bits, by one of the forms of :class:`Precision`."""
-    # With one bit two levels serve best at 0 and at the size of the values (docs/numerics.md).
+    # Behind a GELU two levels serve best at 0 and at the size of the values (docs/numerics.md).
     if form == ASYMMETRIC and kind.origin and bits > 1:
         return non_negative(bits, kind.origin)
     return non_negative(bits) if bits <= _NON_NEGATIVE_BITS[kind] else signed(bits)
