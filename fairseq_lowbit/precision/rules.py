@@ -99,8 +99,8 @@ class Precision:
         rules_decide: ``fields``, or ``modules`` as before version 0.2, where the last rule that
             matches a module decided all of its fields.
         form: of learned scales behind a GELU or SiLU: ``asymmetric``, from 2 bits on levels from
-            the function's lowest value up; or ``paper`` as before version 0.5, levels from 0 up, with many bits
-            signed ones.
+            the function's lowest value up; or ``paper`` as before version 0.5, levels from 0 up,
+            with many bits signed ones.
     """
 
     name: str = "float"
