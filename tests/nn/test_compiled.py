@@ -87,7 +87,8 @@ def test_layers_share_what_is_compiled() -> None:
     torch.manual_seed(0)
     model = Hubert(TINY, precision=Precision("bitla_w2a2"))
     calibrate(model, [torch.randn(2, 900)], model.final_output)
-    x = torch.randn(2, FRAMES, 16)
+    # As behind a front-end that is trained: a graph for an input without gradient would be another.
+    x = torch.randn(2, FRAMES, 16, requires_grad=True)
     for module in model.layers:
         module.compile(fullgraph=True, backend=count)
         x = module(x, PADDING).x
