@@ -63,11 +63,10 @@ all_rows=(
     "bitla_w2a2                  1  bitla_w2a2"
     "bitla_w1a2                  1  bitla_w1a2"
     "bitla_w1a1                  1  bitla_w1a1"
-    # as the paper has them: behind a GELU nothing is added back
+    # as the paper has them; at one bit that is one scale of probabilities for every length
     "bitl_w8a8_paper             1  bitl_w8a8   form=paper"
     "bitl_w4a4_paper             1  bitl_w4a4   form=paper"
     "bitl_w2a2_paper             1  bitl_w2a2   form=paper"
-    "bitl_w1a1_paper             1  bitl_w1a1   form=paper"
     "bitla_w1a1_paper            1  bitla_w1a1  form=paper"
     # the HuBERT loss instead of distillation
     "sqwq_w2_hubert              1  sqwq_w2     loss=demo_hubert"
@@ -85,7 +84,7 @@ all_rows=(
     "bitl_w2a8_per_channel       1  bitl_w2a2   model.precision.name=bitl_w2a8 rules=per_channel"
     "bitl_w2a8_per_group         1  bitl_w2a2   model.precision.name=bitl_w2a8 rules=per_group"
     "bitl_w2a8_stretched         1  bitl_w2a2   model.precision.name=bitl_w2a8 rules=stretched"
-    # a scale per frame for the inputs of linears, and two bits where one costs most
+    # a scale per frame for the inputs of linears, and two bits for those of the feed-forward ones
     "bitl_w2a2_per_frame         1  bitl_w2a2   rules=per_frame"
     "bitla_w1a1_per_frame        1  bitla_w1a1  rules=per_frame"
     "bitla_w1a1_ffn_a2           1  bitla_w1a1  rules=ffn_inputs_a2"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from fairseq_lowbit.interop import open_model
 from fairseq_lowbit.models import LoadedModel
 from fairseq_lowbit.nn.operators import Operator
+from tests.compatibility.make_fixture import HALF_DONE, TINIER
 from tests.plugin.conftest import Trainer, corpus, trainer
 
 __all__ = ["corpus", "trainer"]
@@ -79,17 +80,8 @@ def test_a_half_done_run_goes_on(earlier: Path, trainer: Trainer, tmp_path: Path
     """By the command that began it, in today's version, to where it would have ended."""
     folder = tmp_path / "run"
     shutil.copytree(earlier / "half_done", folder)
-    small = (
-        "model.conv_feature_layers='[(4,10,5)]+[(4,3,2)]*4+[(8,2,2)]*2'",
-        "model.encoder_embed_dim=16",
-        "model.encoder_ffn_embed_dim=32",
-        "model.final_dim=8",
-        "checkpoint.save_interval_updates=3",
-        "dataset.validate_interval_updates=3",
-        "optimization.lr=[0.005]",
-    )
     teacher = f"task.teacher={earlier / 'teacher.pt'}"
-    run = trainer.fork(folder, "bitla_w2a2", teacher, *small, "optimization.max_update=12")
+    run = trainer.fork(folder, *HALF_DONE, teacher, *TINIER)
     assert run.status == 0, run.output
     assert "calibrating" not in run.output
     # Its own record says in which form it went on.

@@ -290,6 +290,11 @@ def test_forms_differ_behind_activation_functions_and_nowhere_else() -> None:
         assert own[module].levels == non_negative(own[module].bits, InputKind.GELU.origin)
 
 
+@pytest.mark.parametrize("kind", [InputKind.GELU, InputKind.SILU])
+def test_with_one_bit_both_forms_have_levels_at_zero_and_one(kind: InputKind) -> None:
+    assert input_levels(kind, 1, "asymmetric") == input_levels(kind, 1, "paper") == non_negative(1)
+
+
 def test_only_learned_scales_have_a_form() -> None:
     for name in ("bitl_w2a2", "bitla_w1a1"):
         assert base_plan(name, form="paper").form == "paper"
